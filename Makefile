@@ -1,0 +1,35 @@
+# Two commands on a bare machine (Python >= 3.11, a C++ compiler, make): `make train`, `make test`.
+# On a machine with an NVIDIA driver the same targets install the CUDA set.
+PYTHON   ?= python3
+PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+RANKS    ?= 2
+CONFIG   ?= gear_trainer/configs/mathapi_cpu.yaml
+BIN      := .venv/bin
+DEPS     := .venv/.deps-$(PLATFORM)
+BUILT    := .venv/.built
+# the CPU list is complete and installs without resolution (its own head says why); pip resolves the CUDA list
+PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
+
+.PHONY: train test venv lint clean
+train: venv
+	$(BIN)/deepspeed --num_gpus $(RANKS) gear_trainer/run.py --config $(CONFIG) $(ARGS)
+
+test: venv
+	$(BIN)/python -m pytest $(ARGS)
+
+venv: $(BUILT)
+
+$(DEPS): requirements/$(PLATFORM).txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_DEPS) -r $<
+	touch $@
+
+$(BUILT): $(DEPS) setup.py CMakeLists.txt pyproject.toml $(wildcard gear_kernels/csrc/*)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+lint: venv
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info gear_kernels/*.so

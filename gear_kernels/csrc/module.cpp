@@ -1,0 +1,125 @@
+// Python bindings of the row kernels: DLPack arrays in (no copy, strides kept), OpenMP over rows, instruction set by name.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rows.h"
+
+namespace nb = nanobind;
+using namespace gear;
+
+using Logits = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
+using LogitsOut = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+using Targets = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using TableOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+std::vector<Isa> supported() {  // best last
+  std::vector<Isa> found{baseline_isa()};
+#ifdef GEAR_X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(avx2_isa());
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back(avx512_isa());
+#endif
+  return found;
+}
+
+Isa named(const std::string& name) {
+  for (const Isa& isa : supported())
+    if (name == isa.name) return isa;
+  throw std::invalid_argument("this processor has no instruction set '" + name + "'");
+}
+
+template <class Array>
+Matrix matrix(const Array& a) {
+  const auto type = a.dtype();
+  Matrix m;
+  m.data = const_cast<void*>(static_cast<const void*>(a.data()));
+  m.row_stride = a.stride(0), m.col_stride = a.stride(1);
+  if (type == nb::dtype<float>())
+    m.dtype = Dtype::f32;
+  else if (type.code == (uint8_t)nb::dlpack::dtype_code::Bfloat && type.bits == 16)
+    m.dtype = Dtype::bf16;
+  else if (type.code == (uint8_t)nb::dlpack::dtype_code::Float && type.bits == 16)
+    m.dtype = Dtype::f16;
+  else
+    throw std::invalid_argument("logits must be float32, bfloat16 or float16");
+  return m;
+}
+
+void run(RowFunction f, const Problem& p, int threads) {
+  nb::gil_scoped_release nogil;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t row = 0; row < p.rows; ++row) f(p, row);
+}
+
+Problem problem(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
+                int64_t ignore_index, const Vector& inv_temperature) {
+  Problem p;
+  p.student = matrix(student);
+  p.rows = (int64_t)student.shape(0), p.vocab = (int64_t)student.shape(1);
+  if (teacher) {
+    require(teacher->shape(0) == student.shape(0) && teacher->shape(1) == student.shape(1), "teacher shape");
+    p.teacher = matrix(*teacher);
+  }
+  if (targets) {
+    require((int64_t)targets->shape(0) == p.rows, "targets shape");
+    p.targets = targets->data();
+  }
+  p.ignore_index = ignore_index;
+  require((int64_t)inv_temperature.shape(0) == p.rows, "inv_temperature shape");
+  p.inv_temperature = inv_temperature.data();
+  return p;
+}
+
+void forward(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
+             int64_t ignore_index, const Vector& inv_temperature, TableOut values, TableOut state, int threads,
+             const std::string& isa) {
+  Problem p = problem(student, teacher, targets, ignore_index, inv_temperature);
+  require(values.shape(0) == kValues && (int64_t)values.shape(1) == p.rows, "values shape");
+  require((int64_t)state.shape(0) == p.rows && state.shape(1) == kState, "state shape");
+  p.values = values.data(), p.state = state.data();
+  run(named(isa).forward, p, threads);
+}
+
+void backward(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
+              int64_t ignore_index, const Vector& inv_temperature, TableOut state, const Table& grads, LogitsOut dz,
+              int threads, const std::string& isa) {
+  Problem p = problem(student, teacher, targets, ignore_index, inv_temperature);
+  require((int64_t)state.shape(0) == p.rows && state.shape(1) == kState, "state shape");
+  require((int64_t)grads.shape(0) == p.rows && grads.shape(1) == kGrads, "grads shape");
+  require(dz.shape(0) == student.shape(0) && dz.shape(1) == student.shape(1), "dz shape");
+  p.state = state.data(), p.grads = grads.data(), p.dz = matrix(dz);
+  run(named(isa).backward, p, threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Compiled CPU pass of gear_kernels.token_stats; use it through gear_kernels, not directly.";
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const Isa& isa : supported()) names.emplace_back(isa.name);
+    return names;
+  });
+  m.def("forward", &forward, nb::arg("student"), nb::arg("teacher").none(), nb::arg("targets").none(), nb::arg("ignore_index"),
+        nb::arg("inv_temperature"), nb::arg("values"), nb::arg("state"), nb::arg("threads"), nb::arg("isa"));
+  m.def("backward", &backward, nb::arg("student"), nb::arg("teacher").none(), nb::arg("targets").none(),
+        nb::arg("ignore_index"), nb::arg("inv_temperature"), nb::arg("state"), nb::arg("grads"), nb::arg("dz"),
+        nb::arg("threads"), nb::arg("isa"));
+}

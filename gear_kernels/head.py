@@ -1,0 +1,77 @@
+"""FusedHead: a model's head layer that returns token statistics instead of logits, for use under ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .errors import bad_input
+from .stats import DEFAULT_WORKSPACE, Head, TokenStats, linear_token_stats
+
+
+class FusedHead(nn.Linear):
+    """An nn.Linear whose forward, given targets or stats, runs `linear_token_stats` in place of the matrix product.
+
+    Running inside the module's own forward is what makes it exact under DeepSpeed ZeRO-3: the engine's hooks gather the weight
+    around this module only, in forward and again in backward. So call it as a module (never `.forward`), from inside the
+    engine's forward. State-dict names, tied weights and `generate()` are those of the plain layer.
+    """
+
+    softcap: float | None = None
+    scale: float | None = None
+
+    def __init__(self, *args, softcap: float | None = None, scale: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.softcap, self.scale = softcap, scale
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, softcap: float | None = None, scale: float | None = None) -> FusedHead:
+        """Turn a model's head into a FusedHead in place: same object, same Parameter. Call it before deepspeed.initialize.
+
+        softcap, scale: what the model does to its logits after the head (see Head); pass them, the model's own code is bypassed.
+        Raises GearKernelsError for anything but a plain nn.Linear (quantised or LoRA layers compute something else).
+        """
+        if type(linear) not in (nn.Linear, cls):
+            raise bad_input(f"the head is a {type(linear).__name__}", "a plain nn.Linear", "merge or unwrap it first")
+        linear.__class__ = cls
+        linear.softcap, linear.scale = softcap, scale
+        return linear
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        teacher_hidden: torch.Tensor | None = None,
+        *,
+        temperature: float | torch.Tensor = 1.0,
+        ignore_index: int = -100,
+        stats: Sequence[str] | None = None,
+        workspace_bytes: int = DEFAULT_WORKSPACE,
+    ) -> torch.Tensor | TokenStats:
+        """hidden [..., D] -> logits [..., V] without targets and stats (scale and softcap are left to the model, as before);
+        otherwise TokenStats of shape [...], see `linear_token_stats`.
+
+        stats=None asks for entropy, with targets for logprobs, with teacher_hidden for reverse_kl. The teacher's hidden states
+        go through this same head, as constants.
+        """
+        if targets is None and stats is None and teacher_hidden is None:
+            return super().forward(hidden)
+        if stats is None:
+            given = (("logprobs", targets is not None), ("entropy", True), ("reverse_kl", teacher_hidden is not None))
+            stats = tuple(name for name, wanted in given if wanted)
+        return linear_token_stats(
+            hidden,
+            Head(self.weight, self.bias, self.softcap, self.scale),
+            targets,
+            teacher_hidden,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            stats=stats,
+            workspace_bytes=workspace_bytes,
+        )
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={getattr(self, name)}" for name in ("softcap", "scale") if getattr(self, name) is not None)
+        return super().extra_repr() + options

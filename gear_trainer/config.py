@@ -1,0 +1,195 @@
+"""The run's configuration: a YAML file, then dotted command-line overrides, checked in full before anything starts.
+
+Every field is documented where it stands; `python -m gear_trainer.run --config FILE --dry-run` prints the resolved result.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A run that cannot start. The message names the file and the key (or line), and says how to mend it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        description="HF directory or hub name; builtin:tiny-qwen3 (the task's warm-started demo model) or builtin:smollm2"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the parameters and of vLLM; masters are float32")
+    attn_implementation: str = Field("sdpa", description="as in transformers: sdpa, flash_attention_2, eager")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass (non-reentrant)")
+
+
+class RolloutConfig(Section):
+    prompts_per_step: int = Field(8, ge=1, description="over all ranks; each rank takes an equal share of whole groups")
+    group_size: int = Field(8, ge=2, description="rollouts per prompt (G): the group that advantages are relative to")
+    temperature: float = Field(1.0, gt=0, description="of the sampler, and of every log-prob; top_p and top_k stay off (bias)")
+    max_new_tokens: int = Field(256, ge=1, description="per assistant turn")
+    max_model_len: int = Field(1024, ge=8, description="vLLM's context: prompt, all turns and tool replies together")
+    max_num_seqs: int = Field(64, ge=1, description="sequences that one engine decodes at a time")
+    gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache)")
+    kv_cache_mib: int | None = Field(None, ge=1, description="size of the KV cache instead of a share; needed on a CPU")
+    sleep_level: Literal[0, 1, 2] = Field(0, description="GPU: 1 offloads, 2 drops vLLM's weights while the trainer works")
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="anything else for vLLM's LLM(...)")
+
+
+class TrainConfig(Section):
+    steps: int = Field(100, ge=1, description="rollout steps")
+    lr: float = Field(1e-6, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clipping: float = Field(1.0, ge=0, description="global norm; 0 is off")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    clip_high: float = Field(0.2, gt=0, description="above clip_low for DAPO's clip-higher")
+    aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = Field(
+        "seq_mean_token_mean", description="GEAR's and GRPO's: mean over tokens, then over trajectories"
+    )
+    std_advantages: bool = Field(True, description="divide the group's advantages by their standard deviation (Dr. GRPO: false)")
+    importance_cap: float | None = Field(
+        2.0, gt=0, description="truncated importance weights min(p_trainer / p_sampler, cap) against vLLM's mismatch; null is off"
+    )
+    updates_per_step: int = Field(1, ge=1, description="optimizer steps over a step's rollouts, split by prompt")
+    tokens_per_micro_batch: int = Field(16384, ge=16, description="padded tokens (student and teacher rows) in one forward")
+
+
+class EvalConfig(Section):
+    every: int = Field(20, ge=0, description="steps between held-out evaluations; before and after training always; 0: none")
+    prompts: int = Field(200, ge=1)
+    temperature: float = Field(1.0, ge=0)
+
+
+class CheckpointConfig(Section):
+    every: int = Field(20, ge=1, description="steps between checkpoints; the last step always writes one")
+    keep: int = Field(2, ge=1, description="how many are kept")
+    export: bool = Field(True, description="write the final policy in HF format to runs/NAME/model")
+
+
+class Config(Section):
+    name: str = Field(description="the run's folder under output_dir", pattern=r"^[\w.\-]+$")
+    output_dir: str = "runs"
+    cache_dir: str = Field(".cache", description="warm starts and unpacked models")
+    seed: int = 0
+    world_size: int = Field(ge=1, description="ranks (GPUs, or processes on a CPU) that the run is planned for")
+    model: ModelConfig
+    task: str = Field(description="mathapi, sums, gsm8k, math, or module:Class")
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    chat_template_args: dict[str, Any] = Field(default_factory=dict, description="for example enable_thinking: false")
+    credit: str = Field("gear", description="grpo, gear, or one of GEAR's ablations and controls")
+    credit_args: dict[str, Any] = Field(default_factory=dict, description="fields of the method, for example alpha: 0.4")
+    signal: Literal["k1", "reverse_kl"] = Field("k1", description="sampled-token log ratio, or the full-vocabulary KL")
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    max_logprob_gap: float = Field(
+        0.5, gt=0, description="nats; a mean trainer-vs-vLLM gap above it on the first step stops the run (weights not in sync)"
+    )
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged over the generated DeepSpeed config")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def prompts_per_rank(self) -> int:
+        return self.rollout.prompts_per_step // self.world_size
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        r, t = self.rollout, self.train
+        if r.prompts_per_step % self.world_size:
+            raise ValueError(
+                f"rollout.prompts_per_step={r.prompts_per_step} does not split over world_size={self.world_size}: "
+                "groups stay whole on a rank, make it a multiple"
+            )
+        if self.prompts_per_rank % t.updates_per_step:
+            raise ValueError(
+                f"train.updates_per_step={t.updates_per_step} does not divide the {self.prompts_per_rank} prompts of a rank: "
+                "each optimizer step takes whole groups"
+            )
+        if r.max_new_tokens >= r.max_model_len:
+            raise ValueError(
+                f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
+                f"rollout.max_model_len={r.max_model_len}: raise max_model_len"
+            )
+        if t.tokens_per_micro_batch < r.max_model_len:
+            raise ValueError(
+                f"train.tokens_per_micro_batch={t.tokens_per_micro_batch} is less than one sequence of "
+                f"rollout.max_model_len={r.max_model_len}: raise it"
+            )
+        if self.credit == "grpo" and self.credit_args:
+            raise ValueError("credit=grpo takes no credit_args: drop them, or choose credit=gear")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML) and validate. Raises ConfigError."""
+    data = _read_yaml(Path(path))
+    for item in overrides or []:
+        _override(data, item)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "no *.yaml there"
+        raise ConfigError(f"{path}: no such config file ({near})")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{path}: {line}not valid YAML ({getattr(error, 'problem', error)}): mend the line") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top level, found {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {item!r}: expected key=value, for example train.lr=1e-5")
+    *parents, last = key.split(".")
+    for name in parents:
+        data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {item!r}: {name} is a value, not a section")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is not valid YAML ({error.__class__.__name__}); quote it") from None
+
+
+def _explain(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "known keys here: " + ", ".join(known)
+        return f"unknown key {key}: {hint}"
+    if error["type"] == "missing":
+        return f"{key} is missing: give it in the file or as {key}=VALUE"
+    message = error["msg"].removeprefix("Value error, ")
+    return message if key == "config" else f"{key}={error['input']!r}: {message}"
+
+
+def _fields_at(loc: tuple[Any, ...]) -> list[str]:
+    cls: Any = Config
+    for name in loc:
+        cls = cls.model_fields[name].annotation
+    return sorted(cls.model_fields)

@@ -1,0 +1,55 @@
+"""What the person at the terminal sees: a progress bar, one line a step, and the run's result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gear_trainer.config import Config
+
+
+class Console:
+    """A live bar with one printed line a step above it; without a terminal only the lines. `quiet`: ranks other than 0."""
+
+    def __init__(self, cfg: Config, start: int, quiet: bool):
+        self.cfg, self.out = cfg, RichConsole(quiet=quiet, highlight=False)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=self.out, disable=quiet or not self.out.is_terminal, transient=True,
+        )  # fmt: skip
+        self.task = self.bar.add_task(f"{cfg.name} · {cfg.credit}", total=cfg.train.steps, completed=start)
+
+    def __enter__(self) -> Console:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.bar.stop()
+
+    def step(self, values: dict[str, Any]) -> None:
+        self.out.print(_line(values, self.cfg.train.steps))
+        self.bar.update(self.task, completed=values["step"])
+
+
+def _line(m: dict[str, Any], steps: int) -> str:
+    if m["step"] == 0:
+        return f"[bold]before training: held-out success {m['held_out_success']:.3f}[/]"
+    parts = [
+        f"step {m['step']:>4}/{steps}",
+        f"reward {m['reward_mean']:.3f}",
+        f"success {m['success']:.3f}",
+        f"segments {m['segments_per_trajectory'] or 0:.2f}",
+        f"W+ {_or_one(m['mean_weight_positive']):.3f} W- {_or_one(m['mean_weight_negative']):.3f}",
+        f"gap {m['logprob_gap_max']:.1e}",
+        f"{m['tokens_per_second']:.0f} tok/s",
+        f"{m['seconds']['step']:.1f} s",
+    ]
+    if "held_out_success" in m:
+        parts.append(f"[bold]held-out success {m['held_out_success']:.3f}[/]")
+    return " | ".join(parts)
+
+
+def _or_one(value: float | None) -> float:
+    return 1.0 if value is None else value

@@ -1,0 +1,150 @@
+"""The policy under ZeRO-3: loading, the fused head, and the one forward that every pass of the trainer goes through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gear_kernels import FusedHead, TokenStats
+from gear_trainer.batching import MicroBatch
+from gear_trainer.config import Config, ConfigError
+from gear_trainer.tasks.base import Task
+
+
+def resolve_model_path(cfg: Config, task: Task) -> str:
+    """A local directory or hub name for `model.path`; builtin: models are made on first use and cached. Raises ConfigError."""
+    spec = cfg.model.path
+    if spec == "builtin:tiny-qwen3":
+        from gear_trainer.warm_start import ensure_warm_start
+
+        return str(ensure_warm_start(task, cfg.seed, Path(cfg.cache_dir)))
+    if spec == "builtin:smollm2":
+        from gear_trainer.pretrained import ensure_smollm2
+
+        return str(ensure_smollm2(Path(cfg.cache_dir)))
+    check_model_path(spec)
+    return spec
+
+
+def check_model_path(spec: str) -> None:
+    """Fail early, before any engine: a directory without a model, or a hub name that cannot be had."""
+    if spec.startswith("builtin:"):
+        if spec not in ("builtin:tiny-qwen3", "builtin:smollm2"):
+            raise ConfigError(f"model.path={spec}: known are builtin:tiny-qwen3 and builtin:smollm2")
+        return
+    path = Path(spec)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.path={spec}: the directory has no config.json; point at a model saved in HF format")
+        return
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise ConfigError(f"model.path={spec}: no such directory; give a local HF directory or a hub name like Qwen/Qwen3-8B")
+
+
+def check_hub_model(spec: str) -> None:
+    """A hub name whose configuration is neither cached nor reachable. Network: only for names that are no directory."""
+    if spec.startswith("builtin:") or Path(spec).is_dir():
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(spec)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path={spec}: not a local directory, and the hub's copy cannot be had ({reason}); download the model and give its path"
+        ) from None
+
+
+class Policy(nn.Module):
+    """HF causal LM whose forward returns per-token statistics instead of logits.
+
+    The fused operator runs inside the head's own forward, called from this forward, called through the DeepSpeed engine: the
+    head is gathered only around its own use and gradients are exact. Never call the backbone outside `engine(...)`.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+        config = lm.config.get_text_config()
+        FusedHead.adopt(
+            lm.get_output_embeddings(),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=_logit_scale(config),
+        )
+
+    def forward(self, batch: MicroBatch, temperature: float, stats: tuple[str, ...]) -> TokenStats:
+        """Statistics of the batch's n policy tokens, each [n] float32 (None where not asked for)."""
+        hidden = self.lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1)  # [R * L, D]
+        teacher = None if batch.teacher_index is None else hidden[batch.teacher_index]
+        head = self.lm.get_output_embeddings()
+        return head(hidden[batch.student_index], batch.targets, teacher, temperature=temperature, stats=stats)
+
+
+def _logit_scale(config: Any) -> float | None:
+    if getattr(config, "logit_scale", None):  # Cohere multiplies
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        return 1.0 / float(config.logits_scaling)
+    return None
+
+
+def deepspeed_config(cfg: Config) -> dict[str, Any]:
+    """The DeepSpeed configuration that this run means; `deepspeed:` of the config file is merged over it."""
+    t = cfg.train
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # any number of backwards, then one step: micro-batches are cut by tokens
+        "gradient_clipping": t.gradient_clipping,  # always explicit: unset means 1.0, not off
+        "bf16": {"enabled": cfg.model.dtype == "bfloat16"},
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": t.lr, "betas": list(t.betas), "weight_decay": t.weight_decay, "torch_adam": True},
+        },
+    }
+    return _merge(generated, cfg.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return out
+
+
+def build_engine(cfg: Config, model_path: str):
+    """Load the policy partitioned (each rank reads, none holds the whole) and wrap it in a ZeRO-3 engine. Collective."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = deepspeed_config(cfg)
+    keep_alive = HfDeepSpeedConfig(config)  # from_pretrained partitions only while this object lives
+    lm = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=getattr(torch, cfg.model.dtype), attn_implementation=cfg.model.attn_implementation
+    )
+    if cfg.model.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine, *_ = deepspeed.initialize(model=Policy(lm), config=config, model_parameters=list(lm.parameters()))
+    engine.hf_deepspeed_config = keep_alive
+    return engine
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Of the 1-based step; a pure function, so a resumed run needs no scheduler state."""
+    import math
+
+    t = cfg.train
+    if step <= t.lr_warmup_steps:
+        return t.lr * step / t.lr_warmup_steps
+    done = (step - 1 - t.lr_warmup_steps) / max(1, t.steps - t.lr_warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[t.lr_schedule]
+    return t.lr * factor

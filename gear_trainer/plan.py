@@ -1,0 +1,136 @@
+"""Everything that can be known to fail before an engine starts, and what `--dry-run` prints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from gear_kernels import Gear, GearKernelsError
+from gear_kernels.credit import METHODS
+from gear_trainer.chat import Chat
+from gear_trainer.config import Config, ConfigError
+from gear_trainer.model import check_model_path, deepspeed_config
+from gear_trainer.rollout.vllm_colocated import engine_kwargs
+from gear_trainer.tasks import make_task
+from gear_trainer.tasks.base import Task
+
+
+def check(cfg: Config) -> tuple[Task, Any]:
+    """The run's task and credit method. Raises ConfigError, TaskError or GearKernelsError."""
+    method = make_method(cfg)
+    check_model_path(cfg.model.path)
+    task = make_task(cfg.task, cfg.seed, cfg.task_args)
+    if cfg.model.path == "builtin:tiny-qwen3" and not hasattr(task, "demonstrate"):
+        raise ConfigError(f"model.path=builtin:tiny-qwen3: task {cfg.task} has no demonstrations to warm it up with; use task=mathapi")
+    return task, method
+
+
+def make_method(cfg: Config) -> Any:
+    if cfg.credit not in METHODS:
+        raise ConfigError(f"credit={cfg.credit}: known are {', '.join(METHODS)}")
+    method = METHODS[cfg.credit]
+    if not isinstance(method, Gear):
+        return method
+    fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
+    unknown = sorted(set(cfg.credit_args) - set(fields))
+    if unknown:
+        raise ConfigError(f"credit_args.{unknown[0]}: unknown; {cfg.credit} takes {', '.join(sorted(fields))}")
+    if cfg.signal == "reverse_kl":
+        fields["normalizer"] = "max"  # the full KL is never negative: there is nothing below 0 to clip
+    try:
+        return Gear(**(fields | cfg.credit_args))
+    except GearKernelsError as error:
+        raise ConfigError(f"credit_args: {error}") from None
+
+
+def check_launch(cfg: Config) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != cfg.world_size or "RANK" not in os.environ:
+        raise ConfigError(
+            f"world_size={cfg.world_size}, but {launched} process(es) were launched; start with "
+            f"`deepspeed --num_gpus {cfg.world_size} gear_trainer/run.py ...` or set world_size={launched}"
+        )
+
+
+def check_prompts(cfg: Config, task: Task, chat: Chat, sample: int = 64) -> tuple[int, int]:
+    """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one."""
+    problems = [task.train_problem(i) for i in range(sample)]
+    student = max(len(chat.prompt_ids(p.messages)) for p in problems)
+    teacher = max(len(chat.prompt_ids(p.teacher_messages)) for p in problems)
+    if student + 1 > cfg.rollout.max_model_len:
+        raise ConfigError(
+            f"rollout.max_model_len={cfg.rollout.max_model_len}: a prompt has {student} tokens; set it to "
+            f"{student + task.max_turns * cfg.rollout.max_new_tokens} or more"
+        )
+    return student, teacher
+
+
+def geometry(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> list[tuple[str, str]]:
+    """The step's shape, as rows of a table; upper bounds where lengths are not known before sampling."""
+    r, t = cfg.rollout, cfg.train
+    student, teacher = prompts or (r.max_model_len - r.max_new_tokens,) * 2
+    response = min(task.max_turns * r.max_new_tokens, r.max_model_len - student)
+    rollouts = r.prompts_per_step * r.group_size
+    per_rank = rollouts // cfg.world_size
+    wide = max(student, teacher) + response
+    at_once = max(1, t.tokens_per_micro_batch // (2 * wide))
+    alone = max(1, t.tokens_per_micro_batch // (student + response))
+    measured = "" if prompts else " (tokenizer not at hand: bound by max_model_len)"
+    return [
+        ("ranks", f"{cfg.world_size}, one vLLM engine each"),
+        ("prompts x group", f"{r.prompts_per_step} x {r.group_size} = {rollouts} rollouts a step, {per_rank} a rank"),
+        ("prompt tokens", f"student <= {student}, teacher <= {teacher}{measured}"),
+        ("response tokens", f"<= {response} in {task.max_turns} turn(s)"),
+        ("tokens a step", f"<= {rollouts * (student + response):,} student, {rollouts * wide:,} teacher"),
+        ("micro-batches a rank", f"<= {-(-per_rank // at_once)} to score, {-(-per_rank // alone)} to train"),
+        ("optimizer steps", f"{t.updates_per_step} a step, {t.steps * t.updates_per_step} in all"),
+    ]
+
+
+def memory_plan(cfg: Config, hf_config: Any) -> list[tuple[str, str]]:
+    """GiB per rank, from the model's configuration: what ZeRO-3, vLLM and the fused head hold."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights  # parameters on the meta device: sizes only
+
+    import torch
+
+    with torch.device("meta"), no_init_weights():
+        lm = AutoModelForCausalLM.from_config(hf_config)
+    n = sum(p.numel() for p in lm.parameters())
+    bytes_each = 2 if cfg.model.dtype == "bfloat16" else 4
+    states = n * (16 if bytes_each == 2 else 16) / cfg.world_size
+    head = lm.get_output_embeddings().weight.numel() * bytes_each
+    gib = 1 / 2**30
+    return [
+        ("parameters", f"{n / 1e9:.2f} B"),
+        ("ZeRO-3 states", f"{states * gib:.2f} GiB a rank (weights, gradients, float32 masters and moments)"),
+        ("vLLM weights", f"{n * bytes_each * gib:.2f} GiB a rank"),
+        ("gathered head", f"{head * gib:.2f} GiB, only around its own use"),
+    ]
+
+
+def print_plan(cfg: Config, task: Task, method: Any) -> None:
+    """The resolved run. Loads a tokenizer and a model configuration where they are on this machine, never weights."""
+    import yaml
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(highlight=False)
+    out.print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), markup=False)
+    out.print(f"credit method: {method}", markup=False)
+    prompts = None
+    tables = []
+    if Path(cfg.model.path).is_dir():
+        from transformers import AutoConfig, AutoTokenizer
+
+        prompts = check_prompts(cfg, task, Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args))
+        tables.append(("memory", memory_plan(cfg, AutoConfig.from_pretrained(cfg.model.path))))
+    tables.insert(0, ("step geometry", geometry(cfg, task, prompts)))
+    for title, rows in tables:
+        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
+    out.print(yaml.safe_dump({"deepspeed": deepspeed_config(cfg)}, sort_keys=False), markup=False)
+    out.print(yaml.safe_dump({"vllm": engine_kwargs(cfg, cfg.model.path)}, sort_keys=False), markup=False)

@@ -1,0 +1,120 @@
+"""A finished run as one page: curves, the last step's numbers, and rollouts coloured by token credit.
+
+`python -m gear_trainer.report runs/NAME [runs/OTHER ...]` writes `report.html` and `curve.png` into the first run's folder;
+several runs are drawn into one curve.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from gear_trainer.metrics import read_metrics
+
+_CURVES = ("success", "segments_per_trajectory", "share_above_threshold", "entropy")
+_SHOWN = 12  # rollouts on the page: the page stays light at any group size
+
+
+def write_report(run_dir: Path, others: tuple[Path, ...] = ()) -> str:
+    """Write the page and its curve. Returns the line that is printed at the end of a run."""
+    steps = read_metrics(run_dir / "metrics.jsonl")
+    draw_curves([run_dir, *others], run_dir / "curve.png")
+    last = [m for m in steps if m["step"]]
+    page = _template().render(
+        name=run_dir.name,
+        config=(run_dir / "config.json").read_text(),
+        curve=base64.b64encode((run_dir / "curve.png").read_bytes()).decode(),
+        metrics=_rows(last[-1]) if last else [],
+        rollouts=[_view(r) for r in _last_rollouts(run_dir)],
+        held_out=_held_out(steps),
+    )
+    (run_dir / "report.html").write_text(page)
+    return f"{_summary(steps)}report: {run_dir / 'report.html'}"
+
+
+def draw_curves(run_dirs: list[Path], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(_CURVES), figsize=(4 * len(_CURVES), 3.2), constrained_layout=True)
+    for color, run_dir in enumerate(run_dirs):
+        steps = read_metrics(run_dir / "metrics.jsonl")
+        for axis, name in zip(axes, _CURVES, strict=True):
+            points = [(m["step"], m[name]) for m in steps if m.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=f"C{color}", alpha=0.55 if name == "success" else 1, lw=1.5)
+        held_out = _held_out(steps)
+        if held_out:
+            axes[0].plot(*zip(*held_out, strict=True), "o-", color=f"C{color}", label=f"{run_dir.name}, held-out")
+    for axis, name in zip(axes, _CURVES, strict=True):
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylim(0, 1.02)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _held_out(steps: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(m["step"], m["held_out_success"]) for m in steps if m.get("held_out_success") is not None]
+
+
+def _summary(steps: list[dict[str, Any]]) -> str:
+    held_out = _held_out(steps)
+    if len(held_out) < 2:
+        return ""
+    (_, before), (step, after) = held_out[0], held_out[-1]
+    return f"held-out success: {before:.3f} before, {after:.3f} after {step} steps ({after - before:+.3f})\n"
+
+
+def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    flat = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
+    flat |= {f"seconds, {k}": v for k, v in metrics["seconds"].items()}
+    return [(k.replace("_", " "), "-" if v is None else f"{v:g}") for k, v in flat.items()]
+
+
+def _last_rollouts(run_dir: Path) -> list[dict[str, Any]]:
+    """Of the last step: whole groups, those with both outcomes first, since only they carry credit."""
+    files = sorted((run_dir / "rollouts").glob("step-*.jsonl"))
+    if not files:
+        return []
+    rollouts = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    return sorted(rollouts, key=lambda r: (r["advantage"] == 0, r["group"], r["sample"]))[:_SHOWN]
+
+
+def _view(rollout: dict[str, Any]) -> dict[str, Any]:
+    columns = ("tokens", "mask", "weight", "segment", "signal", "entropy", "logprobs", "teacher_logprobs")
+    length = len(rollout["ids"])
+    lists = [rollout[c] or [None] * length for c in columns]
+    tokens = [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+    spread = max([abs(t["weight"] - 1) for t in tokens if t["weight"] is not None], default=0) or 1
+    for i, t in enumerate(tokens):
+        t["style"] = _style(t, spread)
+        t["onset"] = (t["segment"] or 0) >= 0 and t["segment"] is not None and (i == 0 or tokens[i - 1]["segment"] != t["segment"])
+    return rollout | {"view": tokens}
+
+
+def _style(token: dict[str, Any], spread: float) -> str:
+    if not token["mask"]:
+        return "color:var(--faint)"
+    tint = (token["weight"] - 1) / spread
+    return f"background:rgba({'46,125,50' if tint > 0 else '198,40,40'},{abs(tint) * 0.45:.2f})"
+
+
+def _template() -> jinja2.Template:
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    return jinja2.Environment(loader=folder, autoescape=True).get_template("report.html.jinja")
+
+
+if __name__ == "__main__":
+    first, *rest = map(Path, sys.argv[1:])
+    print(write_report(first, tuple(rest)))

@@ -1,0 +1,89 @@
+"""vLLM in the trainer's own process, one engine per rank. The only file that knows vLLM's internals."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gear_trainer.config import Config
+from gear_trainer.rollout import Completion, Request
+
+
+def set_environment() -> None:
+    """Before the first `import vllm` of the process."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine in this process: weights are handed over as tensors
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # 7-8 ms a step instead of 44-69 on a shared 2-core machine
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first log-probs call compiles for 9-33 s
+
+
+def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` (and of `EngineArgs`) that this configuration means."""
+    r = cfg.rollout
+    kwargs: dict[str, Any] = {
+        "model": model_path,
+        "dtype": cfg.model.dtype,
+        "max_model_len": r.max_model_len,
+        "max_num_seqs": r.max_num_seqs,
+        "gpu_memory_utilization": r.gpu_memory_utilization,
+        "seed": cfg.seed,
+        "logprobs_mode": "processed_logprobs",  # of the tempered distribution, as the trainer computes them
+        "enable_sleep_mode": r.sleep_level > 0 and torch.cuda.is_available(),
+        "enforce_eager": not torch.cuda.is_available(),
+    }
+    if r.kv_cache_mib is not None:
+        kwargs["kv_cache_memory_bytes"] = r.kv_cache_mib << 20
+    return kwargs | r.engine_args
+
+
+class ColocatedVllm:
+    """A vLLM engine that lives beside the trainer on its rank. Build it after `deepspeed.init_distributed`: vLLM makes a
+    default process group of world size 1 where it finds none, and DeepSpeed would take that one."""
+
+    def __init__(self, cfg: Config, model_path: str):
+        set_environment()
+        from vllm import LLM
+
+        self.sleep_level = cfg.rollout.sleep_level if torch.cuda.is_available() else 0
+        self.llm = LLM(**engine_kwargs(cfg, model_path))
+        self.eos = self.llm.get_tokenizer().eos_token_id
+        self.stale = False  # weights dropped by sleep level 2, not pushed since
+
+    def generate(self, requests: list[Request], temperature: float) -> list[Completion]:
+        from vllm import SamplingParams
+
+        if self.stale:
+            raise RuntimeError("vLLM's weights were dropped by sleep level 2: push before generating")
+        params = [
+            SamplingParams(temperature=temperature, max_tokens=q.max_tokens, seed=q.seed, logprobs=0, detokenize=False)
+            for q in requests
+        ]
+        prompts = [{"prompt_token_ids": q.prompt_ids} for q in requests]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [self._completion(o.outputs[0]) for o in outputs]
+
+    def _completion(self, out: Any) -> Completion:
+        ids = list(out.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(out.logprobs, ids, strict=True)]
+        return Completion(ids, logprobs, ended=out.finish_reason == "stop" and ids[-1] == self.eos)
+
+    def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self.sleep_level:
+            self.llm.wake_up(tags=["weights"])  # the KV cache stays released until generation: both at once would not fit
+        self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=weights))
+        self.llm.reset_prefix_cache()  # stale KV blocks of the old weights otherwise (log-probs off by 7 nats when left out)
+        self.stale = False
+
+    def sleep(self) -> None:
+        if self.sleep_level:
+            self.llm.sleep(level=self.sleep_level)
+            self.stale = self.sleep_level == 2
+
+    def wake(self) -> None:
+        if self.sleep_level:
+            self.llm.wake_up()

@@ -1,0 +1,146 @@
+"""Entry point: `deepspeed gear_trainer/run.py --config FILE [key=value ...]`, or `torchrun ... -m gear_trainer.run`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)  # a launcher puts this folder first: our config.py or model.py would shadow other packages' modules
+
+from gear_trainer.config import Config, ConfigError, load_config
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gear_trainer", description="Train an LLM agent with GRPO and token-level credit.")
+    parser.add_argument("--config", required=True, help="YAML file, see gear_trainer/configs")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, start nothing")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.lr=1e-5")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from gear_kernels import GearKernelsError
+    from gear_trainer.tasks.base import TaskError
+
+    try:
+        cfg = load_config(args.config, args.overrides)
+        return _dry_run(cfg) if args.dry_run else _train(cfg, args.resume)
+    except (ConfigError, TaskError, GearKernelsError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"gear_trainer: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # a launcher kills all ranks once one has exited: let rank 0 print first
+        return 2
+
+
+def _dry_run(cfg: Config) -> int:
+    from gear_trainer.plan import check, print_plan
+
+    task, method = check(cfg)
+    print_plan(cfg, task, method)
+    return 0
+
+
+def _train(cfg: Config, resume: bool) -> int:
+    from gear_trainer.plan import check, check_launch
+
+    check_launch(cfg)
+    task, method = check(cfg)
+    _set_environment()
+    from gear_trainer.model import check_hub_model, resolve_model_path
+
+    check_hub_model(cfg.model.path)
+    model_path = resolve_model_path(cfg, task)  # before the process group: a warm start outlasts a collective's patience
+    trainer, start = _build(cfg, task, method, model_path, resume)
+    done = trainer.train(start)
+    return _finish(cfg, trainer, done)
+
+
+def _set_environment() -> None:
+    import torch
+
+    from gear_trainer.rollout.vllm_colocated import set_environment
+
+    set_environment()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _build(cfg: Config, task, method, model_path: str, resume: bool):
+    """Process group, then vLLM (it would make a group of its own), then the ZeRO-3 engine."""
+    import logging
+
+    import deepspeed
+    import deepspeed.ops
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoTokenizer
+
+    from gear_trainer import checkpoint
+    from gear_trainer.chat import Chat
+    from gear_trainer.model import build_engine
+    from gear_trainer.plan import check_prompts
+    from gear_trainer.rollout.vllm_colocated import ColocatedVllm
+    from gear_trainer.trainer import Trainer
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # init_distributed would compile a C++ op (100 CPU seconds); a killed build leaves a lock that hangs every later run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    chat = Chat(AutoTokenizer.from_pretrained(model_path), task.tools, cfg.chat_template_args)
+    check_prompts(cfg, task, chat)
+    start = checkpoint.latest_step(cfg) if resume else 0
+    if dist.get_rank() == 0:
+        _prepare_run_dir(cfg, resume, start)
+    dist.barrier()
+    sampler = ColocatedVllm(cfg, model_path)
+    dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
+    engine = build_engine(cfg, model_path)
+    if start:
+        checkpoint.load(engine, cfg, start)
+    return Trainer(cfg, task, chat, method, engine, sampler), start
+
+
+def _prepare_run_dir(cfg: Config, resume: bool, start: int) -> None:
+    from gear_trainer.checkpoint import next_free
+
+    if cfg.run_dir.exists() and not resume:
+        moved = next_free(cfg.run_dir)
+        cfg.run_dir.rename(moved)
+        print(f"{cfg.run_dir} existed: moved to {moved} (--resume goes on with a run instead)", flush=True)
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    (cfg.run_dir / "config.json").write_text(cfg.model_dump_json(indent=2))
+    if resume:
+        print(f"resuming {cfg.run_dir} after step {start}" if start else f"{cfg.run_dir}: no checkpoint yet, starting at step 1")
+
+
+def _finish(cfg: Config, trainer, done: int) -> int:
+    import torch.distributed as dist
+
+    from gear_trainer import checkpoint
+    from gear_trainer.report import write_report
+
+    finished = done == cfg.train.steps
+    if finished and cfg.checkpoint.export:
+        checkpoint.export(trainer.engine, cfg, trainer.chat.tokenizer)
+    if dist.get_rank() == 0:
+        if finished:
+            print(write_report(cfg.run_dir), flush=True)
+        else:
+            print(f"stopped after step {done}; --resume goes on from there", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0 if finished else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,397 @@
+"""The loop: roll out, score, assign credit, update, push. One SPMD program, the same on every rank."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gear_kernels import credit_weights
+from gear_kernels.losses import aggregation_weights, policy_gradient_loss
+from gear_trainer import checkpoint
+from gear_trainer.batching import MicroBatch, micro_batch, padding_micro_batch, split_rows
+from gear_trainer.chat import Chat
+from gear_trainer.config import Config
+from gear_trainer.console import Console
+from gear_trainer.metrics import Phases, RunFiles, Sums
+from gear_trainer.model import learning_rate
+from gear_trainer.rollout import Limits, Rollout, Sampler, roll_out
+from gear_trainer.sync import gathered_weights
+from gear_trainer.tasks.base import Task
+
+
+class SyncError(RuntimeError):
+    """vLLM does not hold the trainer's weights."""
+
+
+@dataclass
+class Scores:
+    """Per rollout, over its policy tokens, float32 on the CPU; the last three are None where no teacher pass was due."""
+
+    logprobs: list[torch.Tensor]
+    entropy: list[torch.Tensor]
+    signal: list[torch.Tensor | None]
+    teacher_logprobs: list[torch.Tensor | None]
+
+
+@dataclass
+class TokenCredit:
+    """Per rollout, over its policy tokens: A-hat (Eq. 5), W, the normalised signal g, and segment ids (-1 outside)."""
+
+    advantages: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    signal: list[torch.Tensor]
+    segments: list[torch.Tensor]
+
+
+def group_advantages(rollouts: list[Rollout], divide_by_std: bool, eps: float = 1e-6) -> list[float]:
+    """A_k = (R_k - mean) / (std + eps) within each group of rollouts of one prompt (GRPO); exactly 0 where all rewards agree."""
+    out: list[float] = []
+    for _, group in groupby(rollouts, key=lambda r: r.group):
+        rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
+        if (rewards == rewards[0]).all():
+            out += [0.0] * len(rewards)
+            continue
+        centred = rewards - rewards.mean()
+        out += (centred / (rewards.std() + eps) if divide_by_std else centred).tolist()
+    return out
+
+
+class Trainer:
+    def __init__(self, cfg: Config, task: Task, chat: Chat, method: Any, engine: Any, sampler: Sampler):
+        self.cfg, self.task, self.chat, self.method = cfg, task, chat, method
+        self.engine, self.sampler = engine, sampler
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device
+        self.phases, self.stop_asked, self.gap_checked = Phases(), False, False
+        r = cfg.rollout
+        self.limits = Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len)
+        self.needs_teacher = "signal" in method.needs
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, start: int) -> int:
+        """Run steps start + 1 to cfg.train.steps. Returns the last finished step (earlier if a stop was asked for)."""
+        cfg = self.cfg
+        files = RunFiles(cfg, start) if self.rank == 0 else None
+        console = Console(cfg, start, quiet=self.rank != 0)
+        self._catch_signals()
+        self.push()  # after a resume vLLM holds the initial checkpoint, not the policy
+        if start == 0 and cfg.eval.every:
+            self._report(files, console, {"step": 0, "held_out_success": self.evaluate()})
+        with console:
+            for step in range(start + 1, cfg.train.steps + 1):
+                self._report(files, console, self.step(step, files))
+                stop = self._stop_agreed()
+                if step % cfg.checkpoint.every == 0 or step == cfg.train.steps or stop:
+                    checkpoint.save(self.engine, cfg, step)
+                if stop:
+                    return step
+        return cfg.train.steps
+
+    def step(self, step: int, files: RunFiles | None) -> dict[str, Any]:
+        cfg, sums = self.cfg, Sums()
+        with self.phases("rollout"):
+            self.sampler.wake()
+            rollouts = roll_out(self.sampler, self.chat, self.task, self._problems(step), self.limits, (cfg.seed, step))
+            self.sampler.sleep()
+        advantages = group_advantages(rollouts, cfg.train.std_advantages)
+        with self.phases("score"):
+            scores = self.score(rollouts, advantages)
+        with self.phases("credit"):
+            credit = self.credit(rollouts, advantages, scores, sums)
+        _count(sums, rollouts, advantages, scores)
+        self._check_gap(step, sums)
+        with self.phases("update"):
+            self.update(step, rollouts, credit, scores, sums)
+        with self.phases("push"):
+            self.push()
+        held_out = None
+        if cfg.eval.every and (step % cfg.eval.every == 0 or step == cfg.train.steps):
+            with self.phases("eval"):
+                held_out = self.evaluate()
+        self._write_rollouts(files, step, rollouts, advantages, scores, credit)
+        return self._metrics(step, sums, held_out)
+
+    def _problems(self, step: int):
+        first = (step - 1) * self.cfg.rollout.prompts_per_step + self.rank * self.cfg.prompts_per_rank
+        return [(i, self.task.train_problem(i)) for i in range(first, first + self.cfg.prompts_per_rank)]
+
+    # --- phases -----------------------------------------------------------------------------------------------------
+
+    def score(self, rollouts: list[Rollout], advantages: list[float]) -> Scores:
+        """One no-grad pass: student everywhere; the teacher (same weights, prompt with the ground truth) where A is not 0."""
+        n = len(rollouts)
+        scores = Scores([None] * n, [None] * n, [None] * n, [None] * n)
+        taught = [i for i in range(n) if self.needs_teacher and advantages[i] != 0]
+        alone = [i for i in range(n) if i not in set(taught)]
+        for rows, teacher in ((taught, True), (alone, False)):
+            if teacher and not self.needs_teacher:
+                continue
+            for batch in self._micro_batches(rollouts, rows, teacher):
+                with torch.no_grad():
+                    out = self.engine(batch.to(self.device), self.limits.temperature, self._score_stats(teacher))
+                _spread(scores, out, batch, rollouts, self.cfg.signal)
+        return scores
+
+    def _score_stats(self, teacher: bool) -> tuple[str, ...]:
+        student = ("logprobs", "entropy")
+        full = ("reverse_kl",) if self.cfg.signal == "reverse_kl" else ()
+        return student + (("teacher_logprobs",) + full if teacher else ())
+
+    def credit(self, rollouts: list[Rollout], advantages: list[float], scores: Scores, sums: Sums) -> TokenCredit:
+        """Weights for the trajectories that teach (A not 0); the others keep W = 1 and A-hat = 0."""
+        ones = [torch.ones_like(x) for x in scores.logprobs]
+        zeros = [torch.zeros_like(x) for x in scores.logprobs]
+        none = [torch.full_like(x, -1, dtype=torch.int32) for x in scores.logprobs]
+        out = TokenCredit(list(zeros), list(ones), list(zeros), list(none))
+        rows = [i for i, a in enumerate(advantages) if a != 0]
+        lengths = [len(scores.logprobs[i]) for i in rows]
+        if rows:
+            credit = credit_weights(
+                torch.cat([scores.signal[i] for i in rows]) if self.needs_teacher else None,
+                torch.cat([scores.entropy[i] for i in rows]),
+                torch.tensor([advantages[i] for i in rows]),
+                torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+                method=self.method,
+                turn_ids=torch.tensor([rollouts[i].turn_ids[p] for i in rows for p in rollouts[i].policy_positions]),
+            )
+            for name, values in zip(
+                ("advantages", "weights", "signal", "segments"),
+                (credit.token_advantages, credit.weights, credit.signal, credit.segment_ids),
+                strict=True,
+            ):
+                for i, part in zip(rows, values.split(lengths), strict=True):
+                    getattr(out, name)[i] = part
+        for name in _DIAGNOSTICS:
+            sums.add(name, credit.diagnostics[name].item() * len(rows) if rows else 0.0, len(rows))
+        return out
+
+    def update(self, step: int, rollouts: list[Rollout], credit: TokenCredit, scores: Scores, sums: Sums) -> None:
+        """`updates_per_step` optimizer steps, each over whole groups, normalised by the global count of its trajectories."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, step)
+        share = len(rollouts) // self.cfg.train.updates_per_step
+        for first in range(0, len(rollouts), share):
+            self._update_once(range(first, first + share), rollouts, credit, scores, sums)
+
+    def _update_once(self, part: range, rollouts: list[Rollout], credit: TokenCredit, scores: Scores, sums: Sums) -> None:
+        token_weights = self._token_weights([len(scores.logprobs[i]) for i in part])
+        weight_of = dict(zip(part, token_weights, strict=True))
+        rows = [i for i in part if credit.advantages[i].any()]  # the rest has no gradient; it is counted in the means above
+        for batch in self._micro_batches(rollouts, rows, teacher=False):
+            out = self.engine(batch.to(self.device), self.limits.temperature, ("logprobs",))
+            loss, parts = policy_gradient_loss(
+                out.logprobs,
+                *self._loss_inputs(batch, [scores.logprobs, credit.advantages, weight_of], out.logprobs),
+                clip_low=self.cfg.train.clip_low,
+                clip_high=self.cfg.train.clip_high,
+                importance_weights=self._importance_weights(batch, rollouts, scores),
+            )
+            self.engine.backward(loss * self.world)  # DeepSpeed averages over ranks; the weights already are global means
+            n = len(batch.targets) if batch.rows else 0
+            for name in ("clip_fraction", "approx_kl"):
+                sums.add(name, parts[name].item() * n, n)
+            sums.add("loss", loss.item() * self.world, 0)
+        self.engine.step()
+        sums.add("loss", 0.0, 1)
+        sums.add("grad_norm", float(self.engine.get_global_grad_norm() or 0.0))
+
+    def push(self) -> None:
+        """Hand the policy's weights to vLLM, layer by layer. Collective."""
+        self.sampler.push(gathered_weights(self.engine.module.lm))
+
+    def evaluate(self) -> float:
+        """Share of held-out problems solved, one sample each, the same seeds every time."""
+        cfg = self.cfg
+        problems = self.task.held_out(cfg.eval.prompts)
+        mine = [(i, p) for i, p in enumerate(problems) if i % self.world == self.rank]
+        limits = Limits(1, cfg.eval.temperature, cfg.rollout.max_new_tokens, cfg.rollout.max_model_len)
+        self.sampler.wake()
+        rollouts = roll_out(self.sampler, self.chat, self.task, mine, limits, (cfg.seed, "held-out"))
+        self.sampler.sleep()
+        sums = Sums()
+        sums.add("success", sum(r.success for r in rollouts), len(rollouts))
+        return sums.means(self.device)["success"]
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _micro_batches(self, rollouts: list[Rollout], rows: list[int], teacher: bool):
+        """This rank's micro-batches, padded to the largest count of any rank: every engine call is a collective."""
+        budget = self.cfg.train.tokens_per_micro_batch
+        split = split_rows(rollouts, rows, budget, teacher)
+        count = torch.tensor(len(split), device=self.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        for k in range(int(count)):
+            yield micro_batch(rollouts, split[k], teacher) if k < len(split) else padding_micro_batch(teacher)
+
+    def _token_weights(self, lengths: list[int]) -> list[torch.Tensor]:
+        counts = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(counts)
+        weights = aggregation_weights(
+            lengths,
+            self.cfg.train.aggregation,
+            n_tokens_global=int(counts[0]),
+            n_seqs_global=int(counts[1]),
+            max_len=self.cfg.rollout.max_model_len,
+        )
+        return list(weights.split(lengths))
+
+    def _loss_inputs(self, batch: MicroBatch, sources: list[Any], like: torch.Tensor) -> list[torch.Tensor]:
+        """Each source's values at the batch's tokens; zeros for a padding micro-batch, whose loss is 0 but in the graph."""
+        if not batch.rows:
+            return [like.detach(), *(torch.zeros_like(like) for _ in sources[1:])]
+        return [torch.cat([source[i] for i in batch.rows]).to(like) for source in sources]
+
+    def _importance_weights(self, batch: MicroBatch, rollouts: list[Rollout], scores: Scores) -> torch.Tensor | None:
+        cap = self.cfg.train.importance_cap
+        if cap is None or not batch.rows:
+            return None
+        gap = torch.cat([scores.logprobs[i] - _sampled(rollouts[i]) for i in batch.rows])
+        return gap.exp().clamp(max=cap).to(self.device)
+
+    def _check_gap(self, step: int, sums: Sums) -> None:
+        """Self-check on the first step of every start: weights that did not arrive show as nats, not as rounding."""
+        if self.gap_checked:
+            return
+        self.gap_checked = True
+        mean = sums.means(self.device)["logprob_gap_mean"]
+        if mean > self.cfg.max_logprob_gap:
+            raise SyncError(
+                f"step {step}: trainer and vLLM differ by {mean:.3g} nats a token on the same tokens "
+                f"(max_logprob_gap={self.cfg.max_logprob_gap}): the pushed weights did not arrive, or the two compute another model"
+            )
+
+    def _metrics(self, step: int, sums: Sums, held_out: float | None) -> dict[str, Any]:
+        seconds = self.phases.split()
+        means = {k: None if v is None else float(f"{v:.6g}") for k, v in sums.means(self.device).items()}
+        tokens = means.pop("policy_tokens") * self.world
+        total = sum(seconds.values())
+        out = {"step": step, **means, "lr": learning_rate(self.cfg, step), "policy_tokens": tokens}
+        if held_out is not None:
+            out["held_out_success"] = held_out
+        return out | {"tokens_per_second": round(tokens / total, 1), "seconds": seconds | {"step": round(total, 3)}}
+
+    def _report(self, files: RunFiles | None, console: Console, values: dict[str, Any]) -> None:
+        if files:
+            files.metrics(values)
+        console.step(values)
+
+    def _write_rollouts(self, files, step, rollouts, advantages, scores, credit) -> None:
+        records = [_record(self.chat, r, a, scores, credit, i) for i, (r, a) in enumerate(zip(rollouts, advantages, strict=True))]
+        gathered = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(records, gathered)
+        if files:
+            files.rollouts(step, [record for part in gathered for record in part])
+
+    def _catch_signals(self) -> None:
+        """The first Ctrl-C or SIGTERM ends the run after this step with a checkpoint; the second ends it at once."""
+
+        def ask(number: int, _frame: Any) -> None:
+            if self.stop_asked:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.stop_asked = True
+
+        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGTERM, ask)
+
+    def _stop_agreed(self) -> bool:
+        flag = torch.tensor(int(self.stop_asked), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+_DIAGNOSTICS = (
+    "share_above_threshold",
+    "share_in_segments",
+    "segments_per_trajectory",
+    "mean_segment_length",
+    "share_unclosed",
+    "mean_signal",
+    "mean_weight_positive",
+    "mean_weight_negative",
+)
+
+
+def _sampled(rollout: Rollout) -> torch.Tensor:
+    return torch.tensor([rollout.sampler_logprobs[p] for p in rollout.policy_positions])
+
+
+def _spread(scores: Scores, out: Any, batch: MicroBatch, rollouts: list[Rollout], signal_name: str) -> None:
+    """Cut a micro-batch's packed statistics into its rollouts."""
+    if not batch.rows:
+        return
+    lengths = [len(rollouts[i].policy_positions) for i in batch.rows]
+    teacher = batch.teacher_index is not None
+    parts = {"logprobs": out.logprobs, "entropy": out.entropy}
+    if teacher:
+        parts["teacher_logprobs"] = out.teacher_logprobs
+        parts["signal"] = out.logprobs - out.teacher_logprobs if signal_name == "k1" else out.reverse_kl
+    for name, values in parts.items():
+        for i, part in zip(batch.rows, values.float().cpu().split(lengths), strict=True):
+            getattr(scores, name)[i] = part
+
+
+def _count(sums: Sums, rollouts: list[Rollout], advantages: list[float], scores: Scores) -> None:
+    """The rollout-side numbers of a step (means over all ranks once reduced)."""
+    n = len(rollouts)
+    sums.add("reward_mean", sum(r.reward for r in rollouts), n)
+    sums.add("success", sum(r.success for r in rollouts), n)
+    sums.add("tool_calls", sum(r.calls for r in rollouts), n)
+    sums.add("tool_errors", sum(r.errors for r in rollouts), n)
+    sums.add("truncated", sum(r.truncated for r in rollouts), n)
+    sums.add("zero_advantage", sum(a == 0 for a in advantages), n)
+    sums.add("policy_tokens", sum(len(x) for x in scores.logprobs))
+    sums.add("response_length", sum(len(x) for x in scores.logprobs), n)
+    sums.mean_of("entropy", torch.cat(scores.entropy))
+    trainer, sampled = torch.cat(scores.logprobs), torch.cat([_sampled(r) for r in rollouts])
+    gap = trainer - sampled
+    sums.mean_of("logprob_gap_mean", gap.abs())
+    sums.peak("logprob_gap_max", gap.abs().max())
+    sums.mean_of("mismatch_kl", gap.exp() - 1 - gap)  # k3 estimate of KL(sampler || trainer)
+    ratio = gap.exp().double()
+    sums.add("effective_sample_size", float(ratio.sum() ** 2 / (ratio**2).sum()), len(ratio))
+    for name, wanted in (("teacher_gain_success", True), ("teacher_gain_failure", False)):
+        gains = [t - s for t, s, r in zip(scores.teacher_logprobs, scores.logprobs, rollouts, strict=True)
+                 if t is not None and r.success is wanted]  # fmt: skip
+        sums.mean_of(name, torch.cat(gains) if gains else torch.zeros(0))
+
+
+def _record(chat: Chat, r: Rollout, advantage: float, scores: Scores, credit: TokenCredit, i: int) -> dict[str, Any]:
+    """A rollout as one JSON object; the token lists run over `ids`, None (or -1) on tool replies."""
+
+    def over_ids(values: torch.Tensor | None, digits: int = 6) -> list[float | None] | None:
+        if values is None:
+            return None
+        given = iter(values.tolist())
+        return [round(next(given), digits) if is_policy else None for is_policy in r.mask]
+
+    return {
+        "problem": r.problem.id,
+        "group": r.group,
+        "sample": r.sample,
+        "reward": r.reward,
+        "success": r.success,
+        "advantage": round(advantage, 6),
+        "calls": r.calls,
+        "errors": r.errors,
+        "truncated": r.truncated,
+        "prompt": chat.tokenizer.decode(r.prompt_ids),
+        "response": chat.tokenizer.decode(r.ids),
+        "answer": r.problem.answer,
+        "prompt_ids": r.prompt_ids,
+        "ids": r.ids,
+        "tokens": [chat.tokenizer.decode([t]) for t in r.ids],
+        "mask": [int(m) for m in r.mask],
+        "sampler_logprobs": [round(x, 6) if m else None for x, m in zip(r.sampler_logprobs, r.mask, strict=True)],
+        "logprobs": over_ids(scores.logprobs[i]),
+        "teacher_logprobs": over_ids(scores.teacher_logprobs[i]),
+        "entropy": over_ids(scores.entropy[i]),
+        "signal": over_ids(credit.signal[i]),
+        "segment": over_ids(credit.segments[i]),
+        "weight": over_ids(credit.weights[i]),
+    }

@@ -1,0 +1,495 @@
+"""token_stats and linear_token_stats, every back end of this machine, against float64 plain logits.
+
+Tolerances: 2e-6 nats (DESIGN's contract) plus the float32 spacing of large values for float32 inputs; for half inputs the inputs
+are compared after rounding, so the same bound holds for values, and gradients may differ by their own rounding.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import gear_kernels
+from gear_kernels import GearKernelsError, Head, TokenStats, linear_token_stats, reference, token_stats
+from gear_kernels.ops import GRADIENT_NAMES
+
+ALL = reference.STAT_NAMES
+BACKENDS = ("native", "reference")
+VOCABS = (1, 2, 127, 1187, 32003)
+INF = float("inf")
+GRAD_ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with gear_kernels.backend(request.param):
+        yield request.param
+
+
+def exact(student, teacher, targets, **options):
+    """The statistics in float64, by the reference."""
+    with gear_kernels.backend("reference"):
+        return token_stats(student.double(), None if teacher is None else teacher.double(), targets, **options)
+
+
+def logits_case(seed, n, vocab, dtype=torch.float32, spread=3.0, distance=0.5):
+    g = torch.Generator().manual_seed(seed)
+    student = torch.randn(n, vocab, generator=g) * spread
+    teacher = student + torch.randn(n, vocab, generator=g) * distance
+    return student.to(dtype), teacher.to(dtype), torch.randint(vocab, (n,), generator=g)
+
+
+def assert_values(got, want, names=ALL, atol=2e-6):
+    for name in names:
+        torch.testing.assert_close(
+            getattr(got, name).double(),
+            getattr(want, name),
+            rtol=5e-7,
+            atol=atol,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def weighted(out: TokenStats, seed=0):
+    """A loss through every differentiable output that is there and finite, with random row weights."""
+    g = torch.Generator().manual_seed(seed)
+    total = 0
+    for name in GRADIENT_NAMES:
+        value = getattr(out, name)
+        weight = torch.randn(out.entropy.shape, generator=g).double()
+        if value is not None:
+            total = total + (torch.where(value.isfinite(), value, 0).double() * weight).sum()
+    return total
+
+
+def gradients(compute, *leaves):
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    return torch.autograd.grad(weighted(compute(*leaves)), leaves)
+
+
+def assert_gradients(got, want, rounding):
+    """Relative to each tensor's largest entry; 1e-7 for terms of order 1 that cancel, as 1 - p at V = 1."""
+    for g, w in zip(got, want, strict=True):
+        scale = w.abs().max().item()
+        torch.testing.assert_close(g.double(), w, rtol=rounding, atol=3e-6 * scale + 1e-7)
+
+
+# --- values and gradients on logits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_all_statistics_and_gradients(backend, vocab, dtype):
+    student, teacher, targets = logits_case(vocab, 5, vocab, dtype)
+    targets[1] = -100
+    out = token_stats(student, teacher, targets, stats=ALL)
+    assert all(value.dtype == torch.float32 and value.shape == (5,) for value in out)
+    assert_values(out, exact(student, teacher, targets, stats=ALL))
+    got = gradients(lambda s: token_stats(s, teacher, targets, stats=ALL), student)
+    want = gradients(lambda s: exact(s, teacher, targets, stats=ALL), student.double())
+    assert got[0].dtype == dtype
+    assert_gradients(got, want, GRAD_ROUNDING[dtype])
+    assert not got[0][1].any()
+
+
+def test_reference_agrees_with_log_softmax():
+    student, teacher, targets = logits_case(3, 4, 50)
+    s, t = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    want = TokenStats(
+        s.gather(-1, targets[:, None])[:, 0],
+        t.gather(-1, targets[:, None])[:, 0],
+        -(s.exp() * s).sum(-1),
+        -(t.exp() * t).sum(-1),
+        (s.exp() * (s - t)).sum(-1),
+        (t.exp() * (t - s)).sum(-1),
+    )
+    got = exact(student, teacher, targets, stats=ALL)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GRADIENT_NAMES)
+def test_gradcheck_of_the_reference(name):
+    student, teacher, targets = logits_case(1, 3, 7)
+    student, teacher = student.double(), teacher.double()
+    student[0, 2] = teacher[0, 2] = teacher[1, 3] = student[2, 4] = -INF
+    targets[:] = torch.tensor([1, -100, 0])
+    fixed = student.isinf()
+    free = torch.where(fixed, 0, student).requires_grad_()
+
+    def value(x):
+        temperature = torch.tensor([0.7, 1.0, 2.0])
+        out = token_stats(x.masked_fill(fixed, -INF), teacher, targets, temperature=temperature, stats=(name,))
+        return torch.where(getattr(out, name).isfinite(), getattr(out, name), 0)
+
+    assert torch.autograd.gradcheck(value, (free,))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(0, 4),
+    vocab=st.integers(1, 300),
+    seed=st.integers(0, 2**20),
+    spread=st.sampled_from([0.0, 1.0, 8.0]),
+    masked=st.booleans(),
+    teacher_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_random_shapes_and_masks(backend, n, vocab, seed, spread, masked, teacher_dtype):
+    student, teacher, targets = logits_case(seed, n, vocab, spread=spread)
+    teacher = teacher.to(teacher_dtype)
+    if masked:
+        g = torch.Generator().manual_seed(seed)
+        student[torch.rand(n, vocab, generator=g) < 0.2] = -INF
+        teacher[torch.rand(n, vocab, generator=g) < 0.2] = -INF
+        targets[torch.rand(n, generator=g) < 0.3] = -1
+    options = {"ignore_index": -1, "temperature": 0.5 + torch.rand(n), "stats": ALL}
+    assert_values(token_stats(student, teacher, targets, **options), exact(student, teacher, targets, **options))
+    got = gradients(lambda s: token_stats(s, teacher, targets, **options), student)
+    want = gradients(lambda s: exact(s, teacher, targets, **options), student.double())
+    if n and want[0].isfinite().all():  # a row of nothing but -inf is NaN by definition
+        assert_gradients(got, want, 3e-6)
+
+
+def test_real_vocabulary_with_a_teacher_close_by(backend):
+    """True KL 5e-5 at V = 151936: the size of the signal that a bfloat16 rounding of logits would drown."""
+    g = torch.Generator().manual_seed(0)
+    student = torch.randn(8, 151936, generator=g) * 2
+    teacher = student + torch.randn(8, 151936, generator=g) * 0.01
+    targets = torch.randint(151936, (8,), generator=g)
+    got, want = (f(student, teacher, targets, stats=ALL) for f in (token_stats, exact))
+    assert 3e-5 < want.reverse_kl.mean() < 7e-5
+    for name in ("reverse_kl", "forward_kl"):
+        error = getattr(got, name).double() - getattr(want, name)
+        assert error.abs().max() <= 2e-6 and (error / getattr(want, name)).abs().max() < 0.05
+        assert error.mean().abs() < 5e-7, "biased"
+    assert_values(got, want)
+
+
+@pytest.mark.parametrize("shift", (1e4, -1e4))
+def test_shifted_logits(backend, shift):
+    """Float64 sees the same rounded inputs, so nothing is excused: only differences to the maximum may enter."""
+    student, teacher, targets = logits_case(5, 4, 5003)
+    for s, t in ((student + shift, teacher), (student, teacher + shift), (student + shift, teacher - shift)):
+        options = {"stats": ALL, "temperature": 0.7}
+        assert_values(token_stats(s, t, targets, **options), exact(s, t, targets, **options))
+        got = gradients(lambda x, t=t, options=options: token_stats(x, t, targets, **options), s)
+        want = gradients(lambda x, t=t, options=options: exact(x, t, targets, **options), s.double())
+        assert_gradients(got, want, 3e-6)
+
+
+def test_rising_maxima(backend):
+    """A larger maximum in every block: the running rescale is used throughout, for both heads, in opposite directions."""
+    ramp = torch.linspace(-40, 40, 9000)
+    student, teacher = ramp[None], ramp.flip(0)[None] * 0.9
+    targets = torch.tensor([8999])
+    assert_values(token_stats(student, teacher, targets, stats=ALL), exact(student, teacher, targets, stats=ALL))
+
+
+# --- minus infinity, NaN, ignored rows ---------------------------------------------------------------------------------------
+
+
+def test_first_block_all_minus_infinity(backend):
+    student, teacher, targets = logits_case(2, 3, 5000)
+    student[:, :2500] = teacher[:, :2500] = -INF
+    targets[:] = torch.tensor([2500, 4000, 7])
+    out, want = (f(student, teacher, targets, stats=ALL) for f in (token_stats, exact))
+    assert_values(out, want)
+    assert out.logprobs[2] == out.teacher_logprobs[2] == -INF and out.reverse_kl.isfinite().all()
+    got = gradients(lambda s: token_stats(s, teacher, targets, stats=ALL), student)
+    assert_gradients(got, gradients(lambda s: exact(s, teacher, targets, stats=ALL), student.double()), 3e-6)
+    assert got[0].isfinite().all() and not got[0][:, :2500].any()
+
+
+def test_support_mismatch_is_infinite_and_passes_no_gradient(backend):
+    student, teacher, targets = logits_case(2, 3, 3000)
+    teacher[0, 5] = -INF  # the student is finite there: KL(S||T) = inf
+    student[1, 2999] = -INF  # the teacher is finite there: KL(T||S) = inf
+    student[0, 9] = -200.0  # probability 0 in float32, still support: the rule goes by logits
+    teacher[0, 9] = -INF
+    out = token_stats(student, teacher, targets, stats=ALL)
+    assert out.reverse_kl.isinf().tolist() == [True, False, False] and out.forward_kl.isinf().tolist() == [False, True, False]
+    assert_values(out, exact(student, teacher, targets, stats=ALL))
+    leaf = student.clone().requires_grad_()
+    out = token_stats(leaf, teacher, targets, stats=("reverse_kl", "forward_kl"))
+    (out.reverse_kl.sum() + out.forward_kl.sum()).backward()
+    assert leaf.grad.isfinite().all() and leaf.grad[1, 2999] == 0
+    leaf.grad = None
+    token_stats(leaf, teacher, targets, stats=("reverse_kl",)).reverse_kl.sum().backward()
+    assert not leaf.grad[0].any() and leaf.grad[1].any()
+
+
+def test_large_finite_masks(backend):
+    """HF writes finfo.min, not -inf: 0 * 3e38 must stay 0."""
+    student, teacher, targets = logits_case(2, 2, 2100)
+    low = torch.finfo(torch.float32).min
+    student[:, 100:200] = teacher[:, 100:200] = low
+    student[0, 300] = low
+    targets[:] = 0
+    names = ("logprobs", "entropy", "teacher_entropy", "reverse_kl")
+    options = {"stats": names, "temperature": 0.5}
+    assert_values(token_stats(student, teacher, targets, **options), exact(student, teacher, targets, **options), names)
+    got = gradients(lambda s: token_stats(s, teacher, targets, **options), student)
+    assert got[0].isfinite().all()
+
+
+def test_nan_and_empty_rows_give_nan(backend):
+    student, teacher, targets = logits_case(2, 4, 2100)
+    student[0, 2050], student[1], teacher[2, 3] = float("nan"), -INF, float("nan")
+    out = token_stats(student, teacher, targets, stats=ALL)
+    for name, rows in (("logprobs", [0, 1]), ("entropy", [0, 1]), ("teacher_entropy", [2]), ("teacher_logprobs", [2])):
+        assert getattr(out, name).isnan().nonzero()[:, 0].tolist() == rows, name
+    for name in ("reverse_kl", "forward_kl"):
+        assert getattr(out, name).isnan().tolist() == [True, True, True, False], name
+
+
+def test_ignored_rows_may_hold_anything(backend):
+    student, teacher, targets = logits_case(2, 3, 50)
+    student[1], teacher[1], targets[1] = float("nan"), INF, -100
+    leaf = student.clone().requires_grad_()
+    out = token_stats(leaf, teacher, targets, stats=ALL)
+    assert all(value[1] == 0 for value in out)
+    sum(v.sum() for v in out if v.requires_grad).backward()
+    assert not leaf.grad[1].any() and leaf.grad.isfinite().all() and leaf.grad[0].any()
+
+
+def test_kl_is_never_negative(backend):
+    student, _, targets = logits_case(9, 200, 300, spread=6.0)
+    teacher = student * (1 + 1e-7)
+    out = token_stats(student, teacher, targets, stats=ALL)
+    assert (out.reverse_kl >= 0).all() and (out.forward_kl >= 0).all() and (out.entropy >= 0).all()
+    same = token_stats(student, student, targets, stats=ALL)
+    assert not same.reverse_kl.any() and not same.forward_kl.any()
+
+
+# --- shapes, strides, options -----------------------------------------------------------------------------------------
+
+
+def test_non_contiguous_inputs(backend):
+    wide, other, targets = logits_case(4, 12, 800)
+    views = ((wide[::2, :400], other[1::2, 3:403]), (wide[:6, ::2], other[:6, 1::2]), (wide.T[:12, :6].T, other.T[:12, :6].T))
+    for student, teacher in views:
+        ids = targets[:6] % student.shape[1]
+        assert_values(token_stats(student, teacher, ids, stats=ALL), exact(student, teacher, ids, stats=ALL))
+        got = gradients(lambda s, t=teacher, i=ids: token_stats(s, t, i, stats=ALL), student)
+        want = gradients(lambda s, t=teacher, i=ids: exact(s, t, i, stats=ALL), student.double())
+        assert_gradients(got, want, 3e-6)
+
+
+def test_leading_dimensions(backend):
+    student, teacher, targets = logits_case(4, 6, 40)
+    flat = token_stats(student, teacher, targets, stats=ALL)
+    cube = token_stats(student.view(2, 3, 40), teacher.view(2, 3, 40), targets.view(2, 3), stats=ALL)
+    assert all(torch.equal(a.flatten(), b) for a, b in zip(cube, flat, strict=True))
+
+
+@pytest.mark.parametrize("names", [(), ("entropy",), ("forward_kl",), ("teacher_logprobs", "logprobs"), ("teacher_entropy",)])
+def test_subsets(backend, names):
+    student, teacher, targets = logits_case(4, 3, 2500)
+    whole, part = token_stats(student, teacher, targets, stats=ALL), token_stats(student, teacher, targets, stats=names)
+    for name in ALL:
+        if name in names:
+            assert torch.equal(getattr(part, name), getattr(whole, name))
+        else:
+            assert getattr(part, name) is None
+
+
+def test_without_teacher_or_targets(backend):
+    student, _, targets = logits_case(4, 3, 2500)
+    names = ("logprobs", "entropy")
+    assert_values(token_stats(student, None, targets, stats=names), exact(student, None, targets, stats=names), names)
+    assert_values(token_stats(student, stats=("entropy",)), exact(student, None, None, stats=("entropy",)), ("entropy",))
+
+
+def test_teacher_never_gets_a_gradient(backend):
+    student, teacher, targets = logits_case(4, 3, 90)
+    student.requires_grad_()
+    teacher.requires_grad_()
+    out = token_stats(student, teacher, targets, stats=ALL)
+    assert not out.teacher_logprobs.requires_grad and not out.teacher_entropy.requires_grad
+    (out.reverse_kl.sum() + out.forward_kl.sum()).backward()
+    assert teacher.grad is None and student.grad.any()
+
+
+# --- hidden states ----------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 5.0},
+    "scale": {"scale": 0.3},
+    "padded": {"valid_vocab": 700},
+    "all": {"bias": True, "softcap": 4.0, "scale": 1.7, "valid_vocab": 701},
+}
+
+
+def hidden_case(seed, n=13, width=24, vocab=731, bias=False, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    student = torch.randn(n, width, generator=g)
+    teacher = student + 0.1 * torch.randn(n, width, generator=g)
+    weight, shift = torch.randn(vocab, width, generator=g) * 0.5, torch.randn(vocab, generator=g)
+    targets = torch.randint(690, (n,), generator=g)
+    targets[3] = -100
+    student, teacher, weight, shift = (x.to(dtype) for x in (student, teacher, weight, shift))
+    return student, teacher, weight, shift if bias else None, targets
+
+
+def plain(student, weight, bias, teacher, targets, options, **call):
+    """float64 statistics by whole logits and autograd."""
+    logits = reference.head_logits(student.double(), weight.double(), None if bias is None else bias.double(), **options)
+    with torch.no_grad():
+        other = reference.head_logits(teacher.double(), weight.double(), None if bias is None else bias.double(), **options)
+    return exact(logits, other, targets, **call)
+
+
+@pytest.mark.parametrize("workspace", (1, 100_000, 1 << 28))  # one row at a time, a ragged few, all at once
+@pytest.mark.parametrize("kind", HEADS)
+def test_linear_values_and_gradients(backend, kind, workspace):
+    options = dict(HEADS[kind])
+    student, teacher, weight, bias, targets = hidden_case(1, bias=options.pop("bias", False))
+    leaves = (student, weight) if bias is None else (student, weight, bias)
+    call = {"stats": ALL, "temperature": 0.5 + torch.rand(13, generator=torch.Generator().manual_seed(1))}
+
+    def fused(s, w, b=None):
+        return linear_token_stats(s, Head(w, b, **options), targets, teacher, workspace_bytes=workspace, **call)
+
+    want = plain(student, weight, bias, teacher, targets, options, **call)
+    assert_values(fused(student, weight, bias), want, atol=8e-6)  # a float32 GEMM's rounding of the logits comes on top
+    got = gradients(fused, *leaves)
+    want = gradients(lambda s, w, b=None: plain(s, w, b, teacher, targets, options, **call), *(x.double() for x in leaves))
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w).norm() <= 3e-6 * w.norm()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_hidden_states_keep_float32_logits(backend, dtype):
+    student, teacher, weight, _, targets = hidden_case(2, dtype=dtype)
+    want = plain(student, weight, None, teacher, targets, {}, stats=ALL)
+    for workspace in (4096, 1 << 26):  # the small one also cuts the head into column blocks
+        assert_values(
+            linear_token_stats(student, weight, targets, teacher, stats=ALL, workspace_bytes=workspace), want, atol=8e-6
+        )
+        call = {"stats": ALL, "workspace_bytes": workspace}
+        got = gradients(lambda s, w, call=call: linear_token_stats(s, w, targets, teacher, **call), student, weight)
+        wanted = gradients(lambda s, w: plain(s, w, None, teacher, targets, {}, stats=ALL), student.double(), weight.double())
+        for g, w in zip(got, wanted, strict=True):
+            assert g.dtype == dtype and (g.double() - w).norm() <= GRAD_ROUNDING[dtype] / 2 * w.norm()  # one rounding
+
+
+def test_teacher_with_its_own_head(backend):
+    student, teacher, weight, _, targets = hidden_case(3)
+    own = torch.randn(731, 9)
+    teacher = teacher[:, :9]
+    out = linear_token_stats(student, weight, targets, teacher, teacher_head=Head(own, scale=0.5), stats=ALL)
+    logits = (student.double() @ weight.double().T, teacher.double() @ own.double().T * 0.5)
+    assert_values(out, exact(*logits, targets, stats=ALL), atol=8e-6)
+    same = linear_token_stats(student, weight, targets, student, teacher_head=weight, stats=ALL)
+    assert not same.reverse_kl.any()
+
+
+def test_frozen_weight_costs_no_gradient_and_autocast_changes_nothing(backend):
+    student, teacher, weight, _, targets = hidden_case(4)
+    student.requires_grad_()
+    out = linear_token_stats(student, weight, targets, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = linear_token_stats(student, weight, targets, teacher)
+        (grad_cast,) = torch.autograd.grad(weighted(cast), student)
+    (grad,) = torch.autograd.grad(weighted(out), student)
+    assert torch.equal(out.reverse_kl, cast.reverse_kl) and torch.equal(grad, grad_cast)
+
+
+def test_empty_and_single_rows(backend):
+    student, teacher, weight, _, targets = hidden_case(5)
+    weight.requires_grad_()
+    empty = linear_token_stats(student[:0], weight, targets[:0], teacher[:0], stats=ALL)
+    assert all(value.shape == (0,) for value in empty)
+    assert not torch.autograd.grad(empty.entropy.sum() + empty.reverse_kl.sum(), weight)[0].any()
+    one = linear_token_stats(student[:1], weight, targets[:1], teacher[:1], stats=ALL)
+    assert_values(one, plain(student[:1], weight, None, teacher[:1], targets[:1], {}, stats=ALL), atol=8e-6)
+    no_rows = token_stats(torch.zeros(0, 7), torch.zeros(0, 7), torch.zeros(0, dtype=torch.long), stats=ALL)
+    assert all(value.shape == (0,) for value in no_rows)
+
+
+def test_bitwise_repeats(backend):
+    student, teacher, weight, _, targets = hidden_case(6, n=40)
+    runs = []
+    for _ in range(3):
+        s, w = student.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = linear_token_stats(s, w, targets.repeat(4)[:40], teacher, stats=ALL, workspace_bytes=50_000)
+        runs.append([*out, *torch.autograd.grad(weighted(out), (s, w))])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_checkpointed_and_partial_use_of_outputs(backend):
+    student, teacher, weight, _, targets = hidden_case(7)
+    s, w = student.requires_grad_(), weight.requires_grad_()
+    out = linear_token_stats(s, w, targets, teacher)
+    want = torch.autograd.grad(out.reverse_kl.sum(), (s, w))
+    again = torch.utils.checkpoint.checkpoint(lambda a, b: linear_token_stats(a, b, targets, teacher), s, w, use_reentrant=False)
+    got = torch.autograd.grad(again.reverse_kl.sum(), (s, w))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+Z, T, Y = torch.zeros(3, 5), torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)
+H, W = torch.zeros(3, 4), torch.zeros(5, 4)
+ENTROPY = {"stats": ("entropy",)}
+
+BAD_LOGITS = {
+    "stats names 'kl'; expected names out of logprobs": lambda: token_stats(Z, T, Y, stats=("kl",)),
+    "stats is the string 'entropy'": lambda: token_stats(Z, T, Y, stats="entropy"),
+    "reverse_kl was asked for without a teacher; expected teacher_logits": lambda: token_stats(Z, None, Y),
+    "logprobs was asked for without targets": lambda: token_stats(Z, T),
+    "student_logits has dtype torch.int64": lambda: token_stats(Z.long(), **ENTROPY),
+    "student_logits is a list; expected a torch.Tensor": lambda: token_stats([[0.0]], **ENTROPY),
+    r"student_logits has shape \(3, 0\)": lambda: token_stats(Z[:, :0], **ENTROPY),
+    r"teacher_logits has shape \(3, 4\); expected that of student_logits, \(3, 5\)": lambda: token_stats(Z, T[:, :4], Y),
+    "teacher_logits has dtype torch.float64": lambda: token_stats(Z, T.double(), Y),
+    "teacher_logits is on meta; expected that of student_logits, cpu": lambda: token_stats(Z, T.to("meta"), Y),
+    r"targets has shape \(2,\)": lambda: token_stats(Z, T, Y[:2]),
+    "targets has dtype torch.float32": lambda: token_stats(Z, T, Y.float()),
+    r"targets holds 5 \(3 out of range\); expected 0 to 4, or ignore_index -100": lambda: token_stats(Z, T, Y + 5),
+    "targets is on meta": lambda: token_stats(Z, T, Y.to("meta")),
+    "temperature is 0": lambda: token_stats(Z, T, Y, temperature=0),
+    r"temperature has shape \(2,\)": lambda: token_stats(Z, T, Y, temperature=torch.ones(2)),
+    "temperature holds a value that is not above 0": lambda: token_stats(Z, T, Y, temperature=torch.zeros(3)),
+}
+BAD_HIDDEN = {
+    "student_hidden has shape .* expected .*4.* for this head": lambda: linear_token_stats(H[:, :2], W, Y, **ENTROPY),
+    "student_hidden has dtype torch.bfloat16; expected the head weight's": lambda: linear_token_stats(H.bfloat16(), W, **ENTROPY),
+    "student_hidden is on meta": lambda: linear_token_stats(H.to("meta"), W, **ENTROPY),
+    r"head.weight has shape \(5,\); expected \[V, D\]": lambda: linear_token_stats(H, W[:, 0], **ENTROPY),
+    "head.weight is empty: shape .* gather the shards": lambda: linear_token_stats(H, W[:0], **ENTROPY),
+    "head.bias is torch.float32": lambda: linear_token_stats(H, Head(W, torch.zeros(4)), **ENTROPY),
+    "head.valid_vocab is 6; expected 1 to V = 5": lambda: linear_token_stats(H, Head(W, valid_vocab=6), **ENTROPY),
+    "head.softcap is -1": lambda: linear_token_stats(H, Head(W, softcap=-1), **ENTROPY),
+    "vocabulary-parallel heads are not implemented yet": lambda: linear_token_stats(H, Head(W, group="tp"), **ENTROPY),
+    r"targets holds 4 .* expected 0 to 3": lambda: linear_token_stats(H, Head(W, valid_vocab=4), Y + 4, H),
+    "reverse_kl was asked for without a teacher; expected teacher_hidden": lambda: linear_token_stats(H, W, Y),
+    "teacher_hidden has rows": lambda: linear_token_stats(H, W, Y, H[:2]),
+    "teacher_head was given without teacher_hidden": lambda: linear_token_stats(H, W, Y, teacher_head=W, **ENTROPY),
+    "teacher_head has 4 tokens": lambda: linear_token_stats(H, W, Y, H, teacher_head=W[:4]),
+    "workspace_bytes is 0": lambda: linear_token_stats(H, W, Y, H, workspace_bytes=0),
+}
+
+
+@pytest.mark.parametrize("match, call", [*BAD_LOGITS.items(), *BAD_HIDDEN.items()], ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_input(match, call):
+    with pytest.raises(GearKernelsError, match=match):
+        call()
+
+
+def test_partitioned_and_distributed_weights():
+    sharded = torch.nn.Parameter(torch.empty(0))
+    sharded.ds_id = 0  # what DeepSpeed's ZeRO-3 leaves on a parameter
+    with pytest.raises(GearKernelsError, match="ZeRO-3 holds it partitioned.*FusedHead.adopt"):
+        linear_token_stats(H, sharded, **ENTROPY)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import DeviceMesh, distribute_tensor
+
+        with pytest.raises(GearKernelsError, match=r"head.weight is a DTensor.*full_tensor\(\)"):
+            linear_token_stats(H, distribute_tensor(W, DeviceMesh("cpu", [0])), **ENTROPY)
+    finally:
+        torch.distributed.destroy_process_group()
