@@ -29,7 +29,7 @@ class Console:
         self.bar.stop()
 
     def step(self, values: dict[str, Any]) -> None:
-        self.out.print(_line(values, self.cfg.train.steps))
+        self.out.print(_line(values, self.cfg.train.steps), soft_wrap=True)
         self.bar.update(self.task, completed=values["step"])
 
 

@@ -137,8 +137,7 @@ def _finish(cfg: Config, trainer, done: int) -> int:
             print(write_report(cfg.run_dir), flush=True)
         else:
             print(f"stopped after step {done}; --resume goes on from there", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.barrier()  # vLLM's own shutdown at exit takes the process groups down
     return 0 if finished else 130
 
 

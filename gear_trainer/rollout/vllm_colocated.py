@@ -36,6 +36,9 @@ def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
         "enable_sleep_mode": r.sleep_level > 0 and torch.cuda.is_available(),
         "enforce_eager": not torch.cuda.is_available(),
     }
+    if not torch.cuda.is_available():
+        # vLLM rewinds a seeded request's generator after a partial prefill, which a CPU generator cannot do (it raises)
+        kwargs |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, r.max_model_len)}
     if r.kv_cache_mib is not None:
         kwargs["kv_cache_memory_bytes"] = r.kv_cache_mib << 20
     return kwargs | r.engine_args
