@@ -219,7 +219,7 @@ def check_gathered(name: str, weight: torch.Tensor) -> None:
     """Raise on a parameter that ZeRO-3 holds partitioned (size 0 on this rank)."""
     if weight.numel() == 0 and hasattr(weight, "ds_id"):
         raise bad_input(
-            f"{name} has {tuple(weight.shape)} elements here: ZeRO-3 holds it partitioned",
+            f"{name} has shape {tuple(weight.shape)}: ZeRO-3 holds it partitioned",
             "the gathered weight, in forward and in backward",
             "call the head as a module: FusedHead.adopt(lm_head), then lm_head(hidden, targets, ...) inside the engine's forward",
         )

@@ -1,0 +1,137 @@
+"""The product's main job for real: DeepSpeed ZeRO-3 on two ranks, vLLM rollouts, tool calls, GEAR credit, kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gear_trainer.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def _start(program, name, out, *more):
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533", *program]
+    command += ["--config", DEMO, f"name={name}", f"output_dir={out}", *more]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as a user types it
+    log = (out / f"{name}.log").open("a")
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def _finish(process, name, out, code=0):
+    assert process.wait(800) == code, (out / f"{name}.log").read_text()[-6000:]
+    return read_metrics(out / name / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def demo(out):
+    """The shipped demo, whole."""
+    return _finish(_start(["gear_trainer/run.py"], "demo", out), "demo", out)
+
+
+def test_demo_learns(demo):
+    held_out = [m["held_out_success"] for m in demo if "held_out_success" in m]
+    assert held_out[-1] >= 0.65 and held_out[-1] - held_out[0] >= 0.25, held_out
+
+
+def test_trainer_and_vllm_agree_at_every_step(demo):
+    steps = demo[1:]
+    assert len(steps) == 60 and max(m["logprob_gap_max"] for m in steps) < 1e-4
+
+
+def test_every_step_logs_what_the_method_asks_for(demo):
+    for m in demo[1:]:
+        assert 0 < m["share_above_threshold"] < 1 and m["segments_per_trajectory"] > 0
+        assert 0.9 <= m["mean_weight_positive"] <= 1.1 and 0.9 <= m["mean_weight_negative"] <= 1.1
+        assert {"rollout", "score", "credit", "update", "push", "step"} <= m["seconds"].keys() and m["tokens_per_second"] > 0
+        assert m["tool_calls"] > 0 and m["clip_fraction"] == 0, "one update a step is on-policy: nothing is clipped"
+
+
+def test_the_teacher_knows_more(demo):
+    first = demo[1]
+    assert first["teacher_gain_success"] > first["teacher_gain_failure"] + 0.1
+
+
+def test_rollout_files_hold_tokens_masks_and_credit(demo, out):
+    files = sorted((out / "demo" / "rollouts").glob("*.jsonl"))
+    assert len(files) == 60
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert len(rows) == 128 and len({(r["group"], r["sample"]) for r in rows}) == 128
+    for r in rows:
+        lists = [r[k] for k in ("ids", "tokens", "mask", "logprobs", "entropy", "weight", "segment")]
+        assert len({len(x) for x in lists}) == 1 and "".join(r["tokens"]) == r["response"]
+        assert (r["advantage"] == 0) == (r["teacher_logprobs"] is None)
+        assert all((w is None) == (not m) for w, m in zip(r["weight"], r["mask"], strict=True))
+    assert any("<tool_response>" in r["response"] for r in rows)
+
+
+def test_the_exported_policy_is_an_hf_model(demo, out):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(out / "demo" / "model")
+    assert len(AutoTokenizer.from_pretrained(out / "demo" / "model")) == model.config.vocab_size
+    assert (out / "demo" / "report.html").stat().st_size > 10_000 and list((out / "demo" / "tensorboard").iterdir())
+
+
+def test_kill_9_and_resume_repeats_the_uninterrupted_run(demo, out):
+    process = _start(["gear_trainer/run.py"], "killed", out)
+    while len(read_metrics(out / "killed" / "metrics.jsonl")) < 13:  # step 0, and 12 steps: the last checkpoint is step 10
+        assert process.poll() is None, (out / "killed.log").read_text()[-6000:]
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    _kill_ranks("name=killed")
+    resumed = _finish(_start(["gear_trainer/run.py", "--resume"], "killed", out, "train.steps=14"), "killed", out)
+    assert [m["step"] for m in resumed] == list(range(15))
+    assert "resuming" in (out / "killed.log").read_text()
+    for got, want in zip(resumed[11:14], demo[11:14], strict=True):
+        for key in want.keys() - {"seconds", "tokens_per_second"}:
+            assert got[key] == pytest.approx(want[key], rel=1e-6, abs=1e-9), (got["step"], key)
+
+
+def test_without_the_push_vllm_falls_behind(demo, out):
+    metrics = _finish(_start(["tests/trainer_ranks.py"], "unpushed", out, "train.steps=6", "eval.every=0"), "unpushed", out)
+    gaps = [m["logprob_gap_max"] for m in metrics]
+    assert max(gaps[:3]) < 1e-4, "steps 1 to 3 sample from pushed weights"
+    assert min(gaps[3:]) > 1e-2 and metrics[-1]["logprob_gap_mean"] > 10 * metrics[0]["logprob_gap_mean"], gaps
+
+
+def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(demo, out):
+    process = _start(["gear_trainer/run.py"], "stopped", out, "eval.every=0")
+    while len(read_metrics(out / "stopped" / "metrics.jsonl")) < 2:
+        assert process.poll() is None, (out / "stopped.log").read_text()[-6000:]
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(120)
+    _wait_for_ranks("name=stopped")
+    steps = [m["step"] for m in read_metrics(out / "stopped" / "metrics.jsonl")]
+    assert (out / "stopped" / "checkpoints" / "latest").read_text() == f"step-{steps[-1]}"
+
+
+def _ranks(marker):
+    import psutil
+
+    return [p for p in psutil.process_iter(["cmdline"]) if marker in (p.info["cmdline"] or [])]
+
+
+def _kill_ranks(marker):
+    for p in _ranks(marker):
+        p.kill()
+    _wait_for_ranks(marker)
+
+
+def _wait_for_ranks(marker):
+    deadline = time.time() + 60
+    while [p for p in _ranks(marker) if p.status() != "zombie"] and time.time() < deadline:
+        time.sleep(0.2)

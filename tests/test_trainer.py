@@ -1,0 +1,204 @@
+"""The trainer's parts that need no process group: advantages, batching, chat rendering, rollouts, metrics, sync, report."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from gear_trainer.batching import micro_batch, padding_micro_batch, split_rows
+from gear_trainer.chat import Chat
+from gear_trainer.checkpoint import next_free
+from gear_trainer.config import load_config
+from gear_trainer.metrics import Phases, RunFiles, read_metrics
+from gear_trainer.report import write_report
+from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
+from gear_trainer.sync import buckets, gathered_weights, tied_head
+from gear_trainer.tasks import make_task
+from gear_trainer.tasks.base import Problem
+from gear_trainer.tokenizer import subset_tokenizer
+from gear_trainer.trainer import group_advantages
+
+PROBLEM = Problem("p", [], [], "1")
+
+
+def _rollout(prompt=3, teacher=5, ids=(7, 8, 9), mask=(1, 1, 1), group=0, reward=0.0):
+    r = Rollout(PROBLEM, group, 0, list(range(20, 20 + prompt)), list(range(40, 40 + teacher)))
+    r.ids, r.mask, r.reward = list(ids), [bool(m) for m in mask], reward
+    r.sampler_logprobs, r.turn_ids = [-0.5] * len(r.ids), [0] * len(r.ids)
+    return r
+
+
+def test_group_advantages_are_relative_to_their_group():
+    rollouts = [_rollout(group=g, reward=x) for g, x in [(0, 1), (0, 0), (0, 0), (0, 1), (1, 1), (1, 1), (2, 0.25), (2, 0.75)]]
+    got = group_advantages(rollouts, divide_by_std=True)
+    assert got[:4] == pytest.approx([0.8660, -0.8660, -0.8660, 0.8660], abs=1e-4)
+    assert got[4:6] == [0.0, 0.0]
+    assert group_advantages(rollouts, divide_by_std=False)[6:] == [-0.25, 0.25]
+
+
+def test_micro_batch_indices_predict_the_policy_tokens():
+    rollouts = [_rollout(3, 5, (7, 8, 9, 10), (1, 0, 0, 1)), _rollout(4, 6, (5,), (1,))]
+    batch = micro_batch(rollouts, [0, 1], teacher=True)
+    flat = batch.input_ids.flatten()
+    assert batch.input_ids.shape == (4, 9) and batch.targets.tolist() == [7, 10, 5]
+    assert flat[batch.student_index + 1].tolist() == flat[batch.teacher_index + 1].tolist() == [7, 10, 5]
+    assert flat[batch.student_index].tolist() == [22, 9, 23] and flat[batch.teacher_index].tolist() == [44, 9, 45]
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_micro_batches_keep_the_budget_and_every_row_once(teacher):
+    rng = random.Random(0)
+    rollouts = [_rollout(rng.randint(1, 30), rng.randint(1, 60), range(rng.randint(1, 90)), [1] * 90) for _ in range(50)]
+    for r in rollouts:
+        r.mask = r.mask[: len(r.ids)]
+    split = split_rows(rollouts, list(range(50)), 400, teacher)
+    assert sorted(i for rows in split for i in rows) == list(range(50))
+    for rows in split:
+        assert len(rows) == 1 or micro_batch(rollouts, rows, teacher).input_ids.numel() <= 400
+    assert split == split_rows(rollouts, list(range(50)), 400, teacher)
+    dummy = padding_micro_batch(teacher)
+    assert (dummy.teacher_index is not None) == teacher and dummy.rows == []
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    task = make_task("mathapi", 0)
+    texts = [m["content"] for i in range(50) for m in task.train_problem(i).messages]
+    return Chat(subset_tokenizer(texts, tmp_path_factory.mktemp("tokenizer")), task.tools), task
+
+
+def test_observation_is_the_template_text_between_two_turns(chat):
+    chat, task = chat
+    messages = task.train_problem(0).messages
+    ids = chat.prompt_ids(messages) + chat.encode("call") + [chat.tokenizer.eos_token_id] + chat.observation_ids(['{"result": 3}'])
+    whole = [*messages, {"role": "assistant", "content": "call"}, {"role": "tool", "content": '{"result": 3}'}]
+    assert chat.tokenizer.decode(ids) == chat.render(whole)
+
+
+class Scripted:
+    """A sampler that says given turns: exact text, or text cut before its end-of-turn token."""
+
+    def __init__(self, chat, turns):
+        self.chat, self.turns, self.requests = chat, turns, []
+
+    def generate(self, requests, temperature):
+        self.requests.append(requests)
+        out = []
+        for q in requests:
+            text, ended = self.turns[len(self.requests) - 1]
+            ids = self.chat.encode(text) + [self.chat.tokenizer.eos_token_id] * ended
+            out.append(Completion(ids[: q.max_tokens], [-1.0] * len(ids[: q.max_tokens]), ended and len(ids) <= q.max_tokens))
+        return out
+
+
+def test_two_turn_rollout_masks_the_tool_reply_and_keeps_ids_verbatim(chat):
+    chat, task = chat
+    problem = task.train_problem(1)
+    call = task.demonstrate(problem, "right", random.Random(0))
+    sampler = Scripted(chat, [(call[0], True), (call[1], True)])
+    rollout, other = roll_out(sampler, chat, task, [(4, problem)], Limits(2, 1.0, 60, 400), ("key",))
+    assert rollout.reward == 1.0 and rollout.success and rollout.turns == 2 and rollout.calls == 1 and rollout.errors == 0
+    said = [chat.encode(t) + [chat.tokenizer.eos_token_id] for t in call]
+    assert [rollout.ids[i] for i in rollout.policy_positions] == said[0] + said[1]
+    reply = [t for t, m in zip(rollout.ids, rollout.mask, strict=True) if not m]
+    assert "<tool_response>" in chat.tokenizer.decode(reply)
+    assert sampler.requests[1][0].prompt_ids == rollout.prompt_ids + said[0] + reply
+    assert rollout.turn_ids[0] == 0 and rollout.turn_ids[-1] == 1
+    assert len({q.seed for turn in sampler.requests for q in turn}) == 4, "each sample and turn has its own seed"
+
+
+@pytest.mark.parametrize("text", ["<tool_call>\nnot json\n</tool_call>", '<tool_call>{"name": "rm", "arguments": {}}</tool_call>'])
+def test_malformed_calls_are_answered_and_counted(chat, text):
+    chat, task = chat
+    rollout, _ = roll_out(Scripted(chat, [(text, True), ("12", True)]), chat, task, [(0, task.train_problem(2))], Limits(2, 1.0, 90, 400), ())
+    assert rollout.errors == 1 and rollout.turns == 2 and "error" in chat.tokenizer.decode(rollout.ids)
+
+
+def test_a_cut_turn_ends_the_episode_without_reward(chat):
+    chat, task = chat
+    problem = task.train_problem(3)
+    rollout, _ = roll_out(Scripted(chat, [(problem.answer * 9, False)]), chat, task, [(0, problem)], Limits(2, 1.0, 30, 400), ())
+    assert rollout.truncated and rollout.reward == 0 and rollout.turns == 0
+
+
+def test_no_room_in_the_context_stops_the_turn_loop(chat):
+    chat, task = chat
+    problem = task.train_problem(1)
+    call = task.demonstrate(problem, "right", random.Random(0))[0]
+    length = len(chat.prompt_ids(problem.messages)) + len(chat.encode(call)) + 1
+    rollout, _ = roll_out(Scripted(chat, [(call, True)]), chat, task, [(0, problem)], Limits(2, 1.0, 99, length), ())
+    assert rollout.turns == 1 and rollout.reward == 0
+
+
+def test_seeds_are_stable():
+    assert seed_of(0, 1, 2) == seed_of(0, 1, 2) != seed_of(0, 1, 3)
+    assert 0 <= seed_of("x") < 2**31
+
+
+def _tiny(tied):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=40, tie_word_embeddings=tied, **sizes))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gathered_weights_have_the_state_dicts_names_and_values(tied):
+    model = _tiny(tied)
+    got = dict(gathered_weights(model))
+    assert got.keys() == model.state_dict().keys() and ("lm_head.weight" in got)
+    assert all(torch.equal(got[k], v) for k, v in model.state_dict().items())
+    assert (tied_head(model) is not None) == tied
+
+
+def test_buckets_are_whole_layers_in_order():
+    names = [[name for name, _ in bucket] for bucket in buckets(list(_tiny(False).named_parameters()))]
+    assert len(names) == 5 and names[0] == ["model.embed_tokens.weight"] and names[-1] == ["lm_head.weight"]
+    assert all(n.startswith("model.layers.0.") for n in names[1]) and all(n.startswith("model.layers.1.") for n in names[2])
+
+
+def test_metrics_file_is_cut_at_the_resumed_step(tmp_path):
+    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", [f"output_dir={tmp_path}"])
+    files = RunFiles(cfg, 0)
+    for step in range(1, 5):
+        files.metrics({"step": step, "reward_mean": step / 10, "seconds": {"rollout": 1.0}})
+        files.rollouts(step, [{"a": step}])
+    with files.metrics_path.open("a") as file:
+        file.write('{"step": 5, "rew')  # a kill in mid-write
+    assert [m["step"] for m in read_metrics(files.metrics_path)] == [1, 2, 3, 4]
+    resumed = RunFiles(cfg, 2)
+    assert [m["step"] for m in read_metrics(resumed.metrics_path)] == [1, 2]
+    assert sorted(p.name for p in (cfg.run_dir / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00002.jsonl"]
+
+
+def test_an_older_run_is_moved_not_overwritten(tmp_path):
+    (tmp_path / "run.1").mkdir()
+    assert next_free(tmp_path / "run").name == "run.2"
+
+
+def test_phases_add_up():
+    phases = Phases()
+    for _ in range(2):
+        with phases("score"):
+            pass
+    assert list(phases.split()) == ["score"] and phases.split() == {}
+
+
+def test_report_escapes_model_text_and_marks_credit(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    rows = [{"step": 0, "held_out_success": 0.2}]
+    rows += [{"step": s, "success": s / 5, "held_out_success": s / 4, "seconds": {"rollout": 1.0}} for s in range(1, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    record = {
+        "problem": "p", "group": 0, "sample": 0, "success": True, "advantage": 1.0, "answer": "1", "calls": 1, "errors": 0, "prompt": "q",
+        "ids": [1, 2, 3], "tokens": ["<script>", "b", "c"], "mask": [1, 0, 1], "weight": [1.1, None, 0.9], "segment": [-1, None, 0],
+        "signal": [0.0, None, 1.0], "entropy": [0.1, None, 0.2], "logprobs": [-0.1, None, -0.2], "teacher_logprobs": None,
+    }  # fmt: skip
+    (tmp_path / "rollouts" / "step-00003.jsonl").write_text(json.dumps(record) + "\n")
+    line = write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "0.200 before, 0.750 after 3 steps (+0.550)" in line
+    assert "&lt;script&gt;" in page and "<script>" not in page and 'class="on"' in page
+    assert (tmp_path / "curve.png").stat().st_size > 5000
