@@ -5,6 +5,7 @@ PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 RANKS    ?= 2
 CONFIG   ?= gear_trainer/configs/mathapi_cpu.yaml
 BIN      := .venv/bin
+PIP      := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEPS     := .venv/.deps-$(PLATFORM)
 BUILT    := .venv/.built
 # the CPU list is complete and installs without resolution (its own head says why); pip resolves the CUDA list
@@ -21,11 +22,12 @@ venv: $(BUILT)
 
 $(DEPS): requirements/$(PLATFORM).txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_DEPS) -r $<
+	$(PIP) --no-compile $(PIP_DEPS) -r $<
+	$(if $(filter cuda,$(PLATFORM)),$(PIP) --no-deps -r requirements/cuda-nodeps.txt)
 	touch $@
 
 $(BUILT): $(DEPS) setup.py CMakeLists.txt pyproject.toml $(wildcard gear_kernels/csrc/*)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 lint: venv

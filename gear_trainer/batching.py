@@ -25,9 +25,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         teacher = None if self.teacher_index is None else self.teacher_index.to(device)
-        return MicroBatch(
-            self.input_ids.to(device), self.student_index.to(device), teacher, self.targets.to(device), self.rows
-        )
+        return MicroBatch(self.input_ids.to(device), self.student_index.to(device), teacher, self.targets.to(device), self.rows)
 
 
 def _longest(rollout: Rollout, teacher: bool) -> int:

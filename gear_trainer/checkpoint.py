@@ -17,7 +17,7 @@ from gear_trainer.sync import whole_state_dict
 
 
 def save(engine: Any, cfg: Config, step: int) -> None:
-    """Write `checkpoints/step-N`, then point `latest` at it in one rename: a kill in between leaves the one before. Collective."""
+    """Write `checkpoints/step-N`, then point `latest` at it in one rename: a kill between leaves the one before. Collective."""
     root = cfg.run_dir / "checkpoints"
     engine.save_checkpoint(str(root), tag=f"step-{step}", client_state={"step": step}, save_latest=False)
     dist.barrier()
@@ -63,10 +63,8 @@ def _step(path: Path) -> int:
 
 
 def next_free(path: Path) -> Path:
-    """`path`.1, .2, ...: the first that does not exist. A new run moves an older one of its name there; nothing is overwritten."""
+    """`path`.1, .2, ...: the first that does not exist. A new run moves an older one of its name there: nothing is lost."""
     n = 1
     while (moved := path.with_name(f"{path.name}.{n}")).exists():
         n += 1
     return moved
-
-

@@ -24,7 +24,10 @@ def resolve_model_path(cfg: Config, task: Task) -> str:
     if spec == "builtin:smollm2":
         from gear_trainer.pretrained import ensure_smollm2
 
-        return str(ensure_smollm2(Path(cfg.cache_dir)))
+        try:
+            return str(ensure_smollm2(Path(cfg.cache_dir)))
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"model.path={spec}: {error}") from None
     check_model_path(spec)
     return spec
 
@@ -55,7 +58,8 @@ def check_hub_model(spec: str) -> None:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.path={spec}: not a local directory, and the hub's copy cannot be had ({reason}); download the model and give its path"
+            f"model.path={spec}: not a local directory, and the hub's copy cannot be had ({reason}); "
+            "download the model and give its path"
         ) from None
 
 

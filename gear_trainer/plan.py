@@ -22,7 +22,9 @@ def check(cfg: Config) -> tuple[Task, Any]:
     check_model_path(cfg.model.path)
     task = make_task(cfg.task, cfg.seed, cfg.task_args)
     if cfg.model.path == "builtin:tiny-qwen3" and not hasattr(task, "demonstrate"):
-        raise ConfigError(f"model.path=builtin:tiny-qwen3: task {cfg.task} has no demonstrations to warm it up with; use task=mathapi")
+        raise ConfigError(
+            f"model.path=builtin:tiny-qwen3: task {cfg.task} has no demonstrations to warm it up with; use task=mathapi"
+        )
     return task, method
 
 
@@ -90,10 +92,9 @@ def geometry(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> list[t
 
 def memory_plan(cfg: Config, hf_config: Any) -> list[tuple[str, str]]:
     """GiB per rank, from the model's configuration: what ZeRO-3, vLLM and the fused head hold."""
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights  # parameters on the meta device: sizes only
-
-    import torch
 
     with torch.device("meta"), no_init_weights():
         lm = AutoModelForCausalLM.from_config(hf_config)
@@ -124,7 +125,9 @@ def print_plan(cfg: Config, task: Task, method: Any) -> None:
     if Path(cfg.model.path).is_dir():
         from transformers import AutoConfig, AutoTokenizer
 
-        prompts = check_prompts(cfg, task, Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args))
+        prompts = check_prompts(
+            cfg, task, Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args)
+        )
         tables.append(("memory", memory_plan(cfg, AutoConfig.from_pretrained(cfg.model.path))))
     tables.insert(0, ("step geometry", geometry(cfg, task, prompts)))
     for title, rows in tables:

@@ -99,7 +99,9 @@ def _view(rollout: dict[str, Any]) -> dict[str, Any]:
     spread = max([abs(t["weight"] - 1) for t in tokens if t["weight"] is not None], default=0) or 1
     for i, t in enumerate(tokens):
         t["style"] = _style(t, spread)
-        t["onset"] = (t["segment"] or 0) >= 0 and t["segment"] is not None and (i == 0 or tokens[i - 1]["segment"] != t["segment"])
+        t["onset"] = (
+            (t["segment"] or 0) >= 0 and t["segment"] is not None and (i == 0 or tokens[i - 1]["segment"] != t["segment"])
+        )
     return rollout | {"view": tokens}
 
 

@@ -262,7 +262,7 @@ class Trainer:
         if mean > self.cfg.max_logprob_gap:
             raise SyncError(
                 f"step {step}: trainer and vLLM differ by {mean:.3g} nats a token on the same tokens "
-                f"(max_logprob_gap={self.cfg.max_logprob_gap}): the pushed weights did not arrive, or the two compute another model"
+                f"(max_logprob_gap={self.cfg.max_logprob_gap}): the pushed weights did not arrive, or the models differ"
             )
 
     def _metrics(self, step: int, sums: Sums, held_out: float | None) -> dict[str, Any]:

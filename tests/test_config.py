@@ -151,7 +151,13 @@ def test_qwen3_8b_engine_configurations_build(qwen3_8b):
 def test_dry_run_prints_the_resolved_run(qwen3_8b):
     done = _run("--config", CONFIGS / "qwen3_8b.yaml", "--dry-run", *qwen3_8b)
     assert done.returncode == 0, done.stderr[-3000:]
-    for wanted in ("128 x 8 = 1024 rollouts a step, 128 a rank", "8.19 B", "micro-batches a rank", "kl_threshold=0.1", "stage: 3"):
+    for wanted in (
+        "128 x 8 = 1024 rollouts a step, 128 a rank",
+        "8.19 B",
+        "micro-batches a rank",
+        "kl_threshold=0.1",
+        "stage: 3",
+    ):
         assert wanted in done.stdout, wanted
 
 

@@ -71,7 +71,9 @@ def chat(tmp_path_factory):
 def test_observation_is_the_template_text_between_two_turns(chat):
     chat, task = chat
     messages = task.train_problem(0).messages
-    ids = chat.prompt_ids(messages) + chat.encode("call") + [chat.tokenizer.eos_token_id] + chat.observation_ids(['{"result": 3}'])
+    ids = (
+        chat.prompt_ids(messages) + chat.encode("call") + [chat.tokenizer.eos_token_id] + chat.observation_ids(['{"result": 3}'])
+    )
     whole = [*messages, {"role": "assistant", "content": "call"}, {"role": "tool", "content": '{"result": 3}'}]
     assert chat.tokenizer.decode(ids) == chat.render(whole)
 
@@ -108,10 +110,14 @@ def test_two_turn_rollout_masks_the_tool_reply_and_keeps_ids_verbatim(chat):
     assert len({q.seed for turn in sampler.requests for q in turn}) == 4, "each sample and turn has its own seed"
 
 
-@pytest.mark.parametrize("text", ["<tool_call>\nnot json\n</tool_call>", '<tool_call>{"name": "rm", "arguments": {}}</tool_call>'])
+@pytest.mark.parametrize(
+    "text", ["<tool_call>\nnot json\n</tool_call>", '<tool_call>{"name": "rm", "arguments": {}}</tool_call>']
+)
 def test_malformed_calls_are_answered_and_counted(chat, text):
     chat, task = chat
-    rollout, _ = roll_out(Scripted(chat, [(text, True), ("12", True)]), chat, task, [(0, task.train_problem(2))], Limits(2, 1.0, 90, 400), ())
+    rollout, _ = roll_out(
+        Scripted(chat, [(text, True), ("12", True)]), chat, task, [(0, task.train_problem(2))], Limits(2, 1.0, 90, 400), ()
+    )
     assert rollout.errors == 1 and rollout.turns == 2 and "error" in chat.tokenizer.decode(rollout.ids)
 
 
@@ -139,7 +145,9 @@ def test_seeds_are_stable():
 def _tiny(tied):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, head_dim=32)
+    sizes = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, head_dim=32
+    )
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=40, tie_word_embeddings=tied, **sizes))
 
 
@@ -192,8 +200,9 @@ def test_report_escapes_model_text_and_marks_credit(tmp_path):
     rows += [{"step": s, "success": s / 5, "held_out_success": s / 4, "seconds": {"rollout": 1.0}} for s in range(1, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     record = {
-        "problem": "p", "group": 0, "sample": 0, "success": True, "advantage": 1.0, "answer": "1", "calls": 1, "errors": 0, "prompt": "q",
-        "ids": [1, 2, 3], "tokens": ["<script>", "b", "c"], "mask": [1, 0, 1], "weight": [1.1, None, 0.9], "segment": [-1, None, 0],
+        "problem": "p", "group": 0, "sample": 0, "success": True, "advantage": 1.0, "answer": "1",
+        "calls": 1, "errors": 0, "prompt": "q", "ids": [1, 2, 3], "tokens": ["<script>", "b", "c"], "mask": [1, 0, 1],
+        "weight": [1.1, None, 0.9], "segment": [-1, None, 0],
         "signal": [0.0, None, 1.0], "entropy": [0.1, None, 0.2], "logprobs": [-0.1, None, -0.2], "teacher_logprobs": None,
     }  # fmt: skip
     (tmp_path / "rollouts" / "step-00003.jsonl").write_text(json.dumps(record) + "\n")

@@ -97,9 +97,7 @@ def roll_out(
         requests = [Request(r.prompt_ids + r.ids, limits.room(r), seed_of(*key, r.group, r.sample, turn)) for r, _ in active]
         completions = sampler.generate(requests, limits.temperature)
         last = turn + 1 == task.max_turns
-        active = [
-            (r, e) for (r, e), c in zip(active, completions, strict=True) if _take_turn(r, e, c, chat, last_turn=last)
-        ]
+        active = [(r, e) for (r, e), c in zip(active, completions, strict=True) if _take_turn(r, e, c, chat, last_turn=last)]
     for rollout, episode in zip(rollouts, episodes, strict=True):
         outcome = episode.outcome()
         rollout.reward, rollout.success = outcome.reward, outcome.success

@@ -8,12 +8,12 @@ from typing import Any
 
 
 class TaskError(ValueError):
-    """A task that cannot start: bad arguments, a missing file, a broken line. The message names the file, the line and the mend."""
+    """A task that cannot start: bad arguments, a missing file, a broken line. The message names file, line and mend."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt. `messages` and `teacher_messages` are chats that end with a user turn; only the second shows the ground truth."""
+    """One prompt. `messages` and `teacher_messages` are chats ending with a user turn; only the second shows the ground truth."""
 
     id: str
     messages: list[dict[str, str]]
@@ -50,7 +50,7 @@ class Episode(ABC):
 
 
 class Task(ABC):
-    """A family of problems. Stateless in the training order: problem i is a function of (seed, i), so a resumed run sees the same data."""
+    """A family of problems. Problem i is a function of (seed, i) alone, so a resumed run sees the same data."""
 
     tools: list[dict[str, Any]] | None = None  # JSON schemas, rendered by the chat template
     max_turns: int = 1
