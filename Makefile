@@ -11,9 +11,11 @@ BUILT    := .venv/.built
 # the CPU list is complete and installs without resolution (its own head says why); pip resolves the CUDA list
 PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
 
+LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
+
 .PHONY: train test venv lint clean
 train: venv
-	$(BIN)/deepspeed --num_gpus $(RANKS) gear_trainer/run.py --config $(CONFIG) $(ARGS)
+	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)

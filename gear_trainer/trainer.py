@@ -288,16 +288,20 @@ class Trainer:
             files.rollouts(step, [record for part in gathered for record in part])
 
     def _catch_signals(self) -> None:
-        """The first Ctrl-C or SIGTERM ends the run after this step with a checkpoint; the second ends it at once."""
+        """Ctrl-C or SIGTERM ends the run after this step with a checkpoint; a second Ctrl-C ends it at once.
+
+        One Ctrl-C under the deepspeed launcher comes as SIGINT, then as the launcher's SIGTERM, so a SIGTERM never counts as the
+        second one. The launcher kills what is left after 30 s: a longer step goes on from the checkpoint before.
+        """
 
         def ask(number: int, _frame: Any) -> None:
-            if self.stop_asked:
+            if number == signal.SIGINT and self.stop_asked:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             self.stop_asked = True
 
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
 
     def _stop_agreed(self) -> bool:
         flag = torch.tensor(int(self.stop_asked), device=self.device)

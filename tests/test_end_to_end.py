@@ -100,14 +100,14 @@ def test_kill_9_and_resume_repeats_the_uninterrupted_run(demo, out):
             assert got[key] == pytest.approx(want[key], rel=1e-6, abs=1e-9), (got["step"], key)
 
 
-def test_without_the_push_vllm_falls_behind(demo, out):
+def test_without_the_push_vllm_falls_behind(out):
     metrics = _finish(_start(["tests/trainer_ranks.py"], "unpushed", out, "train.steps=6", "eval.every=0"), "unpushed", out)
     gaps = [m["logprob_gap_max"] for m in metrics]
     assert max(gaps[:3]) < 1e-4, "steps 1 to 3 sample from pushed weights"
     assert min(gaps[3:]) > 1e-2 and metrics[-1]["logprob_gap_mean"] > 10 * metrics[0]["logprob_gap_mean"], gaps
 
 
-def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(demo, out):
+def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(out):
     process = _start(["gear_trainer/run.py"], "stopped", out, "eval.every=0")
     while len(read_metrics(out / "stopped" / "metrics.jsonl")) < 2:
         assert process.poll() is None, (out / "stopped.log").read_text()[-6000:]

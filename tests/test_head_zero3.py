@@ -26,10 +26,9 @@ def zero3(tmp_path_factory):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "0",
         str(RANKS),
         str(path),
     ]

@@ -69,10 +69,10 @@ def gradients(compute, *leaves):
 
 
 def assert_gradients(got, want, rounding):
-    """Relative to each tensor's largest entry; 1e-7 for terms of order 1 that cancel, as 1 - p at V = 1."""
+    """Relative to each tensor's largest entry; 1e-6 for terms of order 1 that cancel, as 1 - p at V = 1."""
     for g, w in zip(got, want, strict=True):
         scale = w.abs().max().item()
-        torch.testing.assert_close(g.double(), w, rtol=rounding, atol=3e-6 * scale + 1e-7)
+        torch.testing.assert_close(g.double(), w, rtol=rounding, atol=3e-6 * scale + 1e-6)
 
 
 # --- values and gradients on logits -----------------------------------------------------------------------------------
@@ -143,7 +143,8 @@ def test_random_shapes_and_masks(backend, n, vocab, seed, spread, masked, teache
         student[torch.rand(n, vocab, generator=g) < 0.2] = -INF
         teacher[torch.rand(n, vocab, generator=g) < 0.2] = -INF
         targets[torch.rand(n, generator=g) < 0.3] = -1
-    options = {"ignore_index": -1, "temperature": 0.5 + torch.rand(n), "stats": ALL}
+    temperature = 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    options = {"ignore_index": -1, "temperature": temperature, "stats": ALL}
     assert_values(token_stats(student, teacher, targets, **options), exact(student, teacher, targets, **options))
     got = gradients(lambda s: token_stats(s, teacher, targets, **options), student)
     want = gradients(lambda s: exact(s, teacher, targets, **options), student.double())
