@@ -193,3 +193,15 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
     for name in loc:
         cls = cls.model_fields[name].annotation
     return sorted(cls.model_fields)
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two dumped configurations, as `key: old -> new`."""
+    out = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            out += changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            out.append(f"{prefix}{key}: {old} -> {new}")
+    return out

@@ -1,7 +1,7 @@
 """A finished run as one page: curves, the last step's numbers, and rollouts coloured by token credit.
 
-`python -m gear_trainer.report runs/NAME [runs/OTHER ...]` writes `report.html` and `curve.png` into the first run's folder;
-several runs are drawn into one curve.
+`python -m gear_trainer.report runs/NAME` writes `report.html` and `curve.png` into the run's folder.
+`python -m gear_trainer.report --compare FILE.png runs/A runs/B ...` draws held-out success of several runs, one colour a method.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _CURVES = ("success", "segments_per_trajectory", "share_above_threshold", "entro
 _SHOWN = 12  # rollouts on the page: the page stays light at any group size
 
 
-def write_report(run_dir: Path, others: tuple[Path, ...] = ()) -> str:
+def write_report(run_dir: Path) -> str:
     """Write the page and its curve. Returns the line that is printed at the end of a run."""
     steps = read_metrics(run_dir / "metrics.jsonl")
-    draw_curves([run_dir, *others], run_dir / "curve.png")
+    draw_curves(steps, run_dir / "curve.png")
     last = [m for m in steps if m["step"]]
     page = _template().render(
         name=run_dir.name,
@@ -37,31 +37,52 @@ def write_report(run_dir: Path, others: tuple[Path, ...] = ()) -> str:
     return f"{_summary(steps)}report: {run_dir / 'report.html'}"
 
 
-def draw_curves(run_dirs: list[Path], path: Path) -> None:
+def draw_curves(steps: list[dict[str, Any]], path: Path) -> None:
+    """Success (training prompts, and held-out as points), segments, share above the threshold, entropy."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(_CURVES), figsize=(4 * len(_CURVES), 3.2), constrained_layout=True)
+    for axis, name in zip(axes, _CURVES, strict=True):
+        points = [(m["step"], m[name]) for m in steps if m.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), color="C0", lw=1.5, label="training prompts")
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+    if held_out := _held_out(steps):
+        axes[0].plot(*zip(*held_out, strict=True), "o-", color="C1", label="held-out")
+    axes[0].set_ylim(0, 1.02)
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_comparison(run_dirs: list[Path], path: Path) -> None:
+    """Held-out success: a thin line a run, a thick one for each method's mean."""
+    plt = _pyplot()
+    methods: dict[str, list[list[tuple[int, float]]]] = {}
+    for run_dir in run_dirs:
+        credit = json.loads((run_dir / "config.json").read_text())["credit"]
+        methods.setdefault(credit, []).append(_held_out(read_metrics(run_dir / "metrics.jsonl")))
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), constrained_layout=True)
+    for i, (credit, runs) in enumerate(methods.items()):
+        for run in runs:
+            axis.plot(*zip(*run, strict=True), color=f"C{i}", lw=0.8, alpha=0.5)
+        mean = [(points[0][0], sum(v for _, v in points) / len(points)) for points in zip(*runs, strict=False)]
+        axis.plot(*zip(*mean, strict=True), "o-", color=f"C{i}", lw=2.2, label=f"{credit} (mean of {len(runs)})")
+    axis.set(ylim=(0, 1), xlabel="step", ylabel="held-out success")
+    axis.grid(alpha=0.25)
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(_CURVES), figsize=(4 * len(_CURVES), 3.2), constrained_layout=True)
-    for color, run_dir in enumerate(run_dirs):
-        steps = read_metrics(run_dir / "metrics.jsonl")
-        for axis, name in zip(axes, _CURVES, strict=True):
-            points = [(m["step"], m[name]) for m in steps if m.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=f"C{color}", alpha=0.55 if name == "success" else 1, lw=1.5)
-        held_out = _held_out(steps)
-        if held_out:
-            axes[0].plot(*zip(*held_out, strict=True), "o-", color=f"C{color}", label=f"{run_dir.name}, held-out")
-    for axis, name in zip(axes, _CURVES, strict=True):
-        axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylim(0, 1.02)
-    if axes[0].get_legend_handles_labels()[0]:
-        axes[0].legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return plt
 
 
 def _held_out(steps: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -118,5 +139,7 @@ def _template() -> jinja2.Template:
 
 
 if __name__ == "__main__":
-    first, *rest = map(Path, sys.argv[1:])
-    print(write_report(first, tuple(rest)))
+    if sys.argv[1] == "--compare":
+        draw_comparison([Path(a) for a in sys.argv[3:]], Path(sys.argv[2]))
+    else:
+        print(write_report(Path(sys.argv[1])))

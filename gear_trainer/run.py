@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -112,13 +113,18 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
 
 def _prepare_run_dir(cfg: Config, resume: bool, start: int) -> None:
     from gear_trainer.checkpoint import next_free
+    from gear_trainer.config import changes
 
     if cfg.run_dir.exists() and not resume:
         moved = next_free(cfg.run_dir)
         cfg.run_dir.rename(moved)
         print(f"{cfg.run_dir} existed: moved to {moved} (--resume goes on with a run instead)", flush=True)
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    (cfg.run_dir / "config.json").write_text(cfg.model_dump_json(indent=2))
+    stored = cfg.run_dir / "config.json"
+    if resume and stored.is_file():
+        for change in changes(json.loads(stored.read_text()), json.loads(cfg.model_dump_json())):
+            print(f"resuming with another value: {change}", flush=True)
+    stored.write_text(cfg.model_dump_json(indent=2))
     if resume:
         print(f"resuming {cfg.run_dir} after step {start}" if start else f"{cfg.run_dir}: no checkpoint yet, starting at step 1")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import ConfigError, changes, load_config
 from gear_trainer.model import check_model_path, deepspeed_config, learning_rate
 from gear_trainer.plan import check, check_launch, make_method
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
@@ -77,6 +77,11 @@ def test_missing_and_broken_files(tmp_path):
 def test_what_cannot_work_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         check(load_config(DEMO, overrides))
+
+
+def test_changes_between_two_configurations_are_named():
+    a, b = (load_config(DEMO, o).model_dump(mode="json") for o in ([], ["train.lr=1", "credit=grpo"]))
+    assert changes(a, b) == ["credit: gear -> grpo", "train.lr: 0.0003 -> 1.0"] and changes(a, a) == []
 
 
 def test_model_directory_without_a_model(tmp_path):

@@ -17,9 +17,12 @@ DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def _start(program, name, out, *more):
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533", *program]
-    command += ["--config", DEMO, f"name={name}", f"output_dir={out}", *more]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def _start(program, name, out, *more, launcher=DEEPSPEED):
+    command = [*launcher, *program, "--config", DEMO, f"name={name}", f"output_dir={out}", *more]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as a user types it
     log = (out / f"{name}.log").open("a")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -101,7 +104,8 @@ def test_kill_9_and_resume_repeats_the_uninterrupted_run(demo, out):
 
 
 def test_without_the_push_vllm_falls_behind(out):
-    metrics = _finish(_start(["tests/trainer_ranks.py"], "unpushed", out, "train.steps=6", "eval.every=0"), "unpushed", out)
+    process = _start(["tests/trainer_ranks.py"], "unpushed", out, "train.steps=6", "eval.every=0", launcher=TORCHRUN)
+    metrics = _finish(process, "unpushed", out)
     gaps = [m["logprob_gap_max"] for m in metrics]
     assert max(gaps[:3]) < 1e-4, "steps 1 to 3 sample from pushed weights"
     assert min(gaps[3:]) > 1e-2 and metrics[-1]["logprob_gap_mean"] > 10 * metrics[0]["logprob_gap_mean"], gaps
