@@ -60,9 +60,10 @@ def micro_batch(rollouts: list[Rollout], rows: list[int], teacher: bool, pad_id:
     n = len(chosen)
 
     def index(first: int) -> torch.Tensor:
-        return torch.tensor([(first + i) * width + offsets[first + i] + p - 1 for i in range(n) for p in positions[i]])
+        places = [(first + i) * width + offsets[first + i] + p - 1 for i in range(n) for p in positions[i]]
+        return torch.tensor(places, dtype=torch.int64)
 
-    targets = torch.tensor([r.ids[p] for r, ps in zip(chosen, positions, strict=True) for p in ps])
+    targets = torch.tensor([r.ids[p] for r, ps in zip(chosen, positions, strict=True) for p in ps], dtype=torch.int64)
     return MicroBatch(ids, index(0), index(n) if teacher else None, targets, rows)
 
 

@@ -182,6 +182,9 @@ class Trainer:
         token_weights = self._token_weights([len(scores.logprobs[i]) for i in part])
         weight_of = dict(zip(part, token_weights, strict=True))
         rows = [i for i in part if credit.advantages[i].any()]  # the rest has no gradient; it is counted in the means above
+        ran = False
+        for name in ("clip_fraction", "approx_kl", "grad_norm"):
+            sums.add(name, 0.0, 0)
         for batch in self._micro_batches(rollouts, rows, teacher=False):
             out = self.engine(batch.to(self.device), self.limits.temperature, ("logprobs",))
             loss, parts = policy_gradient_loss(
@@ -191,14 +194,16 @@ class Trainer:
                 clip_high=self.cfg.train.clip_high,
                 importance_weights=self._importance_weights(batch, rollouts, scores),
             )
+            ran = True
             self.engine.backward(loss * self.world)  # DeepSpeed averages over ranks; the weights already are global means
             n = len(batch.targets) if batch.rows else 0
             for name in ("clip_fraction", "approx_kl"):
                 sums.add(name, parts[name].item() * n, n)
             sums.add("loss", loss.item() * self.world, 0)
-        self.engine.step()
         sums.add("loss", 0.0, 1)
-        sums.add("grad_norm", float(self.engine.get_global_grad_norm() or 0.0))
+        if ran:  # on every rank or on none; with all rewards of every group alike there is nothing to step on
+            self.engine.step()
+            sums.add("grad_norm", float(self.engine.get_global_grad_norm() or 0.0))
 
     def push(self) -> None:
         """Hand the policy's weights to vLLM, layer by layer. Collective."""

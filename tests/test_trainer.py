@@ -61,6 +61,11 @@ def test_micro_batches_keep_the_budget_and_every_row_once(teacher):
     assert (dummy.teacher_index is not None) == teacher and dummy.rows == []
 
 
+def test_rollouts_without_policy_tokens_make_an_empty_micro_batch():
+    batch = micro_batch([_rollout(ids=(), mask=())], [0], teacher=True)
+    assert batch.targets.shape == batch.student_index.shape == (0,) and batch.targets.dtype == torch.int64
+
+
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     task = make_task("mathapi", 0)

@@ -55,6 +55,7 @@ class ColocatedVllm:
         self.sleep_level = cfg.rollout.sleep_level if torch.cuda.is_available() else 0
         self.llm = LLM(**engine_kwargs(cfg, model_path))
         self.eos = self.llm.get_tokenizer().eos_token_id
+        self.sleeping: set[str] = set()
         self.stale = False  # weights dropped by sleep level 2, not pushed since
 
     def generate(self, requests: list[Request], temperature: float) -> list[Completion]:
@@ -76,8 +77,7 @@ class ColocatedVllm:
         return Completion(ids, logprobs, ended=out.finish_reason == "stop" and ids[-1] == self.eos)
 
     def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        if self.sleep_level:
-            self.llm.wake_up(tags=["weights"])  # the KV cache stays released until generation: both at once would not fit
+        self._wake("weights")  # the KV cache stays released until generation: both at once would not fit
         self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=weights))
         self.llm.reset_prefix_cache()  # stale KV blocks of the old weights otherwise (log-probs off by 7 nats when left out)
         self.stale = False
@@ -85,8 +85,14 @@ class ColocatedVllm:
     def sleep(self) -> None:
         if self.sleep_level:
             self.llm.sleep(level=self.sleep_level)
+            self.sleeping = {"weights", "kv_cache"}
             self.stale = self.sleep_level == 2
 
     def wake(self) -> None:
-        if self.sleep_level:
-            self.llm.wake_up()
+        self._wake("weights", "kv_cache")
+
+    def _wake(self, *tags: str) -> None:
+        for tag in tags:
+            if tag in self.sleeping:
+                self.llm.wake_up(tags=[tag])
+                self.sleeping.remove(tag)
