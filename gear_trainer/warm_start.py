@@ -296,7 +296,7 @@ def ensure_warm_start(task: Task, seed: int, cache_dir: Path | str | None = None
 
 
 def main() -> None:
-    """`python -m gear_trainer.warm_start`: build (or find) a warm start and print its folder; its report is in warm_start.json."""
+    """`python -m gear_trainer.warm_start`: build (or find) a warm start, with its report, and print its folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--task", default="mathapi")
     parser.add_argument("--seed", type=int, default=0)
