@@ -27,6 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    _share_cores()
     from gear_kernels import GearKernelsError
     from gear_trainer.tasks.base import TaskError
 
@@ -39,6 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         else:
             time.sleep(3)  # a launcher kills all ranks once one has exited: let rank 0 print first
         return 2
+
+
+def _share_cores() -> None:
+    """Each rank its share of the cores, before torch makes its thread pool (the deepspeed launcher leaves it to us)."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
 
 
 def _dry_run(cfg: Config) -> int:
