@@ -28,6 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     _share_cores()
+    _quiet()
     from gear_kernels import GearKernelsError
     from gear_trainer.tasks.base import TaskError
 
@@ -46,6 +47,18 @@ def _share_cores() -> None:
     """Each rank its share of the cores, before torch makes its thread pool (the deepspeed launcher leaves it to us)."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+
+
+def _quiet() -> None:
+    """Leave the terminal to the run: other libraries' deprecations and loading bars are 30 lines a rank."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|vllm\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 def _dry_run(cfg: Config) -> int:
@@ -91,6 +104,7 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
     import torch
     import torch.distributed as dist
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     from gear_trainer import checkpoint
     from gear_trainer.chat import Chat
@@ -100,6 +114,7 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
     from gear_trainer.trainer import Trainer
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
     if not torch.cuda.is_available():
         # init_distributed would compile a C++ op (100 CPU seconds); a killed build leaves a lock that hangs every later run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -109,6 +124,7 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
     start = checkpoint.latest_step(cfg) if resume else 0
     if dist.get_rank() == 0:
         _prepare_run_dir(cfg, resume, start)
+        print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
     dist.barrier()
     sampler = ColocatedVllm(cfg, model_path)
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience

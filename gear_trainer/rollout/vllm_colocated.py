@@ -32,6 +32,7 @@ def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
         "max_num_seqs": r.max_num_seqs,
         "gpu_memory_utilization": r.gpu_memory_utilization,
         "seed": cfg.seed,
+        "use_tqdm_on_load": False,
         "logprobs_mode": "processed_logprobs",  # of the tempered distribution, as the trainer computes them
         "enable_sleep_mode": r.sleep_level > 0 and torch.cuda.is_available(),
         "enforce_eager": not torch.cuda.is_available(),
