@@ -6,6 +6,7 @@ The worker half of this file runs as a script and imports nothing of the project
 
 from __future__ import annotations
 
+import atexit
 import json
 import select
 import subprocess
@@ -72,7 +73,9 @@ def answer_checker(limit_s: float) -> AnswerChecker:
     """The checker that all tasks of this process share for a given limit."""
     if find_spec("math_verify") is None:
         raise ModuleNotFoundError("checking mathematical answers needs the package math-verify: pip install math-verify")
-    return AnswerChecker(limit_s)
+    checker = AnswerChecker(limit_s)
+    atexit.register(checker.close)
+    return checker
 
 
 def _check(gold: str, text: str) -> bool:
