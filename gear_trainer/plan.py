@@ -94,13 +94,12 @@ def memory_plan(cfg: Config, hf_config: Any) -> list[tuple[str, str]]:
     """GiB per rank, from the model's configuration: what ZeRO-3, vLLM and the fused head hold."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights  # parameters on the meta device: sizes only
 
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"):  # sizes only
         lm = AutoModelForCausalLM.from_config(hf_config)
     n = sum(p.numel() for p in lm.parameters())
     bytes_each = 2 if cfg.model.dtype == "bfloat16" else 4
-    states = n * (16 if bytes_each == 2 else 16) / cfg.world_size
+    states = n * 16 / cfg.world_size  # bf16: 2 + 2 and masters, moments 12; float32: 4 + 4 and moments 8
     head = lm.get_output_embeddings().weight.numel() * bytes_each
     gib = 1 / 2**30
     return [
