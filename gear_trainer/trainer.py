@@ -21,7 +21,7 @@ from gear_trainer.metrics import Phases, RunFiles, Sums
 from gear_trainer.model import learning_rate
 from gear_trainer.rollout import Limits, Rollout, Sampler, roll_out
 from gear_trainer.sync import gathered_weights
-from gear_trainer.tasks.base import Task
+from gear_trainer.tasks.base import Problem, Task
 
 
 class SyncError(RuntimeError):
@@ -30,8 +30,9 @@ class SyncError(RuntimeError):
 
 @dataclass
 class Scores:
-    """Per rollout, over its policy tokens, float32 on the CPU; the last three are None where no teacher pass was due."""
+    """Per rollout, over its policy tokens, float32 on the CPU; signal and teacher are None where no teacher pass was due."""
 
+    sampler_logprobs: list[torch.Tensor]
     logprobs: list[torch.Tensor]
     entropy: list[torch.Tensor]
     signal: list[torch.Tensor | None]
@@ -95,9 +96,7 @@ class Trainer:
     def step(self, step: int, files: RunFiles | None) -> dict[str, Any]:
         cfg, sums = self.cfg, Sums()
         with self.phases("rollout"):
-            self.sampler.wake()
-            rollouts = roll_out(self.sampler, self.chat, self.task, self._problems(step), self.limits, (cfg.seed, step))
-            self.sampler.sleep()
+            rollouts = self._roll_out(self._problems(step), self.limits, (cfg.seed, step))
         advantages = group_advantages(rollouts, cfg.train.std_advantages)
         with self.phases("score"):
             scores = self.score(rollouts, advantages)
@@ -116,21 +115,24 @@ class Trainer:
         self._write_rollouts(files, step, rollouts, advantages, scores, credit)
         return self._metrics(step, sums, held_out)
 
-    def _problems(self, step: int):
+    def _problems(self, step: int) -> list[tuple[int, Problem]]:
         first = (step - 1) * self.cfg.rollout.prompts_per_step + self.rank * self.cfg.prompts_per_rank
         return [(i, self.task.train_problem(i)) for i in range(first, first + self.cfg.prompts_per_rank)]
+
+    def _roll_out(self, problems: list[tuple[int, Problem]], limits: Limits, key: tuple[object, ...]) -> list[Rollout]:
+        self.sampler.wake()
+        rollouts = roll_out(self.sampler, self.chat, self.task, problems, limits, key)
+        self.sampler.sleep()
+        return rollouts
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def score(self, rollouts: list[Rollout], advantages: list[float]) -> Scores:
         """One no-grad pass: student everywhere; the teacher (same weights, prompt with the ground truth) where A is not 0."""
         n = len(rollouts)
-        scores = Scores([None] * n, [None] * n, [None] * n, [None] * n)
-        taught = [i for i in range(n) if self.needs_teacher and advantages[i] != 0]
-        alone = [i for i in range(n) if i not in set(taught)]
-        for rows, teacher in ((taught, True), (alone, False)):
-            if teacher and not self.needs_teacher:
-                continue
+        scores = Scores([_sampled(r) for r in rollouts], [None] * n, [None] * n, [None] * n, [None] * n)
+        for teacher in (True, False) if self.needs_teacher else (False,):
+            rows = [i for i in range(n) if (self.needs_teacher and advantages[i] != 0) == teacher]
             for batch in self._micro_batches(rollouts, rows, teacher):
                 with torch.no_grad():
                     out = self.engine(batch.to(self.device), self.limits.temperature, self._score_stats(teacher))
@@ -150,24 +152,24 @@ class Trainer:
         out = TokenCredit(list(zeros), list(ones), list(zeros), list(none))
         rows = [i for i, a in enumerate(advantages) if a != 0]
         lengths = [len(scores.logprobs[i]) for i in rows]
-        if rows:
-            credit = credit_weights(
-                torch.cat([scores.signal[i] for i in rows]) if self.needs_teacher else None,
-                torch.cat([scores.entropy[i] for i in rows]),
-                torch.tensor([advantages[i] for i in rows]),
-                torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-                method=self.method,
-                turn_ids=torch.tensor([rollouts[i].turn_ids[p] for i in rows for p in rollouts[i].policy_positions]),
-            )
-            for name, values in zip(
-                ("advantages", "weights", "signal", "segments"),
-                (credit.token_advantages, credit.weights, credit.signal, credit.segment_ids),
-                strict=True,
-            ):
-                for i, part in zip(rows, values.split(lengths), strict=True):
-                    getattr(out, name)[i] = part
-        for name in _DIAGNOSTICS:
-            sums.add(name, credit.diagnostics[name].item() * len(rows) if rows else 0.0, len(rows))
+        turns = [rollouts[i].turn_ids[p] for i in rows for p in rollouts[i].policy_positions]
+        credit = credit_weights(
+            _cat([scores.signal[i] for i in rows]) if self.needs_teacher else None,
+            _cat([scores.entropy[i] for i in rows]),
+            torch.tensor([advantages[i] for i in rows]),
+            torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            method=self.method,
+            turn_ids=torch.tensor(turns, dtype=torch.int64),
+        )
+        for name, values in zip(
+            ("advantages", "weights", "signal", "segments"),
+            (credit.token_advantages, credit.weights, credit.signal, credit.segment_ids),
+            strict=True,
+        ):
+            for i, part in zip(rows, values.split(lengths), strict=True):
+                getattr(out, name)[i] = part
+        for name, value in credit.diagnostics.items():
+            sums.add(name, value.item() * len(rows), len(rows))  # a rank that has no such trajectory counts for nothing
         return out
 
     def update(self, step: int, rollouts: list[Rollout], credit: TokenCredit, scores: Scores, sums: Sums) -> None:
@@ -192,7 +194,7 @@ class Trainer:
                 *self._loss_inputs(batch, [scores.logprobs, credit.advantages, weight_of], out.logprobs),
                 clip_low=self.cfg.train.clip_low,
                 clip_high=self.cfg.train.clip_high,
-                importance_weights=self._importance_weights(batch, rollouts, scores),
+                importance_weights=self._importance_weights(batch, scores),
             )
             ran = True
             self.engine.backward(loss * self.world)  # DeepSpeed averages over ranks; the weights already are global means
@@ -215,9 +217,7 @@ class Trainer:
         problems = self.task.held_out(cfg.eval.prompts)
         mine = [(i, p) for i, p in enumerate(problems) if i % self.world == self.rank]
         limits = Limits(1, cfg.eval.temperature, cfg.rollout.max_new_tokens, cfg.rollout.max_model_len)
-        self.sampler.wake()
-        rollouts = roll_out(self.sampler, self.chat, self.task, mine, limits, (cfg.seed, "held-out"))
-        self.sampler.sleep()
+        rollouts = self._roll_out(mine, limits, (cfg.seed, "held-out"))
         sums = Sums()
         sums.add("success", sum(r.success for r in rollouts), len(rollouts))
         return sums.means(self.device)["success"]
@@ -251,11 +251,11 @@ class Trainer:
             return [like.detach(), *(torch.zeros_like(like) for _ in sources[1:])]
         return [torch.cat([source[i] for i in batch.rows]).to(like) for source in sources]
 
-    def _importance_weights(self, batch: MicroBatch, rollouts: list[Rollout], scores: Scores) -> torch.Tensor | None:
+    def _importance_weights(self, batch: MicroBatch, scores: Scores) -> torch.Tensor | None:
         cap = self.cfg.train.importance_cap
         if cap is None or not batch.rows:
             return None
-        gap = torch.cat([scores.logprobs[i] - _sampled(rollouts[i]) for i in batch.rows])
+        gap = torch.cat([scores.logprobs[i] - scores.sampler_logprobs[i] for i in batch.rows])
         return gap.exp().clamp(max=cap).to(self.device)
 
     def _check_gap(self, step: int, sums: Sums) -> None:
@@ -314,16 +314,8 @@ class Trainer:
         return bool(flag)
 
 
-_DIAGNOSTICS = (
-    "share_above_threshold",
-    "share_in_segments",
-    "segments_per_trajectory",
-    "mean_segment_length",
-    "share_unclosed",
-    "mean_signal",
-    "mean_weight_positive",
-    "mean_weight_negative",
-)
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def _sampled(rollout: Rollout) -> torch.Tensor:
@@ -357,8 +349,7 @@ def _count(sums: Sums, rollouts: list[Rollout], advantages: list[float], scores:
     sums.add("policy_tokens", sum(len(x) for x in scores.logprobs))
     sums.add("response_length", sum(len(x) for x in scores.logprobs), n)
     sums.mean_of("entropy", torch.cat(scores.entropy))
-    trainer, sampled = torch.cat(scores.logprobs), torch.cat([_sampled(r) for r in rollouts])
-    gap = trainer - sampled
+    gap = torch.cat(scores.logprobs) - torch.cat(scores.sampler_logprobs)
     sums.mean_of("logprob_gap_mean", gap.abs())
     sums.peak("logprob_gap_max", gap.abs().max())
     sums.mean_of("mismatch_kl", gap.exp() - 1 - gap)  # k3 estimate of KL(sampler || trainer)
@@ -367,7 +358,7 @@ def _count(sums: Sums, rollouts: list[Rollout], advantages: list[float], scores:
     for name, wanted in (("teacher_gain_success", True), ("teacher_gain_failure", False)):
         gains = [t - s for t, s, r in zip(scores.teacher_logprobs, scores.logprobs, rollouts, strict=True)
                  if t is not None and r.success is wanted]  # fmt: skip
-        sums.mean_of(name, torch.cat(gains) if gains else torch.zeros(0))
+        sums.mean_of(name, _cat(gains))
 
 
 def _record(chat: Chat, r: Rollout, advantage: float, scores: Scores, credit: TokenCredit, i: int) -> dict[str, Any]:

@@ -6,18 +6,19 @@ import random
 import pytest
 import torch
 
+from gear_kernels import Gear, Grpo
 from gear_trainer.batching import micro_batch, padding_micro_batch, split_rows
 from gear_trainer.chat import Chat
 from gear_trainer.checkpoint import next_free
 from gear_trainer.config import load_config
-from gear_trainer.metrics import Phases, RunFiles, read_metrics
+from gear_trainer.metrics import Phases, RunFiles, Sums, read_metrics
 from gear_trainer.report import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.sync import buckets, gathered_weights, tied_head
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Problem
 from gear_trainer.tokenizer import subset_tokenizer
-from gear_trainer.trainer import group_advantages
+from gear_trainer.trainer import Scores, Trainer, group_advantages
 
 PROBLEM = Problem("p", [], [], "1")
 
@@ -183,6 +184,17 @@ def test_metrics_file_is_cut_at_the_resumed_step(tmp_path):
     resumed = RunFiles(cfg, 2)
     assert [m["step"] for m in read_metrics(resumed.metrics_path)] == [1, 2]
     assert sorted(p.name for p in (cfg.run_dir / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00002.jsonl"]
+
+
+@pytest.mark.parametrize("method", [Gear(), Grpo()])
+def test_a_rank_without_a_teaching_trajectory_counts_for_nothing(method):
+    trainer = Trainer.__new__(Trainer)
+    trainer.method, trainer.needs_teacher = method, "signal" in method.needs
+    ones = [torch.ones(3), torch.ones(2)]
+    sums = Sums()
+    credit = trainer.credit([_rollout(), _rollout()], [0.0, 0.0], Scores(ones, ones, ones, [None] * 2, [None] * 2), sums)
+    assert [x.tolist() for x in credit.weights] == [[1.0] * 3, [1.0] * 2] and not any(x.any() for x in credit.advantages)
+    assert len(sums._sums) == 8 and all(total == count == 0 for total, count in sums._sums.values())
 
 
 def test_an_older_run_is_moved_not_overwritten(tmp_path):
