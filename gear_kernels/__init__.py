@@ -1,9 +1,9 @@
 """Fused token statistics and adaptive-granularity credit for training LLM agents. The public names, nothing else."""
 
+from .backends import backend, show
 from .credit import Credit, Gear, Grpo, credit_weights
 from .errors import GearKernelsError
 from .head import FusedHead
-from .ops import backend, show
 from .stats import Head, TokenStats, linear_token_stats, token_stats
 
 __all__ = [

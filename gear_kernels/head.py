@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .errors import bad_input
-from .stats import DEFAULT_WORKSPACE, Head, TokenStats, linear_token_stats
+from .stats import Head, TokenStats, linear_token_stats
 
 
 class FusedHead(nn.Linear):
@@ -48,7 +48,8 @@ class FusedHead(nn.Linear):
         temperature: float | torch.Tensor = 1.0,
         ignore_index: int = -100,
         stats: Sequence[str] | None = None,
-        workspace_bytes: int = DEFAULT_WORKSPACE,
+        jsd_beta: float = 0.5,
+        workspace_bytes: int | None = None,
     ) -> torch.Tensor | TokenStats:
         """hidden [..., D] -> logits [..., V] without targets and stats (scale and softcap are left to the model, as before);
         otherwise TokenStats of shape [...], see `linear_token_stats`.
@@ -69,6 +70,7 @@ class FusedHead(nn.Linear):
             temperature=temperature,
             ignore_index=ignore_index,
             stats=stats,
+            jsd_beta=jsd_beta,
             workspace_bytes=workspace_bytes,
         )
 

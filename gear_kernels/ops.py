@@ -1,240 +1,211 @@
-"""Back-end choice in one place, and the tile functions of each back end behind one signature.
+"""torch.library operators: what a compiled graph sees of the package, each beside its fake twin and its autograd formula.
 
-A back end computes the statistics of a tile of logits, forward and backward; everything above it (autograd, argument
-checks, GEMMs, chunks) is shared, so a new back end is two functions and one line in BACKENDS.
+gear_kernels::token_stats, linear_token_stats and their backwards are opaque to torch.compile, which may still fuse what stands
+around them. Checks that read values (targets in range) run inside, where values exist. Calling through torch.library costs
+tens of microseconds of CPU time a call.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import importlib.metadata
-import os
-import platform
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import reference
+from . import parallel, tiling
+from .backends import BACKENDS, Task, _wide, needs_teacher
 from .errors import bad_input
+from .reference import GRADIENT_NAMES, STAT_NAMES, STATE_NAMES
 
-ENVIRONMENT = "GEAR_KERNELS_BACKEND"
-GRADIENT_NAMES = ("logprobs", "entropy", "reverse_kl", "forward_kl")  # what a gradient can come through, in the tiles' order
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_STATE = 8  # columns of the compiled pass' state, csrc/rows.h
+_TEACHER_GRADIENTS = ("reverse_kl", "forward_kl", "jsd")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a tile function needs per row beside the logits: targets int64 [n] or None, 1 / temperature [n]."""
+class Numbers(NamedTuple):
+    """The constants of a `linear_token_stats` call, as floats because a schema has no other record; 0 stands for None."""
 
-    targets: torch.Tensor | None
-    inv_temperature: torch.Tensor
-    ignore_index: int
-
-    def __getitem__(self, rows: slice) -> Rows:
-        return replace(
-            self, targets=None if self.targets is None else self.targets[rows], inv_temperature=self.inv_temperature[rows]
-        )
-
-
-@dataclass(frozen=True)
-class Backend:
-    """`forward(student, teacher, rows, stats) -> (values [6, n], state)`: unasked rows of `values` may hold anything.
-
-    `backward(student, teacher, rows, state, grads [n, 4], overwrite) -> dz [n, V]` in the student's dtype; with `overwrite` it
-    may write dz over the student's logits. `tile_copies`: tiles of [n, V] that its backward holds beside the logits.
-    """
-
-    name: str
-    forward: Callable
-    backward: Callable
-    why_not: Callable[[torch.device, torch.dtype], str | None]  # None: it can serve this device and dtype
-    tile_copies: int
+    ignore_index: float
+    jsd_beta: float
+    workspace_bytes: float
+    softcap: float
+    scale: float
+    valid_vocab: float  # of the whole vocabulary, also where it is sharded
+    teacher_softcap: float
+    teacher_scale: float
 
 
-# --- reference: autograd through reference.py, so the mathematics stands in one place -----------------------------------
+def check_values(targets: Tensor | None, inv_temperature: Tensor, columns: int, ignore_index: int, sharded: bool = False) -> None:
+    """Raise on targets outside the vocabulary and temperatures not above 0: on the CPU, where looking waits for nothing."""
+    if targets is not None and targets.device.type == "cpu":
+        wrong = targets[((targets < 0) | (targets >= columns)) & (targets != ignore_index)]
+        if wrong.numel():
+            given = f"targets holds {wrong[0].item()} ({wrong.numel()} out of range)"
+            mend = "check the tokenizer, or mask them" + ("" if sharded else "; a vocabulary shard needs Head(group=...)")
+            raise bad_input(given, f"0 to {columns - 1}, or ignore_index {ignore_index}", mend)
+    if inv_temperature.device.type == "cpu" and not bool((inv_temperature > 0).all() & inv_temperature.isfinite().all()):
+        raise bad_input("temperature holds a value that is not above 0 and finite", "temperatures above 0", "clamp it")
 
 
-def _reference_forward(student, teacher, rows: Rows, stats):
-    out = _reference_stats(student, teacher, rows, stats)
-    values = student.new_zeros((6, student.shape[0]), dtype=_wide(student.dtype))
-    for name, value in out.items():
-        values[reference.STAT_NAMES.index(name)] = value
-    return values, None
+def _used_teacher(teacher: Tensor | None, stats: Sequence[str]) -> Tensor | None:
+    return teacher if needs_teacher(tuple(stats)) else None
 
 
-def _reference_backward(student, teacher, rows: Rows, state, grads, overwrite):
-    used = [
-        name
-        for name in GRADIENT_NAMES
-        if (teacher is not None or "kl" not in name) and (rows.targets is not None or name != "logprobs")
-    ]
-    with torch.enable_grad():
-        leaf = student.detach().requires_grad_()
-        out = _reference_stats(leaf, teacher, rows, used)
-        incoming = [grads[:, GRADIENT_NAMES.index(name)].to(out[name].dtype) for name in used]
-        return torch.autograd.grad([out[name] for name in used], leaf, incoming)[0]
+def _through(stats: Sequence[str]) -> tuple[str, ...]:
+    """The statistics that a gradient can come through: the backward computes these terms and no others."""
+    return tuple(name for name in stats if name in GRADIENT_NAMES)
 
 
-def _reference_stats(student, teacher, rows: Rows, stats):
-    options = {"inv_temperature": rows.inv_temperature, "ignore_index": rows.ignore_index, "stats": stats}
-    return reference.token_stats(student, teacher, rows.targets, **options)
+def _tables(student: Tensor) -> tuple[Tensor, Tensor]:
+    n, dtype = student.shape[0], _wide(student.dtype)
+    return student.new_empty((len(STAT_NAMES), n), dtype=dtype), student.new_empty((n, len(STATE_NAMES)), dtype=dtype)
 
 
-# --- native: the compiled pass --------------------------------------------------------------------------------------------
+# --- given logits -----------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _load_native():
-    """(module, None), or (None, why not)."""
-    try:
-        from . import _native
-    except ImportError as error:
-        return None, f"the compiled module is missing ({error}); build it with `pip install -e .`"
-    return _native, None
+@torch.library.custom_op(
+    "gear_kernels::token_stats",
+    mutates_args=(),
+    schema="(Tensor student, Tensor? teacher, Tensor? targets, Tensor inv_temperature, int ignore_index, str[] stats, "
+    "float jsd_beta, str backend) -> (Tensor, Tensor)",
+)
+def token_stats(student, teacher, targets, inv_temperature, ignore_index, stats, jsd_beta, backend):
+    """Logits [N, V] -> values [7, N] in the order of STAT_NAMES (those not asked for may hold anything), state [N, 9]."""
+    check_values(targets, inv_temperature, student.shape[1], ignore_index)
+    rows = tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1])
+    return tiling.logits_forward(student, _used_teacher(teacher, stats), Task(rows, tuple(stats), jsd_beta), backend)
 
 
-def _native_arguments(student, teacher, rows: Rows):
-    inv_temperature = rows.inv_temperature.to(torch.float32).contiguous()
-    targets = None if rows.targets is None else rows.targets.contiguous()
-    return student.detach(), None if teacher is None else teacher.detach(), targets, rows.ignore_index, inv_temperature
+@token_stats.register_fake
+def _(student, teacher, targets, inv_temperature, ignore_index, stats, jsd_beta, backend):
+    return _tables(student)
 
 
-def _native_forward(student, teacher, rows: Rows, stats):
-    module, _ = _load_native()
-    n = student.shape[0]
-    values, state = torch.empty((6, n)), torch.empty((n, _STATE))
-    arguments = _native_arguments(student, teacher, rows)
-    module.forward(*arguments, values, state, torch.get_num_threads(), instruction_set())
-    return values, state
-
-
-def _native_backward(student, teacher, rows: Rows, state, grads, overwrite):
-    module, _ = _load_native()
-    dz = student.detach() if overwrite else torch.empty(student.shape, dtype=student.dtype)
-    arguments = _native_arguments(student, teacher, rows)
-    module.backward(*arguments, state, grads.to(torch.float32).contiguous(), dz, torch.get_num_threads(), instruction_set())
+@torch.library.custom_op(
+    "gear_kernels::token_stats_backward",
+    mutates_args=(),
+    schema="(Tensor student, Tensor? teacher, Tensor? targets, Tensor inv_temperature, Tensor state, Tensor grads, "
+    "int ignore_index, str[] stats, float jsd_beta, str backend) -> Tensor",
+)
+def token_stats_backward(student, teacher, targets, inv_temperature, state, grads, ignore_index, stats, jsd_beta, backend):
+    """grads [7, N] -> gradient of the student's logits, rounded once to their dtype."""
+    through, dz = _through(stats), torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    teacher = teacher if set(through) & set(_TEACHER_GRADIENTS) else None
+    pair = (tiling.Tile(student), None if teacher is None else tiling.Tile(teacher))
+    task = Task(tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1]), through, jsd_beta)
+    BACKENDS[backend].gradient(*pair, task, state, grads.T.contiguous(), dz)
     return dz
 
 
-def instruction_set() -> str:
-    """The compiled pass' instruction set on this processor: avx512, avx2 or baseline."""
-    return _load_native()[0].instruction_sets()[-1]
+@token_stats_backward.register_fake
+def _(student, teacher, targets, inv_temperature, state, grads, ignore_index, stats, jsd_beta, backend):
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _native_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    module, missing = _load_native()
-    if module is None:
-        return missing
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
-    return None if dtype in NATIVE_DTYPES else f"it computes in float32, so {dtype} is left to the reference"
+def _save_logits(ctx, inputs, output):
+    student, teacher, targets, inv_temperature, ctx.ignore_index, ctx.stats, ctx.beta, ctx.backend = inputs
+    ctx.save_for_backward(student, teacher, targets, inv_temperature, output[1])
 
 
-# --- choice ----------------------------------------------------------------------------------------------------------------
+def _logits_gradient(ctx, grads, _):
+    return token_stats_backward(*ctx.saved_tensors, grads, ctx.ignore_index, ctx.stats, ctx.beta, ctx.backend), *[None] * 7
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and logits tiles: float64 for float64 inputs, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+token_stats.register_autograd(_logits_gradient, setup_context=_save_logits)
 
 
-BACKENDS = {
-    "reference": Backend("reference", _reference_forward, _reference_backward, lambda device, dtype: None, tile_copies=8),
-    "triton": Backend("triton", None, None, lambda device, dtype: "it is not built yet", tile_copies=0),
-    "native": Backend("native", _native_forward, _native_backward, _native_why_not, tile_copies=0),
-}
-_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
-_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("gear_kernels_backend", default=None)
+# --- hidden states ----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Use this back end inside the block, over GEAR_KERNELS_BACKEND: `with gear_kernels.backend("reference"): ...`.
+@torch.library.custom_op(
+    "gear_kernels::linear_token_stats",
+    mutates_args=(),
+    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? targets, Tensor inv_temperature, str[] stats, float[] numbers, str[] where) -> (Tensor, Tensor)",
+)
+def linear_token_stats(
+    student, weight, bias, teacher, teacher_weight, teacher_bias, targets, inv_temperature, stats, numbers, where
+):
+    """Hidden states [N, D] -> values [7, N], state [N, 9]. teacher_weight None: the head is shared. where: back end, group."""
+    numbers, sharded = Numbers(*numbers), bool(where[1])
+    check_values(targets, inv_temperature, _vocabulary(weight, numbers, where[1]), int(numbers.ignore_index), sharded)
+    saved = (student, weight, bias, _used_teacher(teacher, stats), teacher_weight, teacher_bias, targets, inv_temperature)
+    with torch.autocast(student.device.type, enabled=False):  # it would round the tiles' GEMMs to bfloat16
+        return _linear(saved, tuple(stats), numbers, where).forward()
 
-    Raises GearKernelsError for an unknown name at once, and on use where the back end cannot serve the inputs.
-    """
-    token = _override.set(_known(name, "backend(...)"))
-    try:
-        yield
-    finally:
-        _override.reset(token)
+
+@linear_token_stats.register_fake
+def _(student, weight, bias, teacher, teacher_weight, teacher_bias, targets, inv_temperature, stats, numbers, where):
+    return _tables(student)
 
 
-def _known(name: str, where: str) -> str:
-    if name not in BACKENDS:
+@torch.library.custom_op(
+    "gear_kernels::linear_token_stats_backward",
+    mutates_args=(),
+    schema="(Tensor?[] saved, Tensor state, Tensor grads, str[] stats, float[] numbers, str[] where, bool[] needed) -> Tensor[]",
+)
+def linear_token_stats_backward(saved, state, grads, stats, numbers, where, needed):
+    """The eight tensors of the forward and grads [7, N] -> gradients of student, weight and bias; size 0 where not needed."""
+    through = _through(stats)
+    if not set(through) & set(_TEACHER_GRADIENTS):
+        saved = [*saved[:3], None, None, None, *saved[6:]]
+    with torch.autocast(state.device.type, enabled=False):
+        out = _linear(saved, through, Numbers(*numbers), where).backward(state, grads.T.contiguous(), needed)
+    return [state.new_empty(0) if gradient is None else gradient for gradient in out]
+
+
+@linear_token_stats_backward.register_fake
+def _(saved, state, grads, stats, numbers, where, needed):
+    return [torch.empty_like(t) if need else state.new_empty(0) for t, need in zip(saved[:3], needed, strict=True)]
+
+
+def _vocabulary(weight: Tensor, numbers: Numbers, group: str) -> int:
+    """Ids that a target may have."""
+    ranks = parallel.resolve(group).size() if group else 1
+    return int(numbers.valid_vocab) or weight.shape[0] * ranks
+
+
+def _linear(saved: Sequence[Tensor | None], stats: tuple[str, ...], numbers: Numbers, where: Sequence[str]) -> tiling.Linear:
+    student, weight, bias, teacher, teacher_weight, teacher_bias, targets, inv_temperature = saved
+    backend, group = where
+    first = weight.shape[0] * parallel.resolve(group).rank() if group else 0
+    columns = min(max(_vocabulary(weight, numbers, group) - first, 0), weight.shape[0])
+    head = tiling.HeadPart(weight, bias, numbers.softcap or None, numbers.scale or None, columns)
+    own = head
+    if teacher_weight is not None:
+        options = (numbers.teacher_softcap or None, numbers.teacher_scale or None)
+        own = tiling.HeadPart(teacher_weight, teacher_bias, *options, columns)
+    rows = tiling.rows_of(targets, inv_temperature, int(numbers.ignore_index), _vocabulary(weight, numbers, group))
+    task = Task(rows, stats, numbers.jsd_beta, first)
+    return tiling.Linear(student, teacher, head, own, task, backend, group, int(numbers.workspace_bytes))
+
+
+def _save_linear(ctx, inputs, output):
+    # Parameters are saved as themselves: under ZeRO-3 the head module's hooks have gathered them again by the backward.
+    ctx.save_for_backward(*inputs[:8], output[1])
+    ctx.stats, ctx.numbers, ctx.where = inputs[8:]
+
+
+def _linear_gradient(ctx, grads, _):
+    *saved, state = ctx.saved_tensors
+    for name, tensor in (("head.weight", saved[1]), ("head.bias", saved[2]), ("teacher_head.weight", saved[4])):
+        if tensor is not None:
+            check_gathered(f"{name} in backward", tensor)
+    needed = [bool(need) for need in ctx.needs_input_grad[:3]]
+    out = linear_token_stats_backward(saved, state, grads, ctx.stats, ctx.numbers, ctx.where, needed)
+    return *[g if need else None for g, need in zip(out, needed, strict=True)], *[None] * 8
+
+
+linear_token_stats.register_autograd(_linear_gradient, setup_context=_save_linear)
+
+
+def check_gathered(name: str, weight: Tensor) -> None:
+    """Raise on a parameter that ZeRO-3 holds partitioned (size 0 on this rank)."""
+    if weight.numel() == 0 and hasattr(weight, "ds_id"):
         raise bad_input(
-            f"{where} names the back end {name!r}", "one of " + ", ".join(BACKENDS), f"use one of these names in {where}"
+            f"{name} has shape {tuple(weight.shape)}: ZeRO-3 holds it partitioned",
+            "the gathered weight, in forward and in backward",
+            "call the head as a module: FusedHead.adopt(lm_head), then lm_head(hidden, targets, ...) inside the engine's forward",
         )
-    return name
-
-
-def _requested() -> tuple[str | None, str]:
-    if _override.get() is not None:
-        return _override.get(), "backend(...)"
-    name = os.environ.get(ENVIRONMENT) or None
-    return (None if name is None else _known(name, ENVIRONMENT)), ENVIRONMENT
-
-
-def choose(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The back end for inputs of this device and dtype: the one asked for, else the first of the device's list that can.
-
-    A requested back end that cannot serve raises, but for float64 under `native`: the compiled pass computes in float32 and
-    leaves float64 to the reference. Without a request, a missing compiled module costs one warning and the reference is used.
-    """
-    name, where = _requested()
-    if name == "native" and dtype == torch.float64 and device.type == "cpu":
-        name = "reference"
-    if name is not None:
-        reason = BACKENDS[name].why_not(device, dtype)
-        if reason:
-            raise bad_input(
-                f"{where} asks for the back end {name!r}, but {reason}", "a back end that can serve", "choose reference"
-            )
-        return BACKENDS[name]
-    if device.type == "cpu" and _load_native()[0] is None:
-        _warn_missing(_load_native()[1])
-    return next(BACKENDS[n] for n in _preference(device) if BACKENDS[n].why_not(device, dtype) is None)
-
-
-def _preference(device: torch.device) -> tuple[str, ...]:
-    return _PREFERENCE.get(device.type, ("reference",))
-
-
-@cache
-def _warn_missing(reason: str) -> None:
-    warnings.warn(f"gear_kernels uses its reference back end, many times slower: {reason}", stacklevel=4)
-
-
-def show() -> None:
-    """Print versions, devices, the back end in use on each device, and why another is not."""
-    versions = {name: _version(name) for name in ("gear-kernels", "torch", "triton")}
-    print(", ".join(f"{name} {version}" for name, version in versions.items()) + f", Python {platform.python_version()}")
-    devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    name, where = _requested()
-    if name is not None:
-        print(f"{where} asks for {name}")
-    for device in devices:
-        _show_device(device, name)
-
-
-def _show_device(device: torch.device, requested: str | None) -> None:
-    reasons = {name: b.why_not(device, torch.float32) for name, b in BACKENDS.items()}
-    able = [n for n in ([requested] if requested else _preference(device)) if reasons[n] is None]
-    detail = f" ({instruction_set()}, {torch.get_num_threads()} threads)" if able[:1] == ["native"] else ""
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{device} ({what}): {able[0] + detail if able else 'no back end can serve the request'}")
-    for name in BACKENDS:
-        if name not in able[:1]:
-            print(f"  not {name}: {reasons[name] or 'another was asked for' if requested else reasons[name] or 'it is slower'}")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    if weight.numel() == 0:
+        raise bad_input(f"{name} is empty: shape {tuple(weight.shape)}", "a whole, gathered weight", "gather the shards first")

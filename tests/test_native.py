@@ -8,27 +8,43 @@ import pytest
 import torch
 
 import gear_kernels
-from gear_kernels import GearKernelsError, _native, ops, reference, token_stats
+from gear_kernels import GearKernelsError, _native, backends, reference, token_stats
+from gear_kernels.reference import STAT_NAMES, STATE_NAMES, SUM_NAMES
 
 ISAS = _native.instruction_sets()
+BETA = 0.3
 
 
-def run(isa, student, teacher, targets, grads, threads=1):
+def whole(isa, student, teacher, targets, grads, threads=1, inv_t=1 / 0.8):
+    """values [7, n] and dz of whole rows, by the four compiled functions in turn."""
     n = student.shape[0]
-    values, state, dz = torch.empty(6, n), torch.empty(n, 8), torch.empty_like(student)
-    rows = (student, teacher, targets, -100, torch.full((n,), 1 / 0.8))
-    _native.forward(*rows, values, state, threads, isa)
-    _native.backward(*rows, state, grads, dz, threads, isa)
+    values, state, dz = torch.empty(len(STAT_NAMES), n), torch.empty(n, len(STATE_NAMES)), torch.empty_like(student)
+    sums, shares = torch.zeros(2, n, len(SUM_NAMES), dtype=torch.float64), torch.zeros(2, n, 2, dtype=torch.float64)
+    rows = (targets, -100, torch.full((n,), inv_t))
+    _native.sweep(student, teacher, *rows, 0, True, sums, threads, isa)
+    _native.finish(sums, *rows, values, state, threads, isa)
+    if teacher is not None:
+        _native.mixture(student, teacher, *rows, 0, state, BETA, shares, threads, isa)
+        values[STAT_NAMES.index("jsd")] = reference.jsd(shares.sum(0), BETA)
+        state[:, STATE_NAMES.index("mixture_kl")] = shares.sum(0)[:, 0]
+    _native.gradient(student, teacher, *rows, 0, state, BETA, grads, dz, threads, isa)
     return values, dz
 
 
 def exact(student, teacher, targets, grads):
     leaf = student.double().requires_grad_()
-    options = {"inv_temperature": torch.full((len(leaf),), 1 / 0.8).double(), "ignore_index": -100, "stats": reference.STAT_NAMES}
-    out = reference.token_stats(leaf, teacher.double(), targets, **options)
-    chosen = [out[name] for name in ops.GRADIENT_NAMES]
-    (dz,) = torch.autograd.grad(chosen, leaf, list(grads.double().T))
+    rows = reference.Rows(targets, torch.full((len(leaf),), 1 / 0.8).double(), -100)
+    out = reference.token_stats(leaf, teacher.double(), rows, STAT_NAMES, BETA)
+    chosen = [out[name] for name in reference.GRADIENT_NAMES]
+    incoming = [grads[:, STAT_NAMES.index(name)].double() for name in reference.GRADIENT_NAMES]
+    (dz,) = torch.autograd.grad(chosen, leaf, incoming)
     return torch.stack(list(out.values())).detach(), dz
+
+
+def logprob_grads(sent):
+    grads = torch.zeros(len(sent), len(STAT_NAMES))
+    grads[:, 0] = sent
+    return grads
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -38,8 +54,8 @@ def test_every_instruction_set(isa, dtype):
     student = (torch.randn(7, 6151) * 3).to(dtype)
     teacher = (student + torch.randn(7, 6151) * 0.3).to(dtype)
     student[2, ::7] = teacher[2, ::7] = -torch.inf
-    targets, grads = torch.randint(1, 7, (7,)), torch.randn(7, 4)
-    values, dz = run(isa, student, teacher, targets, grads)
+    targets, grads = torch.randint(1, 7, (7,)), torch.randn(7, len(STAT_NAMES))
+    values, dz = whole(isa, student, teacher, targets, grads)
     want, want_dz = exact(student, teacher, targets, grads)
     torch.testing.assert_close(values.double(), want, rtol=5e-7, atol=2e-6)
     rounding = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
@@ -54,9 +70,8 @@ def test_every_half_value_is_read_exactly(isa, dtype):
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     finite = every[every.isfinite() & (every.abs() < 50)]
     student = torch.stack([finite, torch.zeros_like(finite)], -1)
-    values = torch.empty(6, len(finite))
-    rows = (student, None, torch.zeros(len(finite), dtype=torch.long), -100, torch.ones(len(finite)))
-    _native.forward(*rows, values, torch.empty(len(finite), 8), 1, isa)
+    n = len(finite)
+    values, _ = whole(isa, student, None, torch.zeros(n, dtype=torch.long), torch.zeros(n, len(STAT_NAMES)), inv_t=1.0)
     torch.testing.assert_close(values[0].double(), student.double().log_softmax(-1)[:, 0], rtol=3e-7, atol=3e-7)
 
 
@@ -72,53 +87,41 @@ def test_half_gradients_are_rounded_to_nearest_even(isa, dtype):
     sent = sent[sent.isfinite()]
     n = len(sent)
     student = torch.tensor([[-200.0, 0.0]]).repeat(n, 1).to(dtype)
-    grads = torch.zeros(n, 4)
-    grads[:, 0] = sent
-    rows = (student, None, torch.zeros(n, dtype=torch.long), -100, torch.ones(n))
-    state, dz = torch.empty(n, 8), torch.empty_like(student)
-    _native.forward(*rows, torch.empty(6, n), state, 1, isa)
-    _native.backward(*rows, state, grads, dz, 1, isa)
+    _, dz = whole(isa, student, None, torch.zeros(n, dtype=torch.long), logprob_grads(sent), inv_t=1.0)
     assert torch.equal(dz[:, 0], sent.to(dtype))
 
 
 def test_threads_do_not_change_a_bit():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 33, 2500)
-    targets, grads = torch.randint(2500, (33,)), torch.randn(33, 4)
-    one, two = (run(ISAS[-1], student, teacher, targets, grads, threads) for threads in (1, 4))
+    targets, grads = torch.randint(2500, (33,)), torch.randn(33, len(STAT_NAMES))
+    one, two = (whole(ISAS[-1], student, teacher, targets, grads, threads) for threads in (1, 4))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
-def test_dz_may_overwrite_the_student():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 2500)
-    targets, grads = torch.randint(2500, (5,)), torch.randn(5, 4)
-    _, want = run(ISAS[-1], student, teacher, targets, grads)
-    values, state = torch.empty(6, 5), torch.empty(5, 8)
-    rows = (student, teacher, targets, -100, torch.full((5,), 1 / 0.8))
-    _native.forward(*rows, values, state, 1, ISAS[-1])
-    _native.backward(*rows, state, grads, student, 1, ISAS[-1])
-    assert torch.equal(student, want)
-
-
 def test_wrong_arrays_are_refused():
-    s, v, st = torch.zeros(2, 3), torch.zeros(6, 2), torch.zeros(2, 8)
-    for student, teacher, isa in ((s.double(), None, "baseline"), (s, torch.zeros(2, 4), "baseline"), (s, None, "amx")):
+    s, sums = torch.zeros(2, 3), torch.zeros(1, 2, len(SUM_NAMES), dtype=torch.float64)
+    for student, teacher, table, isa in (
+        (s.double(), None, sums, "baseline"),
+        (s, torch.zeros(2, 4), sums, "baseline"),
+        (s, None, sums[:, :1], "baseline"),
+        (s, None, sums, "amx"),
+    ):
         with pytest.raises(ValueError):
-            _native.forward(student, teacher, None, -100, torch.ones(2), v, st, 1, isa)
+            _native.sweep(student, teacher, None, -100, torch.ones(2), 0, True, table, 1, isa)
 
 
 # --- choice of back end -----------------------------------------------------------------------------------------------
 
 
 def chosen(dtype=torch.float32):
-    return ops.choose(torch.device("cpu"), dtype).name
+    return backends.choose(torch.device("cpu"), dtype)
 
 
 def test_choice(monkeypatch):
-    monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     assert chosen() == "native" and chosen(torch.float64) == "reference"
-    monkeypatch.setenv(ops.ENVIRONMENT, "reference")
+    monkeypatch.setenv(backends.ENVIRONMENT, "reference")
     assert chosen() == "reference"
     with gear_kernels.backend("native"):
         assert chosen() == "native" and chosen(torch.float64) == "reference"
@@ -128,17 +131,17 @@ def test_choice(monkeypatch):
 def test_unknown_and_impossible_choices(monkeypatch):
     with pytest.raises(GearKernelsError, match="names the back end 'cuda'; expected one of reference, triton, native"):
         gear_kernels.backend("cuda").__enter__()
-    monkeypatch.setenv(ops.ENVIRONMENT, "fast")
+    monkeypatch.setenv(backends.ENVIRONMENT, "fast")
     with pytest.raises(GearKernelsError, match="GEAR_KERNELS_BACKEND names the back end 'fast'"):
         token_stats(torch.zeros(1, 2), stats=("entropy",))
-    with gear_kernels.backend("triton"), pytest.raises(GearKernelsError, match="'triton', but it is not built yet"):
+    with gear_kernels.backend("triton"), pytest.raises(GearKernelsError, match="'triton', but it runs on GPUs"):
         token_stats(torch.zeros(1, 2), stats=("entropy",))
 
 
 def test_missing_module_warns_once_and_says_so(monkeypatch, capsys):
-    monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     monkeypatch.setattr(ops, "_load_native", lambda: (None, "the compiled module is missing (test)"))
-    ops._warn_missing.cache_clear()
+    backends._warn_missing.cache_clear()
     with pytest.warns(UserWarning, match="reference back end, many times slower: the compiled module is missing"):
         assert chosen() == "reference"
     with gear_kernels.backend("native"), pytest.raises(GearKernelsError, match="compiled module is missing"):
@@ -148,10 +151,10 @@ def test_missing_module_warns_once_and_says_so(monkeypatch, capsys):
 
 
 def test_show(monkeypatch, capsys):
-    monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     gear_kernels.show()
     text = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in text and f"native ({ISAS[-1]}" in text and "not triton: it is not built yet" in text
+    assert f"torch {torch.__version__}" in text and f"native ({ISAS[-1]}" in text and "not triton: it runs on GPUs" in text
     with gear_kernels.backend("reference"):
         gear_kernels.show()
     assert "backend(...) asks for reference" in capsys.readouterr().out

@@ -21,6 +21,7 @@ using Targets = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using TableOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Sums = nb::ndarray<double, nb::ndim<3>, nb::device::cpu>;  // [splits, rows, n], any stride between splits
 
 namespace {
 
@@ -64,19 +65,12 @@ Matrix matrix(const Array& a) {
 
 void run(RowFunction f, const Problem& p, int threads) {
   nb::gil_scoped_release nogil;
+  const int64_t items = p.rows * p.splits;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t row = 0; row < p.rows; ++row) f(p, row);
+  for (int64_t i = 0; i < items; ++i) f(p, i % p.rows, (int)(i / p.rows));
 }
 
-Problem problem(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
-                int64_t ignore_index, const Vector& inv_temperature) {
-  Problem p;
-  p.student = matrix(student);
-  p.rows = (int64_t)student.shape(0), p.vocab = (int64_t)student.shape(1);
-  if (teacher) {
-    require(teacher->shape(0) == student.shape(0) && teacher->shape(1) == student.shape(1), "teacher shape");
-    p.teacher = matrix(*teacher);
-  }
+void set_rows(Problem& p, const std::optional<Targets>& targets, int64_t ignore_index, const Vector& inv_temperature) {
   if (targets) {
     require((int64_t)targets->shape(0) == p.rows, "targets shape");
     p.targets = targets->data();
@@ -84,28 +78,73 @@ Problem problem(const Logits& student, const std::optional<Logits>& teacher, con
   p.ignore_index = ignore_index;
   require((int64_t)inv_temperature.shape(0) == p.rows, "inv_temperature shape");
   p.inv_temperature = inv_temperature.data();
+}
+
+Problem problem(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
+                int64_t ignore_index, const Vector& inv_temperature, int64_t first) {
+  Problem p;
+  p.student = matrix(student);
+  p.rows = (int64_t)student.shape(0), p.columns = (int64_t)student.shape(1), p.first = first;
+  if (teacher) {
+    require(teacher->shape(0) == student.shape(0) && teacher->shape(1) == student.shape(1), "teacher shape");
+    p.teacher = matrix(*teacher);
+  }
+  set_rows(p, targets, ignore_index, inv_temperature);
   return p;
 }
 
-void forward(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
-             int64_t ignore_index, const Vector& inv_temperature, TableOut values, TableOut state, int threads,
-             const std::string& isa) {
-  Problem p = problem(student, teacher, targets, ignore_index, inv_temperature);
-  require(values.shape(0) == kValues && (int64_t)values.shape(1) == p.rows, "values shape");
-  require((int64_t)state.shape(0) == p.rows && state.shape(1) == kState, "state shape");
-  p.values = values.data(), p.state = state.data();
-  run(named(isa).forward, p, threads);
+double* set_splits(Problem& p, Sums& table, int64_t width, const char* what) {
+  const bool rows_follow = table.shape(1) < 2 || table.stride(1) == width;
+  require((int64_t)table.shape(1) == p.rows && (int64_t)table.shape(2) == width && table.stride(2) == 1 && rows_follow, what);
+  p.splits = (int)table.shape(0), p.split_stride = table.stride(0);
+  return table.data();
 }
 
-void backward(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
-              int64_t ignore_index, const Vector& inv_temperature, TableOut state, const Table& grads, LogitsOut dz,
-              int threads, const std::string& isa) {
-  Problem p = problem(student, teacher, targets, ignore_index, inv_temperature);
+float* checked_state(const Problem& p, const TableOut& state) {
   require((int64_t)state.shape(0) == p.rows && state.shape(1) == kState, "state shape");
-  require((int64_t)grads.shape(0) == p.rows && grads.shape(1) == kGrads, "grads shape");
+  return state.data();
+}
+
+void sweep(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
+           int64_t ignore_index, const Vector& inv_temperature, int64_t first, bool teacher_moments, Sums sums, int threads,
+           const std::string& isa) {
+  Problem p = problem(student, teacher, targets, ignore_index, inv_temperature, first);
+  p.teacher_moments = teacher_moments;
+  p.sums = set_splits(p, sums, kSums, "sums shape");
+  run(named(isa).sweep, p, threads);
+}
+
+void finish(Sums sums, const std::optional<Targets>& targets, int64_t ignore_index, const Vector& inv_temperature,
+            TableOut values, TableOut state, int threads, const std::string& isa) {
+  Problem p;
+  p.rows = (int64_t)sums.shape(1);
+  set_rows(p, targets, ignore_index, inv_temperature);
+  p.sums = set_splits(p, sums, kSums, "sums shape");
+  require(values.shape(0) == kValues && (int64_t)values.shape(1) == p.rows, "values shape");
+  p.values = values.data(), p.state = checked_state(p, state);
+  const RowFunction f = named(isa).finish;  // itself walks the splits
+  nb::gil_scoped_release nogil;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && p.rows > 4096) schedule(static)
+  for (int64_t row = 0; row < p.rows; ++row) f(p, row, 0);
+}
+
+void mixture(const Logits& student, const Logits& teacher, const std::optional<Targets>& targets, int64_t ignore_index,
+             const Vector& inv_temperature, int64_t first, TableOut state, float beta, Sums shares, int threads,
+             const std::string& isa) {
+  Problem p = problem(student, teacher, targets, ignore_index, inv_temperature, first);
+  p.state = checked_state(p, state), p.beta = beta;
+  p.shares = set_splits(p, shares, 2, "shares shape");
+  run(named(isa).mixture, p, threads);
+}
+
+void gradient(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
+              int64_t ignore_index, const Vector& inv_temperature, int64_t first, TableOut state, float beta, const Table& grads,
+              LogitsOut dz, int threads, const std::string& isa) {
+  Problem p = problem(student, teacher, targets, ignore_index, inv_temperature, first);
+  require((int64_t)grads.shape(0) == p.rows && grads.shape(1) == kValues, "grads shape");
   require(dz.shape(0) == student.shape(0) && dz.shape(1) == student.shape(1), "dz shape");
-  p.state = state.data(), p.grads = grads.data(), p.dz = matrix(dz);
-  run(named(isa).backward, p, threads);
+  p.state = checked_state(p, state), p.beta = beta, p.grads = grads.data(), p.dz = matrix(dz);
+  run(named(isa).gradient, p, threads);
 }
 
 }  // namespace
@@ -117,9 +156,15 @@ NB_MODULE(_native, m) {
     for (const Isa& isa : supported()) names.emplace_back(isa.name);
     return names;
   });
-  m.def("forward", &forward, nb::arg("student"), nb::arg("teacher").none(), nb::arg("targets").none(), nb::arg("ignore_index"),
-        nb::arg("inv_temperature"), nb::arg("values"), nb::arg("state"), nb::arg("threads"), nb::arg("isa"));
-  m.def("backward", &backward, nb::arg("student"), nb::arg("teacher").none(), nb::arg("targets").none(),
-        nb::arg("ignore_index"), nb::arg("inv_temperature"), nb::arg("state"), nb::arg("grads"), nb::arg("dz"),
-        nb::arg("threads"), nb::arg("isa"));
+  // Tables are the ones of rows.h; gear_kernels/backends.py holds the only callers.
+  const auto student = nb::arg("student"), ignore_index = nb::arg("ignore_index"), inv_temperature = nb::arg("inv_temperature"),
+             first = nb::arg("first"), threads = nb::arg("threads"), isa = nb::arg("isa");
+  m.def("sweep", &sweep, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature, first,
+        nb::arg("teacher_moments"), nb::arg("sums"), threads, isa);
+  m.def("finish", &finish, nb::arg("sums"), nb::arg("targets").none(), ignore_index, inv_temperature, nb::arg("values"),
+        nb::arg("state"), threads, isa);
+  m.def("mixture", &mixture, student, nb::arg("teacher"), nb::arg("targets").none(), ignore_index, inv_temperature, first,
+        nb::arg("state"), nb::arg("beta"), nb::arg("shares"), threads, isa);
+  m.def("gradient", &gradient, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature,
+        first, nb::arg("state"), nb::arg("beta"), nb::arg("grads"), nb::arg("dz"), threads, isa);
 }

@@ -13,29 +13,37 @@ struct Matrix {
   Dtype dtype = Dtype::f32;
 };
 
-// Order of the rows of `values` [6, rows]; the Python side uses the same order (reference.STAT_NAMES).
-enum Value { kLogprob, kTeacherLogprob, kEntropy, kTeacherEntropy, kReverseKl, kForwardKl, kValues };
-// Order of the columns of `state` [rows, 8], all that the backward needs beside the logits.
-enum State { sMax, sLogZ, sTeacherMax, sTeacherLogZ, sEntropy, sReverseKl, sForwardKl, sLogprob, kState };
-// Order of the columns of `grads` [rows, 4].
-enum Grad { gLogprob, gEntropy, gReverseKl, gForwardKl, kGrads };
+// Columns of `sums` [splits, rows, 12], the partial sums of both heads; the same order as reference.SUM_NAMES.
+enum Sum { mMax, mZ, mFirst, mCross, mTeacher, mTarget = 8, mTeacherTarget, mOutside, mTeacherOutside, kSums };
+// Order of the rows of `values` [7, rows] and of the columns of `grads` [rows, 7]: reference.STAT_NAMES.
+enum Value { kLogprob, kTeacherLogprob, kEntropy, kTeacherEntropy, kReverseKl, kForwardKl, kJsd, kValues };
+// Order of the columns of `state` [rows, 9], all that the backward needs beside the logits: reference.STATE_NAMES.
+enum State { sMax, sLogZ, sTeacherMax, sTeacherLogZ, sEntropy, sReverseKl, sForwardKl, sLogprob, sMixtureKl, kState };
 
+// A tile of logits (or, for finish, only its rows) and the tables that the function called reads or writes.
 struct Problem {
-  Matrix student, teacher;          // teacher.data is null where there is no teacher
-  int64_t rows = 0, vocab = 0;
-  const int64_t* targets = nullptr; // null: no log-probs, no ignored rows
+  Matrix student, teacher;           // teacher.data is null where there is no teacher
+  int64_t rows = 0, columns = 0;
+  int64_t first = 0;                 // the tile's first column in the whole vocabulary
+  bool teacher_moments = false;      // sweep: its entropy or the forward KL is wanted
+  int splits = 1;                    // column ranges that are summed apart
+  const int64_t* targets = nullptr;  // null: no log-probs, no ignored rows
   int64_t ignore_index = 0;
   const float* inv_temperature = nullptr;  // [rows]
-  float* values = nullptr;          // [kValues, rows]
-  float* state = nullptr;           // [rows, kState]
-  const float* grads = nullptr;     // [rows, kGrads], backward only
-  Matrix dz;                        // [rows, vocab], backward only; may be the student matrix itself
+  double* sums = nullptr;            // [splits, rows, kSums]; a split's rows are split_stride apart
+  double* shares = nullptr;          // [splits, rows, 2]: KL(student || mixture), KL(teacher || mixture)
+  int64_t split_stride = 0;          // of sums or shares, in elements
+  float* values = nullptr;           // [kValues, rows]
+  float* state = nullptr;            // [rows, kState]
+  const float* grads = nullptr;      // [rows, kValues]
+  float beta = 0.5f;                 // the teacher's part of the mixture
+  Matrix dz;                         // [rows, columns]
 };
 
-using RowFunction = void (*)(const Problem&, int64_t row);
+using RowFunction = void (*)(const Problem&, int64_t row, int split);
 struct Isa {
   const char* name;
-  RowFunction forward, backward;
+  RowFunction sweep, finish, mixture, gradient;
 };
 
 Isa baseline_isa();

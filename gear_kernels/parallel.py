@@ -1,0 +1,56 @@
+"""Vocabulary (tensor) parallelism: each rank holds an equal slice of the head's rows, in rank order.
+
+What crosses the ranks is a row's twelve partial sums, never logits. Collectives of one `linear_token_stats` call: one all_gather
+of [N, 12] float64 in forward (and one all_reduce of [N, 2] float64 for jsd), one all_reduce of the hidden states' gradient
+[N, D] in float32 in backward, where that gradient is asked for. None of them waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from .errors import bad_input
+
+
+def group_name(name: str, group) -> str:
+    """A process group, or a one-dimensional DeviceMesh -> the name under which a compiled graph finds the group again."""
+    if hasattr(group, "get_group") and getattr(group, "ndim", None) == 1:
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise bad_input(
+            f"{name}.group is a {type(group).__name__}",
+            "a torch.distributed process group or a one-dimensional DeviceMesh",
+            "pass the group whose ranks share the vocabulary",
+        )
+    return group.group_name
+
+
+def resolve(name: str) -> dist.ProcessGroup:
+    """The process group of this name."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def gather_sums(sums: torch.Tensor, shard_rows: int, name: str) -> torch.Tensor:
+    """Sums [K, n, 12] of this rank's shard -> [K * ranks, n, 12] of all; one all_gather, which carries each shard's size too.
+
+    Shards of unequal size put tokens at the wrong ids: an error on the CPU, NaN on a GPU (no device synchronisation).
+    """
+    group = resolve(name)
+    mine = torch.cat([sums.flatten(), sums.new_full((1,), shard_rows)])
+    everyone = mine.new_empty((group.size(), mine.numel()))
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    out, sizes = everyone[:, :-1].reshape(-1, *sums.shape[1:]), everyone[:, -1]
+    equal = (sizes == shard_rows).all()
+    if sums.device.type == "cpu" and not equal:
+        raise bad_input(
+            f"the ranks' vocabulary shards have {[int(x) for x in sizes]} rows",
+            "shards of one size",
+            "pad the head to a multiple of the ranks and pass valid_vocab, the number of real tokens",
+        )
+    return torch.where(equal, out, torch.nan)
+
+
+def add_up(tensor: torch.Tensor, name: str) -> None:
+    """Sum over the ranks, in place: one all_reduce."""
+    dist.all_reduce(tensor, group=resolve(name))
