@@ -140,7 +140,7 @@ def test_unknown_and_impossible_choices(monkeypatch):
 
 def test_missing_module_warns_once_and_says_so(monkeypatch, capsys):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(ops, "_load_native", lambda: (None, "the compiled module is missing (test)"))
+    monkeypatch.setattr(backends, "_load_native", lambda: (None, "the compiled module is missing (test)"))
     backends._warn_missing.cache_clear()
     with pytest.warns(UserWarning, match="reference back end, many times slower: the compiled module is missing"):
         assert chosen() == "reference"

@@ -1,0 +1,528 @@
+"""The statistics kernels: one online sweep over a tile of both heads' logits, and a backward that takes all gradients at once.
+
+A program owns one row (of one column split) and walks it in blocks. Sums are kept per lane in float32, reduced once at the
+end of the tile, and joined with what earlier tiles left in float64: a row is read once, a few scalars are written. All
+logits are cast to float32 straight after the load; what is computed is decided at compile time by WANT, a sum of flags.
+
+Terms, as in reference.py: x = (s - max s) / T, y = (t - max t) / T; sums of e^x, e^x x, e^x (x - y). Minus infinity and masked
+lanes become LOWEST, so e^x is exactly 0 and products with x stay finite; NaN passes every tl.where and reaches the sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..backends import Task, Tile, needs_teacher
+from ..reference import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
+_constant = int if INTERPRETED else tl.constexpr  # the interpreter takes globals as they are, the compiler only constexpr
+_LOWEST, _FARTHEST = (x if INTERPRETED else tl.constexpr(x) for x in (LOWEST, FARTHEST))
+_SUMS, _STATE, _VALUES = (_constant(len(names)) for names in (SUM_NAMES, STATE_NAMES, STAT_NAMES))
+# Bits of WANT.
+LOGPROBS, ENTROPY, REVERSE_KL, TEACHER, TEACHER_ENTROPY, FORWARD_KL, JSD = (_constant(1 << i) for i in range(7))
+_BIT = {"logprobs": 0, "entropy": 1, "reverse_kl": 2, "teacher_logprobs": 0, "teacher_entropy": 4, "forward_kl": 5, "jsd": 6}
+_TEACHER_BIT = 3
+
+
+class Logits(NamedTuple):
+    """One head's tile as a kernel argument; members that are None disappear at compile time."""
+
+    z: Any  # [n, c], any strides
+    row: int
+    col: int
+    bias: Any  # [c], contiguous
+    scale: float | None
+    softcap: float | None
+
+
+class RowData(NamedTuple):
+    """Per-row tensors [n] as a kernel argument. `first`: the tile's first column in the vocabulary."""
+
+    targets: Any  # int64; a kernel reads it only under LOGPROBS or MASKED
+    inv_temperature: Any
+    ignore_index: int
+    first: int
+
+
+# --- device functions -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tanh(u):
+    """No libdevice: it is missing in the interpreter. Cephes' polynomial near 0, where 1 - 2 / (e^2u + 1) cancels; 2 ulp."""
+    z = u * u
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp(2.0 * u) + 1.0)
+    return tl.where(tl.abs(u) < 0.625, p * z * u + u, far)
+
+
+@triton.jit
+def _finished(z, head, cols, mask):
+    """Raw GEMM output -> logits."""
+    if head.bias is not None:
+        z += tl.load(head.bias + cols, mask=mask, other=0.0).to(tl.float32)
+    if head.scale is not None:
+        z *= head.scale
+    if head.softcap is not None:
+        z = head.softcap * _tanh(z / head.softcap)
+    return z
+
+
+@triton.jit
+def _logits(head, row, cols, mask):
+    """A block of logits in float32, -inf in masked lanes (also after a softcap or a negative scale)."""
+    z = tl.load(head.z + row * head.row + cols.to(tl.int64) * head.col, mask=mask, other=float("-inf")).to(tl.float32)
+    if (head.bias is not None) or (head.scale is not None) or (head.softcap is not None):
+        z = tl.where(mask, _finished(z, head, cols, mask), float("-inf"))
+    return z
+
+
+@triton.jit
+def _logit(head, row, col, mask):
+    """One logit, 0 where the mask is False."""
+    z = tl.load(head.z + row * head.row + col * head.col, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, _finished(z, head, col, mask), 0.0)
+
+
+@triton.jit
+def _at_least(x, low):
+    return tl.where(x < low, low, x)  # not tl.maximum: it would swallow a NaN
+
+
+@triton.jit
+def _relative(z, top, inv_t):
+    return _at_least((z - top) * inv_t, _LOWEST)
+
+
+@triton.jit
+def _reference_max(m):
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _move(z, first, cross, by, other):
+    """Sums of one head after its reference rose by `by` and the other head's by `other` (in units of x)."""
+    r = tl.exp(-by)
+    return r * z, r * (first - z * by), r * (cross - z * (by - other))
+
+
+@triton.jit
+def _join(max_a, z_a, max_b, z_b):
+    """The joint maximum of two partial sums; a side with z = 0 has seen nothing but -inf."""
+    larger = tl.where(max_b > max_a, max_b, max_a)
+    return tl.where(z_a == 0, max_b, tl.where(z_b == 0, max_a, larger))
+
+
+@triton.jit
+def _distance(new, old, z, inv_t):
+    return tl.where(z == 0, 0.0, (new - old) * inv_t)
+
+
+@triton.jit
+def _read(at, mask):
+    """A scalar (mask None) or a masked block of float64 sums."""
+    if mask is None:
+        value = tl.load(at)
+    else:
+        value = tl.load(at, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
+def _add_stored(at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, TEACHER_TOO: tl.constexpr):
+    """Joins float64 sums of both heads with those stored at `at`; returns all eight."""
+    o_max, o_z = _read(at, mask), _read(at + 1, mask)
+    n_max = _join(o_max, o_z, s_max, s_z)
+    o_by, s_by = _distance(n_max, o_max, o_z, inv_t), _distance(n_max, s_max, s_z, inv_t)
+    o_other, s_other = o_by * 0.0, o_by * 0.0
+    if TEACHER_TOO:
+        p_max, p_z = _read(at + 4, mask), _read(at + 5, mask)
+        m_max = _join(p_max, p_z, t_max, t_z)
+        o_other, s_other = _distance(m_max, p_max, p_z, inv_t), _distance(m_max, t_max, t_z, inv_t)
+        p_z, p_first, p_cross = _move(p_z, _read(at + 6, mask), _read(at + 7, mask), o_other, o_by)
+        t_z, t_first, t_cross = _move(t_z, t_first, t_cross, s_other, s_by)
+        t_max, t_z, t_first, t_cross = m_max, p_z + t_z, p_first + t_first, p_cross + t_cross
+    o_z, o_first, o_cross = _move(o_z, _read(at + 2, mask), _read(at + 3, mask), o_by, o_other)
+    s_z, s_first, s_cross = _move(s_z, s_first, s_cross, s_by, s_other)
+    return n_max, o_z + s_z, o_first + s_first, o_cross + s_cross, t_max, t_z, t_first, t_cross
+
+
+@triton.jit
+def _log_ratio(d, own, other):
+    """log p/m from d = log q - log p; log q/m is the same with -d and the parts of both exchanged."""
+    return -tl.log(own + other * tl.exp(d))
+
+
+@triton.jit
+def _bounded(d):
+    return tl.where(d > _FARTHEST, _FARTHEST, _at_least(d, -_FARTHEST))
+
+
+# --- sweep ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n"])
+def _sweep_kernel(S, T, R, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (row, split): adds columns [split * width, ...) of the tile to SUMS [splits, n, 12] float64."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    if MASKED:
+        target = tl.load(R.targets + row)
+        if target == R.ignore_index:
+            return
+    inv_t = tl.load(R.inv_temperature + row)
+    begin = split * width
+    end = tl.minimum(begin + width, columns)
+    lanes = tl.arange(0, BLOCK)
+    s_max = tl.full((), float("-inf"), tl.float32)
+    t_max = tl.full((), float("-inf"), tl.float32)
+    s_z = tl.zeros((BLOCK,), tl.float32)
+    s_first, s_cross = s_z, s_z
+    t_z, t_first, t_cross = s_z, s_z, s_z
+    outside = tl.zeros((BLOCK,), tl.int32)  # bit 0: student finite, teacher -inf; bit 1: the other way round
+    for start in range(begin, end, BLOCK):
+        cols = start + lanes
+        mask = cols < end
+        s = _logits(S, row, cols, mask)
+        s_new = tl.maximum(s_max, tl.max(s, 0))
+        s_ref = _reference_max(s_new)
+        s_by = tl.where(s_max == float("-inf"), 0.0, (s_ref - s_max) * inv_t)
+        t_by = s_by * 0.0
+        if WANT & TEACHER:
+            t = _logits(T, row, cols, mask)
+            t_new = tl.maximum(t_max, tl.max(t, 0))
+            t_ref = _reference_max(t_new)
+            t_by = tl.where(t_max == float("-inf"), 0.0, (t_ref - t_max) * inv_t)
+            t_max = t_new
+            t_z, t_first, t_cross = _move(t_z, t_first, t_cross, t_by, s_by)
+            y = _relative(t, t_ref, inv_t)
+            t_e = tl.exp(y)
+            t_z += t_e
+        s_max = s_new
+        s_z, s_first, s_cross = _move(s_z, s_first, s_cross, s_by, t_by)
+        x = _relative(s, s_ref, inv_t)
+        s_e = tl.exp(x)
+        s_z += s_e
+        if WANT & ENTROPY:
+            s_first += s_e * x
+        if WANT & TEACHER_ENTROPY:
+            t_first += t_e * y
+        if WANT & REVERSE_KL:
+            s_cross += s_e * (x - y)
+        if WANT & FORWARD_KL:
+            t_cross += t_e * (y - x)
+        if WANT & (REVERSE_KL | FORWARD_KL):
+            s_null, t_null = s == float("-inf"), t == float("-inf")
+            outside |= tl.where(t_null, tl.where(s_null, 0, 1), tl.where(s_null, 2, 0))
+    at = SUMS + (split.to(tl.int64) * n + row) * _SUMS
+    sums = (tl.sum(s_z, 0), tl.sum(s_first, 0), tl.sum(s_cross, 0), tl.sum(t_z, 0), tl.sum(t_first, 0), tl.sum(t_cross, 0))
+    joined = _add_stored(
+        at,
+        None,
+        inv_t.to(tl.float64),
+        _reference_max(s_max).to(tl.float64),
+        sums[0].to(tl.float64),
+        sums[1].to(tl.float64),
+        sums[2].to(tl.float64),
+        _reference_max(t_max).to(tl.float64),
+        sums[3].to(tl.float64),
+        sums[4].to(tl.float64),
+        sums[5].to(tl.float64),
+        (WANT & TEACHER) != 0,
+    )
+    for i in tl.static_range(8):
+        if (i < 4) or (WANT & TEACHER):
+            tl.store(at + i, joined[i])
+    if WANT & (REVERSE_KL | FORWARD_KL):
+        tl.store(at + 10, tl.load(at + 10) + tl.max(outside & 1, 0).to(tl.float64))
+        tl.store(at + 11, tl.load(at + 11) + tl.max(outside >> 1, 0).to(tl.float64))
+    if WANT & LOGPROBS:
+        col = tl.load(R.targets + row) - R.first
+        inside = (col >= begin) & (col < end)
+        tl.store(at + 8, tl.load(at + 8) + _logit(S, row, col, inside).to(tl.float64))
+        if WANT & TEACHER:
+            tl.store(at + 9, tl.load(at + 9) + _logit(T, row, col, inside).to(tl.float64))
+
+
+# --- finish -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _log_z(z):
+    return tl.log(tl.where(z == 0, float("nan"), z))  # every logit -inf: no distribution
+
+
+@triton.jit
+def _not_negative(x):
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def _divergence(cross, z, log_z, other_log_z, outside):
+    both = log_z + other_log_z
+    kl = _not_negative(cross / z - log_z + other_log_z)
+    return tl.where((outside > 0) & (both == both), float("inf"), kl)
+
+
+@triton.jit(do_not_specialize=["n", "splits"])
+def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, ROWS: tl.constexpr):
+    """A block of rows: SUMS [splits, n, 12] of disjoint columns -> VALUES [7, n] and STATE [n, 9]; jsd's places get 0."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = rows < n
+    inv_t = tl.load(R.inv_temperature + rows, mask=mask, other=1.0).to(tl.float64)
+    zero = tl.zeros((ROWS,), tl.float64)
+    s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross = zero, zero, zero, zero, zero, zero, zero, zero
+    target, t_target, outside, t_outside = zero, zero, zero, zero
+    for split in range(splits):
+        at = SUMS + (split * n + rows) * _SUMS
+        s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross = _add_stored(
+            at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, True
+        )
+        target += tl.load(at + 8, mask=mask, other=0.0)
+        t_target += tl.load(at + 9, mask=mask, other=0.0)
+        outside += tl.load(at + 10, mask=mask, other=0.0)
+        t_outside += tl.load(at + 11, mask=mask, other=0.0)
+    keep = mask
+    if MASKED:
+        keep = mask & (tl.load(R.targets + rows, mask=mask, other=0) != R.ignore_index)
+    log_z, log_w = _log_z(s_z), _log_z(t_z)
+    logprob, t_logprob = (target - s_max) * inv_t - log_z, (t_target - t_max) * inv_t - log_w
+    entropy, t_entropy = _not_negative(log_z - s_first / s_z), _not_negative(log_w - t_first / t_z)
+    reverse_kl = _divergence(s_cross, s_z, log_z, log_w, outside)
+    forward_kl = _divergence(t_cross, t_z, log_w, log_z, t_outside)
+    values = (logprob, t_logprob, entropy, t_entropy, reverse_kl, forward_kl, zero)
+    state = (s_max, log_z, t_max, log_w, entropy, reverse_kl, forward_kl, logprob, zero)
+    for i in tl.static_range(_VALUES):
+        tl.store(VALUES + i * n + rows, tl.where(keep, values[i], 0.0).to(tl.float32), mask=mask)
+    for i in tl.static_range(_STATE):
+        tl.store(STATE + rows * _STATE + i, tl.where(keep, state[i], 0.0).to(tl.float32), mask=mask)
+
+
+# --- divergence to the mixture ----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n", "beta"])
+def _mixture_kernel(S, T, R, STATE, SHARES, n, columns, width, beta, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (row, split): adds the tile's KL(S || M) and KL(T || M) to SHARES [splits, n, 2] float64."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    if MASKED:
+        target = tl.load(R.targets + row)
+        if target == R.ignore_index:
+            return
+    inv_t = tl.load(R.inv_temperature + row)
+    state = STATE + row * _STATE
+    s_max, log_z, t_max, log_w = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
+    begin = split * width
+    end = tl.minimum(begin + width, columns)
+    lanes = tl.arange(0, BLOCK)
+    from_s = tl.zeros((BLOCK,), tl.float32)
+    from_t = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        cols = start + lanes
+        mask = cols < end
+        x = _at_least((_logits(S, row, cols, mask) - s_max) * inv_t - log_z, _LOWEST)
+        y = _at_least((_logits(T, row, cols, mask) - t_max) * inv_t - log_w, _LOWEST)
+        d = _bounded(y - x)
+        from_s += tl.where(mask, tl.exp(x) * _log_ratio(d, 1 - beta, beta), 0.0)
+        from_t += tl.where(mask, tl.exp(y) * _log_ratio(-d, beta, 1 - beta), 0.0)
+    at = SHARES + (split.to(tl.int64) * n + row) * 2
+    tl.store(at, tl.load(at) + tl.sum(from_s, 0).to(tl.float64))
+    tl.store(at + 1, tl.load(at + 1) + tl.sum(from_t, 0).to(tl.float64))
+
+
+# --- gradient ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _usable(grad, value):
+    return tl.where(tl.abs(value) == float("inf"), 0.0, grad)  # an infinite output passes no gradient
+
+
+@triton.jit
+def _store(at, value, mask, ROUND: tl.constexpr):
+    """Round to the output's dtype. ROUND: to bfloat16 by hand, to nearest even, for the interpreter truncates."""
+    if ROUND:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["beta"])
+def _gradient_kernel(
+    S, T, R, STATE, GRADS, OUT, columns, beta, MASKED: tl.constexpr, WANT: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program (row, block): dz of the raw GEMM output, all gradients at once. OUT: a Logits that only names z and its strides."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < columns
+    out = OUT.z + row * OUT.row + cols.to(tl.int64) * OUT.col
+    if MASKED:
+        target = tl.load(R.targets + row)
+        if target == R.ignore_index:
+            _store(out, tl.zeros((BLOCK,), tl.float32), mask, False)
+            return
+    inv_t = tl.load(R.inv_temperature + row)
+    state, grads = STATE + row * _STATE, GRADS + row * _VALUES
+    s = _logits(S, row, cols, mask)
+    x = _at_least((s - tl.load(state)) * inv_t - tl.load(state + 1), _LOWEST)
+    p = tl.exp(x)
+    factor = tl.zeros((BLOCK,), tl.float32)
+    other = tl.zeros((BLOCK,), tl.float32)
+    if WANT & TEACHER:
+        y = _at_least((_logits(T, row, cols, mask) - tl.load(state + 2)) * inv_t - tl.load(state + 3), _LOWEST)
+    if WANT & LOGPROBS:
+        g = _usable(tl.load(grads), tl.load(state + 7))
+        factor -= g
+        other -= tl.where(cols == tl.load(R.targets + row) - R.first, g, 0.0)
+    if WANT & ENTROPY:
+        factor -= tl.load(grads + 2) * (x + tl.load(state + 4))
+    if WANT & REVERSE_KL:
+        kl = tl.load(state + 5)
+        g = _usable(tl.load(grads + 4), kl)
+        factor += g * ((x - y) - tl.where(g == 0, 0.0, kl))
+    if WANT & FORWARD_KL:
+        g = _usable(tl.load(grads + 5), tl.load(state + 6))
+        factor += g
+        other += g * tl.exp(y)
+    if WANT & JSD:
+        factor += tl.load(grads + 6) * (1 - beta) * (_log_ratio(_bounded(y - x), 1 - beta, beta) - tl.load(state + 8))
+    dz = inv_t * (p * factor - other)
+    if S.softcap is not None:
+        capped = s / S.softcap
+        dz *= 1 - tl.where(mask, capped * capped, 0.0)
+    if S.scale is not None:
+        dz *= S.scale
+    _store(out, dz, mask, ROUND)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """Columns a program holds at a time, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+# By kernel and architecture; no autotuning at the first call. 2048 / 8 keeps seven float32 sums per lane at 8 lanes a thread:
+# no spills and under 128 registers on every target of benchmarks/compile_report. Not yet measured on a GPU.
+_CONFIGS: dict[tuple[str, str], Config] = {}
+_DEFAULT, _DEFAULT_HIP = Config(2048, 8), Config(2048, 4)  # a warp has 64 lanes on AMD
+_INTERPRETED = Config(32768, 1)  # there the cost is per tile operation, hardly per element
+
+
+def config(kernel: str, columns: int) -> Config:
+    """The table's entry, narrowed to the columns there are."""
+    if INTERPRETED:
+        chosen = _INTERPRETED
+    else:
+        target = triton.runtime.driver.active.get_current_target()
+        default = _DEFAULT_HIP if target.backend == "hip" else _DEFAULT
+        chosen = _CONFIGS.get((kernel, str(target.arch)), default)
+    return chosen._replace(block=max(16, min(chosen.block, triton.next_power_of_2(columns))))
+
+
+def splits(rows: int, columns: int) -> int:
+    """Column ranges per row: few rows are cut until about 1000 programs run, none below 8192 columns. From the shape alone."""
+    return max(1, min(1024 // max(rows, 1), columns // 8192))
+
+
+def want(stats: tuple[str, ...]) -> int:
+    """The kernels' compile-time flags for these statistics."""
+    bits = {_BIT[name] for name in stats} | ({_TEACHER_BIT} if needs_teacher(stats) else set())
+    return sum(1 << bit for bit in bits)
+
+
+def _argument(tile: Tile | None) -> Logits | None:
+    if tile is None:
+        return None
+    z, bias = tile.z.detach(), tile.bias
+    return Logits(z, *z.stride(), None if bias is None else bias.detach().contiguous(), tile.scale, tile.softcap)
+
+
+def _row_data(task: Task) -> RowData:
+    rows = task.rows
+    return RowData(rows.targets, rows.inv_temperature, rows.ignore_index, task.first)
+
+
+def _both(student: Tile, teacher: Tile | None) -> tuple[Logits, Logits]:
+    first = _argument(student)
+    return first, first if teacher is None else _argument(teacher)  # unread without TEACHER; triton 3.6 has no optional tuples
+
+
+def _width(columns: int, count: int, block: int) -> int:
+    return triton.cdiv(triton.cdiv(columns, count), block) * block
+
+
+def sweep(student: Tile, teacher: Tile | None, task: Task, sums: torch.Tensor) -> None:
+    """Backend.sweep."""
+    n, columns = student.z.shape
+    chosen, flags = config("sweep", columns), want(task.stats)
+    if n:
+        _sweep_kernel[(n, len(sums))](
+            *(*_both(student, teacher), _row_data(task), *_table(sums), columns, _width(columns, len(sums), chosen.block)),
+            MASKED=task.rows.targets is not None,
+            WANT=flags,
+            BLOCK=chosen.block,
+            num_warps=chosen.num_warps,
+        )
+
+
+def _table(table: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """[splits, n, k], perhaps a slice of more rows -> the tensor and the rows that lie between its splits."""
+    return table, table.stride(0) // table.shape[2] if table.shape[0] > 1 else table.shape[1]
+
+
+def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backend.finish."""
+    n, rows = sums.shape[1], 32
+    values = torch.empty((len(STAT_NAMES), n), device=sums.device)
+    state = torch.empty((n, len(STATE_NAMES)), device=sums.device)
+    if n:
+        _finish_kernel[(triton.cdiv(n, rows),)](
+            *(sums.contiguous(), _row_data(task), values, state, n, len(sums)),
+            MASKED=task.rows.targets is not None,
+            ROWS=rows,
+            num_warps=1,
+        )
+    return values, state
+
+
+def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, shares: torch.Tensor) -> None:
+    """Backend.mixture."""
+    n, columns = student.z.shape
+    chosen = config("mixture", columns)
+    if n:
+        _mixture_kernel[(n, len(shares))](
+            *(*_both(student, teacher), _row_data(task), state, *_table(shares), columns),
+            *(_width(columns, len(shares), chosen.block), task.beta),
+            MASKED=task.rows.targets is not None,
+            BLOCK=chosen.block,
+            num_warps=chosen.num_warps,
+        )
+
+
+def gradient(student: Tile, teacher: Tile | None, task: Task, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor) -> None:
+    """Backend.gradient."""
+    n, columns = student.z.shape
+    chosen, flags = config("gradient", columns), want(task.stats)
+    if n:
+        _gradient_kernel[(n, triton.cdiv(columns, chosen.block))](
+            *(*_both(student, teacher), _row_data(task), state, grads, _argument(Tile(dz)), columns, task.beta),
+            MASKED=task.rows.targets is not None,
+            WANT=flags,
+            ROUND=INTERPRETED and dz.dtype == torch.bfloat16,
+            BLOCK=chosen.block,
+            num_warps=chosen.num_warps,
+        )

@@ -1,0 +1,135 @@
+"""The benchmarks themselves: the quick report really runs, its answers are right, its instruments measure. Never a time."""
+
+import io
+import json
+import math
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import cases, cpu_report, measure, peers, tables
+from gear_kernels import token_stats
+
+OUTPUTS = set(cases.OUTPUTS)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """(what the run returned, the folder it wrote to, what it printed)"""
+    folder, printed = tmp_path_factory.mktemp("results"), io.StringIO()
+    return cpu_report.run(cpu_report.QUICK, folder, Console(file=printed, width=160)), folder, printed.getvalue()
+
+
+def rows_of(report, name):
+    return [(s, row) for s in report["sections"] for row in s["rows"] if row["name"] == name]
+
+
+def test_quick_report_has_every_table(quick):
+    report, folder, printed = quick
+    assert json.loads((folder / "cpu_report.json").read_text()) == report
+    text = (folder / "cpu_report.md").read_text()
+    wanted = {(k, d, p) for k in ("logits", "hidden") for d in ("float32", "bfloat16") for p in cpu_report.PASSES}
+    assert {(s["kind"], s["dtype"], s["passes"]) for s in report["sections"]} == wanted
+    assert text.count("\n## ") == len(wanted) and "Quick self-test" in text and peers.OURS in printed
+    assert (
+        report["quick"] and report["threads"] == torch.get_num_threads() and set(report["versions"]) == set(cpu_report.PACKAGES)
+    )
+
+
+def test_rows_are_whole(quick):
+    for section in quick[0]["sections"]:
+        assert section["read_gb_s"] > 0 and (section["other_load"] is None or 0 <= section["other_load"] <= 1)
+        for row in section["rows"]:
+            if row["failure"]:  # a peer that is not installed here, and nothing else
+                assert row["failure"].startswith("not installed") and row["timing"] is None
+                continue
+            t = row["timing"]
+            assert 0 < t["low_ms"] <= t["median_ms"] <= t["high_ms"] and row["ratio"] > 0
+            grads = set() if section["passes"] == "forward" else {"grad_student", "grad_weight"}
+            grads = grads - {"grad_weight"} if section["kind"] == "logits" else grads
+            assert set(row["errors"]) == (set(row["gives"]) | grads if row["gives"] else set())
+            assert (row["gb_s"] is None) == (section["kind"] == "hidden")
+
+
+def test_ours_is_right(quick):
+    """2e-6 nats in float32. From hidden states the GEMM's own rounding comes on top: there KL alone is promised that."""
+    ours = rows_of(quick[0], peers.OURS)
+    eager = rows_of(quick[0], "eager torch")
+    assert len(ours) == len(eager) == 8
+    for (section, row), (_, other) in zip(ours, eager, strict=True):
+        assert set(row["errors"]) >= OUTPUTS and not row["wrong"]
+        if section["dtype"] == "float32":
+            promised = OUTPUTS if section["kind"] == "logits" else {"reverse_kl"}
+            assert all(row["errors"][name] <= 2e-6 for name in promised)
+            assert all(row["errors"][name] <= 2e-6 + 2 * other["errors"][name] for name in OUTPUTS)
+            assert all(e <= 1e-5 for name, e in row["errors"].items() if name.startswith("grad"))
+
+
+def test_ratios_are_to_the_row_they_name(quick):
+    for section in quick[0]["sections"]:
+        reference_row = next(row for row in section["rows"] if row["name"] == section["ratio_to"])
+        for row in section["rows"]:
+            if row["timing"]:
+                assert row["ratio"] == pytest.approx(row["timing"]["median_ms"] / reference_row["timing"]["median_ms"])
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+def test_truth_is_that_of_the_package(kind):
+    """The report's float64 answer and the package's own were written apart; they must agree."""
+    case = cases.make_case(kind, torch.float32, 40, 97, 8)
+    truth = cases.find_truth(case, chunk=16)
+    student, teacher = case.student.detach().double(), case.teacher.double()
+    if kind == "hidden":
+        student, teacher = student @ case.weight.detach().double().T, teacher @ case.weight.detach().double().T
+    expected = token_stats(student, teacher, case.targets)
+    for name in cases.OUTPUTS:
+        torch.testing.assert_close(truth.outputs[name], getattr(expected, name), rtol=0, atol=1e-12)
+
+
+def test_a_wrong_answer_is_called_wrong():
+    case = cases.make_case("logits", torch.float32, 4, 50)
+    truth = cases.find_truth(case)
+    outputs = peers.eager_stats(case.student, case.teacher, case.targets)
+    for name, broken in (("entropy", 0.01), ("reverse_kl", math.nan)):
+        row = tables.Row("broken", cases.OUTPUTS, errors=truth.errors({**outputs, name: outputs[name] + broken}, None))
+        assert row.wrong and row.is_wrong(name) and not row.is_wrong("logprobs")
+
+
+def test_a_missing_peer_is_named():
+    with pytest.raises(peers.PeerMissing, match=r"pip install --no-deps no-such-package==1\.0"):
+        peers._imported("no_such_module", "no-such-package", "1.0")
+
+
+def test_rounds_take_turns_and_stop():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    found = measure.interleave(calls, dict.fromkeys("abc", 7.0), rounds=2)
+    assert order == list("abcabc") and all(t.rounds == 2 and t.first_ms == 7.0 for t in found.values())
+    assert measure.interleave(calls, dict.fromkeys("abc", 7.0), rounds=9, seconds=0)["a"].rounds == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's high-water mark is Linux's")
+@pytest.mark.parametrize("mib", [2, 48])
+def test_extra_memory_is_exact(mib):
+    def call():
+        torch.ones(mib << 18)  # freed at once, or reused by the second: the peak is one of them
+        return torch.ones(mib << 18)
+
+    held = torch.ones(16 << 18)
+    measure.extra_memory(call)
+    if measure.extra_memory(call) is None:
+        pytest.skip("this system does not let a process reset its peak")
+    assert measure.extra_memory(call) == pytest.approx(mib, abs=1.0)
+    assert held.sum() == 16 << 18
+
+
+@pytest.mark.slow
+def test_compiled_peers_agree():
+    for kind in ("logits", "hidden"):
+        case = cases.make_case(kind, torch.float32, 16, 300, 32)
+        truth = cases.find_truth(case)
+        for peer in (p for p in peers.peers(kind) if p.compiles):
+            row, call, _ = cpu_report._first_call(peer, case, truth, "forward+backward")
+            assert not row.wrong and (call is not None or row.failure.startswith("not installed")), row
