@@ -47,7 +47,7 @@ class Plan:
     logits: tuple[int, int] = (256, 151936)  # N, V
     hidden: tuple[int, int, int] = (128, 151936, 1024)  # N, V, D
     rounds: int = 7
-    seconds: float = 20.0
+    seconds: float = 14.0
     bandwidth_mib: int = 512
     compiled: bool = True
     quick: bool = False

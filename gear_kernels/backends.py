@@ -56,7 +56,8 @@ class Backend:
     """Tile functions; student and teacher are Tiles, the teacher may be None. K column splits each have their own sums.
 
     sweep(student, teacher, task, sums [K, n, 12] float64): adds the tile to `sums` (zeros: nothing seen yet).
-    finish(sums [K, n, 12], task) -> (values [7, n], state [n, 9]) in float32, or float64 for float64 rows; jsd is left out.
+    finish(sums [K, n, 12], task) -> (values [7, n], state [n, 9]) in float32, or float64 for float64 rows; jsd, and where the
+    statistics need no teacher its entries, are left 0.
     mixture(student, teacher, task, state, shares [K, n, 2] float64): adds the tile's share of both divergences to the mixture.
     gradient(student, teacher, task, state, grads [n, 7], dz [n, c]): writes d loss / d (raw GEMM output), rounded to dz's dtype.
     """
@@ -89,6 +90,8 @@ def _reference_finish(sums, task: Task):
     dtype = _wide(task.rows.inv_temperature.dtype)
     out = reference.finish(reference.merge(sums, task.rows), task.rows)
     keep, zero = task.rows.keep(), torch.zeros_like(out["max"])
+    if not needs_teacher(task.stats):
+        out = {name: value for name, value in out.items() if name in ("max", "log_z", "logprobs", "entropy")}
     values = torch.stack([torch.where(keep, out[name], 0) if name in out else zero for name in STAT_NAMES])
     return values.to(dtype), torch.stack([out.get(name, zero) for name in STATE_NAMES], -1).to(dtype)
 
@@ -134,7 +137,7 @@ def _native_sweep(student, teacher, task: Task, sums):
 def _native_finish(sums, task: Task):
     n = sums.shape[1]
     values, state = torch.empty((len(STAT_NAMES), n)), torch.empty((n, len(STATE_NAMES)))
-    rows = (task.rows.targets, task.rows.ignore_index, task.rows.inv_temperature)
+    rows = (task.rows.targets, task.rows.ignore_index, task.rows.inv_temperature, needs_teacher(task.stats))
     _load_native()[0].finish(sums, *rows, values, state, torch.get_num_threads(), instruction_set())
     return values, state
 

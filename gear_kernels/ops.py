@@ -161,8 +161,7 @@ def _(saved, state, grads, stats, numbers, where, needed):
 
 def _vocabulary(weight: Tensor, numbers: Numbers, group: str) -> int:
     """Ids that a target may have."""
-    ranks = parallel.resolve(group).size() if group else 1
-    return int(numbers.valid_vocab) or weight.shape[0] * ranks
+    return int(numbers.valid_vocab) or weight.shape[0] * parallel.ranks(group)
 
 
 def _linear(saved: Sequence[Tensor | None], stats: tuple[str, ...], numbers: Numbers, where: Sequence[str]) -> tiling.Linear:

@@ -15,20 +15,26 @@ from .errors import bad_input
 
 def group_name(name: str, group) -> str:
     """A process group, or a one-dimensional DeviceMesh -> the name under which a compiled graph finds the group again."""
-    if hasattr(group, "get_group") and getattr(group, "ndim", None) == 1:
-        group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        raise bad_input(
-            f"{name}.group is a {type(group).__name__}",
-            "a torch.distributed process group or a one-dimensional DeviceMesh",
-            "pass the group whose ranks share the vocabulary",
-        )
-    return group.group_name
+    if isinstance(group, dist.ProcessGroup):
+        return group.group_name
+    if getattr(group, "ndim", None) == 1 and hasattr(group, "get_group"):
+        return group.get_group().group_name
+    raise bad_input(
+        f"{name}.group is a {type(group).__name__}",
+        "a torch.distributed process group or a one-dimensional DeviceMesh",
+        "pass the group whose ranks share the vocabulary",
+    )
 
 
 def resolve(name: str) -> dist.ProcessGroup:
     """The process group of this name."""
     return dist.distributed_c10d._resolve_process_group(name)
+
+
+@torch.compiler.assume_constant_result
+def ranks(name: str) -> int:
+    """Number of ranks of the group of this name; "" is one."""
+    return resolve(name).size() if name else 1
 
 
 def gather_sums(sums: torch.Tensor, shard_rows: int, name: str) -> torch.Tensor:
@@ -39,7 +45,7 @@ def gather_sums(sums: torch.Tensor, shard_rows: int, name: str) -> torch.Tensor:
     group = resolve(name)
     mine = torch.cat([sums.flatten(), sums.new_full((1,), shard_rows)])
     everyone = mine.new_empty((group.size(), mine.numel()))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    dist.all_gather(list(everyone.unbind(0)), mine, group=group)
     out, sizes = everyone[:, :-1].reshape(-1, *sums.shape[1:]), everyone[:, -1]
     equal = (sizes == shard_rows).all()
     if sums.device.type == "cpu" and not equal:

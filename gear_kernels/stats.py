@@ -204,7 +204,7 @@ def _checked_head(name: str, head: Head | torch.Tensor) -> Head:
     if head.group is None and getattr(head.weight, "tensor_model_parallel", False):
         given = f"{name}.weight is marked tensor_model_parallel: a vocabulary shard without its group"
         raise bad_input(given, "Head(weight, group=...)", "pass the tensor-parallel process group")
-    total = head.weight.shape[0] * (1 if head.group is None else parallel.resolve(parallel.group_name(name, head.group)).size())
+    total = head.weight.shape[0] * parallel.ranks("" if head.group is None else parallel.group_name(name, head.group))
     if head.valid_vocab is not None and not 0 < head.valid_vocab <= total:
         raise bad_input(f"{name}.valid_vocab is {head.valid_vocab}", f"1 to V = {total}", "count the real tokens")
     for option in ("softcap", "scale"):

@@ -22,7 +22,7 @@ def whole(isa, student, teacher, targets, grads, threads=1, inv_t=1 / 0.8):
     sums, shares = torch.zeros(2, n, len(SUM_NAMES), dtype=torch.float64), torch.zeros(2, n, 2, dtype=torch.float64)
     rows = (targets, -100, torch.full((n,), inv_t))
     _native.sweep(student, teacher, *rows, 0, True, sums, threads, isa)
-    _native.finish(sums, *rows, values, state, threads, isa)
+    _native.finish(sums, *rows, teacher is not None, values, state, threads, isa)
     if teacher is not None:
         _native.mixture(student, teacher, *rows, 0, state, BETA, shares, threads, isa)
         values[STAT_NAMES.index("jsd")] = reference.jsd(shares.sum(0), BETA)
@@ -128,7 +128,13 @@ def test_choice(monkeypatch):
     assert chosen() == "reference"
 
 
-def test_unknown_and_impossible_choices(monkeypatch):
+@pytest.fixture
+def compiled_triton(monkeypatch):
+    """As it is outside these tests: on a CPU Triton's kernels are not interpreted."""
+    monkeypatch.setattr(backends._load_triton()[0], "INTERPRETED", False)
+
+
+def test_unknown_and_impossible_choices(monkeypatch, compiled_triton):
     with pytest.raises(GearKernelsError, match="names the back end 'cuda'; expected one of reference, triton, native"):
         gear_kernels.backend("cuda").__enter__()
     monkeypatch.setenv(backends.ENVIRONMENT, "fast")
@@ -150,7 +156,7 @@ def test_missing_module_warns_once_and_says_so(monkeypatch, capsys):
     assert "not native: the compiled module is missing" in capsys.readouterr().out
 
 
-def test_show(monkeypatch, capsys):
+def test_show(monkeypatch, compiled_triton, capsys):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     gear_kernels.show()
     text = capsys.readouterr().out

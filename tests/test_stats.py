@@ -14,7 +14,7 @@ from gear_kernels import GearKernelsError, Head, TokenStats, linear_token_stats,
 from gear_kernels.reference import GRADIENT_NAMES
 
 ALL = reference.STAT_NAMES
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "reference", "triton")
 VOCABS = (1, 2, 127, 1187, 32003)
 INF = float("inf")
 GRAD_ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}

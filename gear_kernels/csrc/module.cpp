@@ -87,7 +87,7 @@ Problem problem(const Logits& student, const std::optional<Logits>& teacher, con
   p.rows = (int64_t)student.shape(0), p.columns = (int64_t)student.shape(1), p.first = first;
   if (teacher) {
     require(teacher->shape(0) == student.shape(0) && teacher->shape(1) == student.shape(1), "teacher shape");
-    p.teacher = matrix(*teacher);
+    p.teacher = matrix(*teacher), p.has_teacher = true;
   }
   set_rows(p, targets, ignore_index, inv_temperature);
   return p;
@@ -114,10 +114,10 @@ void sweep(const Logits& student, const std::optional<Logits>& teacher, const st
   run(named(isa).sweep, p, threads);
 }
 
-void finish(Sums sums, const std::optional<Targets>& targets, int64_t ignore_index, const Vector& inv_temperature,
+void finish(Sums sums, const std::optional<Targets>& targets, int64_t ignore_index, const Vector& inv_temperature, bool teacher,
             TableOut values, TableOut state, int threads, const std::string& isa) {
   Problem p;
-  p.rows = (int64_t)sums.shape(1);
+  p.rows = (int64_t)sums.shape(1), p.has_teacher = teacher;
   set_rows(p, targets, ignore_index, inv_temperature);
   p.sums = set_splits(p, sums, kSums, "sums shape");
   require(values.shape(0) == kValues && (int64_t)values.shape(1) == p.rows, "values shape");
@@ -161,8 +161,8 @@ NB_MODULE(_native, m) {
              first = nb::arg("first"), threads = nb::arg("threads"), isa = nb::arg("isa");
   m.def("sweep", &sweep, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature, first,
         nb::arg("teacher_moments"), nb::arg("sums"), threads, isa);
-  m.def("finish", &finish, nb::arg("sums"), nb::arg("targets").none(), ignore_index, inv_temperature, nb::arg("values"),
-        nb::arg("state"), threads, isa);
+  m.def("finish", &finish, nb::arg("sums"), nb::arg("targets").none(), ignore_index, inv_temperature, nb::arg("teacher"),
+        nb::arg("values"), nb::arg("state"), threads, isa);
   m.def("mixture", &mixture, student, nb::arg("teacher"), nb::arg("targets").none(), ignore_index, inv_temperature, first,
         nb::arg("state"), nb::arg("beta"), nb::arg("shares"), threads, isa);
   m.def("gradient", &gradient, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature,

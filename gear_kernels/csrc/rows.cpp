@@ -308,15 +308,14 @@ void sweep_row(const Problem& p, int64_t row, int split) {
   double* m = p.sums + split * p.split_stride + row * kSums;
   const Columns range = columns_of(p, split);
   Head student = read_head(m), teacher = read_head(m + mTeacher);
-  const bool has_teacher = p.teacher.data != nullptr;
-  const auto f = !has_teacher ? sweep<false, false> : p.teacher_moments ? sweep<true, true> : sweep<true, false>;
+  const auto f = !p.has_teacher ? sweep<false, false> : p.teacher_moments ? sweep<true, true> : sweep<true, false>;
   const Scan scan = f(p, row, range, student, teacher);
   write_head(m, student), write_head(m + mTeacher, teacher);
   m[mOutside] += scan.s_outside_t, m[mTeacherOutside] += scan.t_outside_s;
   const int64_t at = p.targets ? p.targets[row] - p.first : -1;
   if (at < range.begin || at >= range.end) return;
   m[mTarget] += element(p.student, row, at);
-  if (has_teacher) m[mTeacherTarget] += element(p.teacher, row, at);
+  if (p.has_teacher) m[mTeacherTarget] += element(p.teacher, row, at);
 }
 
 // ---- statistics from sums -------------------------------------------------------------------------------------------
@@ -365,13 +364,15 @@ void finish_row(const Problem& p, int64_t row, int) {
       merge(h, {read_head(m), read_head(m + mTeacher)}, inv_t);
       for (int i = mTarget; i < kSums; ++i) rest[i] += m[i];
     }
-    const double lz = log_z(h.s), lz_t = log_z(h.t);
+    const double lz = log_z(h.s), lz_t = p.has_teacher ? log_z(h.t) : 0;
     v[kLogprob] = (float)logprob(rest[mTarget], h.s, lz, inv_t);
-    v[kTeacherLogprob] = (float)logprob(rest[mTeacherTarget], h.t, lz_t, inv_t);
     v[kEntropy] = (float)not_negative(lz - h.s.first / h.s.z);
-    v[kTeacherEntropy] = (float)not_negative(lz_t - h.t.first / h.t.z);
-    v[kReverseKl] = (float)divergence(h.s, lz, lz_t, rest[mOutside] > 0);
-    v[kForwardKl] = (float)divergence(h.t, lz_t, lz, rest[mTeacherOutside] > 0);
+    if (p.has_teacher) {
+      v[kTeacherLogprob] = (float)logprob(rest[mTeacherTarget], h.t, lz_t, inv_t);
+      v[kTeacherEntropy] = (float)not_negative(lz_t - h.t.first / h.t.z);
+      v[kReverseKl] = (float)divergence(h.s, lz, lz_t, rest[mOutside] > 0);
+      v[kForwardKl] = (float)divergence(h.t, lz_t, lz, rest[mTeacherOutside] > 0);
+    }
     state[sMax] = (float)h.s.max, state[sLogZ] = (float)lz;
     state[sTeacherMax] = (float)h.t.max, state[sTeacherLogZ] = (float)lz_t;
     state[sEntropy] = v[kEntropy], state[sReverseKl] = v[kReverseKl];
@@ -447,7 +448,7 @@ RowGrads usable_grads(const Problem& p, int64_t row) {
   const float* g = p.grads + row * kValues;
   const float* state = p.state + row * kState;
   if (ignored(p, row)) return {0, 0, 0, 0, 0};
-  const bool teacher = p.teacher.data != nullptr;
+  const bool teacher = p.has_teacher;
   return {p.targets && state[sLogprob] != -INFINITY ? g[kLogprob] : 0, g[kEntropy],
           teacher && state[sReverseKl] != INFINITY ? g[kReverseKl] : 0,
           teacher && state[sForwardKl] != INFINITY ? g[kForwardKl] : 0, teacher ? g[kJsd] : 0};

@@ -22,7 +22,8 @@ enum State { sMax, sLogZ, sTeacherMax, sTeacherLogZ, sEntropy, sReverseKl, sForw
 
 // A tile of logits (or, for finish, only its rows) and the tables that the function called reads or writes.
 struct Problem {
-  Matrix student, teacher;           // teacher.data is null where there is no teacher
+  Matrix student, teacher;
+  bool has_teacher = false;          // without one, what reads it is 0
   int64_t rows = 0, columns = 0;
   int64_t first = 0;                 // the tile's first column in the whole vocabulary
   bool teacher_moments = false;      // sweep: its entropy or the forward KL is wanted

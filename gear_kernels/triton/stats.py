@@ -273,7 +273,7 @@ def _divergence(cross, z, log_z, other_log_z, outside):
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
-def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, ROWS: tl.constexpr):
+def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT: tl.constexpr, ROWS: tl.constexpr):
     """A block of rows: SUMS [splits, n, 12] of disjoint columns -> VALUES [7, n] and STATE [n, 9]; jsd's places get 0."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < n
@@ -293,11 +293,16 @@ def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, ROWS
     keep = mask
     if MASKED:
         keep = mask & (tl.load(R.targets + rows, mask=mask, other=0) != R.ignore_index)
-    log_z, log_w = _log_z(s_z), _log_z(t_z)
-    logprob, t_logprob = (target - s_max) * inv_t - log_z, (t_target - t_max) * inv_t - log_w
-    entropy, t_entropy = _not_negative(log_z - s_first / s_z), _not_negative(log_w - t_first / t_z)
-    reverse_kl = _divergence(s_cross, s_z, log_z, log_w, outside)
-    forward_kl = _divergence(t_cross, t_z, log_w, log_z, t_outside)
+    log_z, log_w = _log_z(s_z), zero
+    logprob, t_logprob = (target - s_max) * inv_t - log_z, zero
+    entropy, t_entropy = _not_negative(log_z - s_first / s_z), zero
+    reverse_kl, forward_kl = zero, zero
+    if WANT & TEACHER:
+        log_w = _log_z(t_z)
+        t_logprob = (t_target - t_max) * inv_t - log_w
+        t_entropy = _not_negative(log_w - t_first / t_z)
+        reverse_kl = _divergence(s_cross, s_z, log_z, log_w, outside)
+        forward_kl = _divergence(t_cross, t_z, log_w, log_z, t_outside)
     values = (logprob, t_logprob, entropy, t_entropy, reverse_kl, forward_kl, zero)
     state = (s_max, log_z, t_max, log_w, entropy, reverse_kl, forward_kl, logprob, zero)
     for i in tl.static_range(_VALUES):
@@ -493,6 +498,7 @@ def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
         _finish_kernel[(triton.cdiv(n, rows),)](
             *(sums.contiguous(), _row_data(task), values, state, n, len(sums)),
             MASKED=task.rows.targets is not None,
+            WANT=want(task.stats),
             ROWS=rows,
             num_warps=1,
         )

@@ -1,0 +1,514 @@
+"""Every Triton kernel, compiled for GPUs that need not be there: `python -m benchmarks.compile_report [--check]`.
+
+Writes compile_report.json and compile_report.md: registers, spills, shared memory and the widest global load and store of each
+specialisation on each target. --check compiles again, compares with the JSON and exits with 1 on any spill, shared memory over
+the target's limit, missing row, growth of registers or shared memory, or narrower load or store.
+
+Kernels are compiled through the package's own launchers, called with meta tensors: nothing here repeats an argument list or a
+block size. A target has its own process, because a fatal back-end error ends it. Never run with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+TABLE = "compile_report.json"
+ALIGNED, RAGGED = 151936, 32003
+_KIB = 1024
+# name: Triton's target, and the bytes of shared memory that one program may have (the compilers do not check this)
+TARGETS: dict[str, tuple[tuple[str, int | str, int], int]] = {
+    "sm_80": (("cuda", 80, 32), 163 * _KIB),
+    "sm_90": (("cuda", 90, 32), 227 * _KIB),
+    "sm_100": (("cuda", 100, 32), 227 * _KIB),
+    "gfx942": (("hip", "gfx942", 64), 64 * _KIB),
+}
+# Spills that are let pass, in bytes: ptxas' own bargain, two registers stored once outside the loop so that one more program
+# fits on a multiprocessor (80 registers instead of 96, 48 instead of 56). Seen in the machine code; look there before adding one.
+TRADED = {
+    ("sm_80", "sweep", "jsd, float32, V=151936, unmasked"): 12,
+    ("sm_100", "gradient", "default, float16, V=32003"): 8,
+}
+_PROCESSES = 2  # a compile keeps one core busy
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, compiled. registers: per thread (AMD: vector registers).  spills: bytes stored per thread (AMD: spilled vector
+    and scalar registers).  shared: bytes per program.  load_bits, store_bits: of one access to global memory by a
+    thread: the widest vector, or where there is none the most frequent single value (16 or 32 then: not vectorised).
+    """
+
+    target: str
+    kernel: str
+    case: str
+    block: int
+    num_warps: int
+    registers: int
+    spills: int
+    shared: int
+    load_bits: int
+    store_bits: int
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a row is found by in another table."""
+        return self.target, self.kernel, self.case
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.kernel}, {self.case} (block {self.block}, {self.num_warps} warps)"
+
+
+# --- what is compiled ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a launcher of the package with meta tensors; every kernel that it starts becomes a row named `case`."""
+
+    case: str
+    call: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels of one module: its attributes named *_kernel. `launches` lists what to call, given the module."""
+
+    module: str
+    launches: Callable[[ModuleType], list[Launch]]
+
+
+DEFAULT = ("logprobs", "entropy", "reverse_kl")
+STUDENT = ("logprobs", "entropy")
+EVERY = ("logprobs", "teacher_logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd")
+_NAMES = {DEFAULT: "default", STUDENT: "student only", EVERY: "all seven"}
+SUBSETS = (DEFAULT, STUDENT, EVERY, ("reverse_kl",), ("forward_kl",), ("jsd",))
+HEADS = {"": {}, "bias": {"bias": True}, "bias scale softcap": {"bias": True, "scale": 0.0625, "softcap": 30.0}}
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+_ROWS = 64  # of no consequence: kernels do not specialise on it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of the statistics kernels. dtype: of the logits.  out: of dz; None: the same.  strided: logits whose
+    columns are not adjacent in memory.
+    """
+
+    stats: tuple[str, ...]
+    dtype: torch.dtype = _F32
+    out: torch.dtype | None = None
+    columns: int = ALIGNED
+    masked: bool = True
+    head: str = ""
+    strided: bool = False
+
+    @property
+    def name(self) -> str:
+        """As it stands in the table."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = [_NAMES.get(self.stats, *self.stats[:1]), dtype, f"V={self.columns}"]
+        parts += [f"dz {str(self.out).removeprefix('torch.')}"] if self.out else []
+        parts += [] if self.masked else ["unmasked"]
+        return ", ".join([*parts, *[self.head] * bool(self.head), *["strided"] * self.strided])
+
+
+def _meta(*shape: int, dtype: torch.dtype = _F32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def statistics_cases() -> list[Case]:
+    """Specialisations that the sweep and the gradient kernel share; `out` counts for the gradient alone."""
+    needs_targets = {subset: "logprobs" in subset for subset in SUBSETS}
+    cases = [Case(s, masked=needs_targets[s]) for s in SUBSETS]
+    cases += [Case(s, _F32, _BF16, masked=needs_targets[s]) for s in SUBSETS]  # hidden states in bfloat16: logits stay float32
+    cases += [Case(s, _BF16, masked=needs_targets[s]) for s in SUBSETS]
+    cases += [Case(s, _F16) for s in (DEFAULT, EVERY)] + [Case(("reverse_kl",), masked=True), Case(DEFAULT, _F32, _F16)]
+    cases += [Case(s, dtype, columns=RAGGED) for s, dtype in ((DEFAULT, _F32), (DEFAULT, _BF16), (DEFAULT, _F16), (EVERY, _F32))]
+    cases += [Case(s, _F32, _BF16, head=head) for s in (DEFAULT, EVERY) for head in HEADS if head]
+    cases += [Case(STUDENT, _F32, _BF16, head="bias scale softcap"), Case(DEFAULT, columns=1), Case(EVERY, _BF16, strided=True)]
+    return cases
+
+
+def statistics_launches(module: ModuleType) -> list[Launch]:
+    """Sweep and gradient for all of `statistics_cases`, mixture and finish for those that they tell apart."""
+    found = []
+    for case in statistics_cases():
+        found.append(Launch(case.name, lambda case=case: _gradient(module, case)))
+        if case.out is None or case.head:
+            found.append(Launch(case.name, lambda case=case: _sweep(module, case)))
+    jsd = [Case(("jsd",), dtype, masked=masked) for dtype in (_F32, _BF16, _F16) for masked in (True, False)]
+    jsd += [Case(("jsd",), columns=RAGGED), Case(("jsd",), columns=1), Case(("jsd",), head="bias scale softcap")]
+    found += [Launch(case.name, lambda case=case: _mixture(module, case)) for case in jsd]
+    return found + [
+        Launch("masked" if masked else "unmasked", lambda masked=masked: _finish(module, masked)) for masked in (True, False)
+    ]
+
+
+def _task(stats: tuple[str, ...], masked: bool):
+    from gear_kernels.backends import Task
+    from gear_kernels.reference import Rows
+
+    return Task(Rows(_meta(_ROWS, dtype=torch.int64) if masked else None, _meta(_ROWS), -100), stats)
+
+
+def _pair(case: Case):
+    """Both heads' tiles; None for the teacher where no statistic needs it."""
+    from gear_kernels.backends import Tile, needs_teacher
+
+    z = _meta(case.columns, _ROWS, dtype=case.dtype).T if case.strided else _meta(_ROWS, case.columns, dtype=case.dtype)
+    options = dict(HEADS[case.head])
+    if options.pop("bias", False):
+        options["bias"] = _meta(case.columns, dtype=_BF16)
+    tile = Tile(z, **options)
+    return tile, tile if needs_teacher(case.stats) else None
+
+
+def _sweep(module: ModuleType, case: Case) -> None:
+    module.sweep(*_pair(case), _task(case.stats, case.masked), _meta(1, _ROWS, 12, dtype=torch.float64))
+
+
+def _gradient(module: ModuleType, case: Case) -> None:
+    student, teacher = _pair(case)
+    dz = torch.empty_like(student.z, dtype=case.out or case.dtype)
+    module.gradient(student, teacher, _task(case.stats, case.masked), _meta(_ROWS, 9), _meta(_ROWS, 7), dz)
+
+
+def _finish(module: ModuleType, masked: bool) -> None:
+    module.finish(_meta(1, _ROWS, 12, dtype=torch.float64), _task(EVERY, masked))
+
+
+def _mixture(module: ModuleType, case: Case) -> None:
+    module.mixture(*_pair(case), _task(case.stats, case.masked), _meta(_ROWS, 9), _meta(1, _ROWS, 2, dtype=torch.float64))
+
+
+FAMILIES = (Family("gear_kernels.triton.stats", statistics_launches),)
+
+
+# --- one target, in its own process -----------------------------------------------------------------------------------------
+
+
+class _StubDriver:
+    """Stands in for a GPU's driver: Triton's compiler asks it for the target, and for nothing that needs the device."""
+
+    def __init__(self, target):
+        self._target = target
+
+    def is_active(self) -> bool:
+        return True
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self) -> str:
+        return str(self._target)
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+class _Recorder:
+    """Takes a kernel's place in its module: a launch compiles and notes what came out, and starts nothing."""
+
+    def __init__(self, kernel, compiled: list):
+        self._kernel, self._compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        def compile_only(*arguments, **options):
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):  # ptxas' own report on this very compile
+                compiled = self._kernel.warmup(*arguments, grid=grid, **options)
+            self._compiled.append((compiled, options, log.getvalue()))
+
+        return compile_only
+
+
+def worker(target: str, only: str, config: tuple[int, int] | None) -> None:
+    """Print the number of launches, then each Row, as lines of JSON. config: block and warps in place of the package's table."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    triton.knobs.nvidia.dump_ptxas_log = True
+    driver.set_active(_StubDriver(GPUTarget(*TARGETS[target][0])))
+    compiled: list = []
+    chosen = [(kernel, launch) for kernel, launch in _launches(compiled, config) if re.search(only, launch.case)]
+    print(json.dumps(len(chosen)), flush=True)
+    for _, launch in chosen:
+        compiled.clear()
+        launch.call()
+        for one in compiled:
+            print(json.dumps(asdict(_row(target, launch.case, *one))), flush=True)
+
+
+def _launches(compiled: list, config: tuple[int, int] | None) -> Iterator[tuple[str, Launch]]:
+    for family in FAMILIES:
+        module = importlib.import_module(family.module)
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            setattr(module, name, _Recorder(getattr(module, name), compiled))
+        if config:
+            module.config = functools.partial(_fixed, module.Config(*config))
+        yield from ((family.module, launch) for launch in family.launches(module))
+
+
+def _fixed(config, *_):
+    return config
+
+
+def _row(target: str, case: str, compiled, options: dict, log: str) -> Row:
+    measure = _amd if TARGETS[target][0][0] == "hip" else _nvidia
+    block = next(value for name, value in options.items() if name in ("BLOCK", "ROWS"))
+    kernel = compiled.metadata.name.strip("_").removesuffix("_kernel")
+    return Row(target, kernel, case, block, options["num_warps"], **measure(compiled, log), shared=compiled.metadata.shared)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern!r} in the compiler's report:\n{text[:2000]}")
+    return int(found[1])
+
+
+def _nvidia(compiled, log: str) -> dict[str, int]:
+    def width(access: str) -> int:
+        found = re.findall(rf"{access}\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\s", compiled.asm["ptx"])
+        return _width([(int(count or 1), int(bits)) for count, bits in found])
+
+    return {
+        "registers": _number(r"Used (\d+) registers", log),
+        "spills": _number(r"(\d+) bytes spill stores", log),
+        "load_bits": width("ld"),
+        "store_bits": width("st"),
+    }
+
+
+_AMD_BITS = {"ubyte": 8, "byte": 8, "ushort": 16, "short": 16, "dword": 32}
+
+
+def _amd(compiled, _: str) -> dict[str, int]:
+    text = compiled.asm["amdgcn"]
+
+    def width(access: str) -> int:
+        pattern = rf"%s_{access}_(ubyte|byte|ushort|short|dword)(?:x(\d))?"
+        # single values pass through scalar and global instructions, which the compiler merges; blocks through buffer ones
+        found = re.findall(pattern % "buffer", text) or re.findall(pattern % "global", text)
+        return _width([(int(count or 1), _AMD_BITS[kind]) for kind, count in found])
+
+    return {
+        "registers": _number(r"\.vgpr_count:\s*(\d+)", text),
+        "spills": _number(r"\.vgpr_spill_count:\s*(\d+)", text) + _number(r"\.sgpr_spill_count:\s*(\d+)", text),
+        "load_bits": width("load"),
+        "store_bits": width("store"),
+    }
+
+
+def _width(accesses: list[tuple[int, int]]) -> int:
+    """Bits of the widest vector access (values, bits of each); where there is none, of the most frequent single one."""
+    vectors = [count * bits for count, bits in accesses if count > 1]
+    return max(vectors) if vectors else Counter(bits for _, bits in accesses).most_common(1)[0][0]
+
+
+# --- all targets -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """only: a regular expression for the names of cases.  config: block and warps in place of the package's table."""
+
+    targets: tuple[str, ...] = tuple(TARGETS)
+    only: str = ""
+    config: tuple[int, int] | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether the result is not the whole table of the package as it is."""
+        return self != Options()
+
+
+def compile_all(options: Options, console: Console) -> tuple[list[Row], list[str]]:
+    """Rows of all targets, and a line for everything that went wrong on the way."""
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bars, console=console, transient=True) as progress, ThreadPoolExecutor(_PROCESSES) as pool:
+        tasks = [progress.add_task(name, total=None) for name in options.targets]
+        jobs = [pool.submit(_compile, n, options, progress, t) for n, t in zip(options.targets, tasks, strict=True)]
+        done = [job.result() for job in jobs]
+    return [row for rows, _ in done for row in rows], [line for _, lines in done for line in lines]
+
+
+def _compile(target: str, options: Options, progress: Progress, task: Any) -> tuple[list[Row], list[str]]:
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--worker", target, "--only", options.only]
+    command += ["--config", ",".join(map(str, options.config))] if options.config else []
+    rows: list[Row] = []
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as cache:
+        # a fresh cache: a compile that failed with a mere message must not be answered from an old one
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+            for line in process.stdout:
+                found = json.loads(line)
+                if isinstance(found, int):
+                    progress.update(task, total=found)
+                else:
+                    rows.append(Row(**found))
+                    progress.advance(task)
+        errors.seek(0)
+        return rows, _failures(target, rows, process.returncode, errors.read())
+
+
+def _failures(target: str, rows: list[Row], code: int, stderr: str) -> list[str]:
+    lines = [f"{target}: {line.strip()}" for line in stderr.splitlines() if "error:" in line.lower()]
+    if code or lines:
+        last = f"the last kernel compiled was {rows[-1].kernel}, {rows[-1].case}" if rows else "nothing was compiled"
+        lines.append(f"{target}: the compiler's process ended with {code}; {last}\n{stderr[-2000:]}")
+    return lines
+
+
+def faults(rows: list[Row]) -> list[str]:
+    """A line for each row that spills (beyond TRADED) or asks for more shared memory than its target has."""
+    found = [f"{row}: spills {row.spills}" for row in rows if row.spills > TRADED.get(row.key, 0)]
+    limits = {name: limit for name, (_, limit) in TARGETS.items()}
+    return found + [
+        f"{row}: {row.shared} bytes of shared memory, the limit is {limits[row.target]}"
+        for row in rows
+        if row.shared > limits[row.target]
+    ]
+
+
+def regressions(rows: list[Row], committed: list[Row], grown: bool = True) -> list[str]:
+    """A line for each row that one table lacks, and, where `grown` asks for it, for each figure worse than the committed one."""
+    old, new = ({row.key: row for row in table} for table in (committed, rows))
+    found = [f"{row}: not compiled, but in the committed table" for key, row in old.items() if key not in new]
+    found += [f"{row}: not in the committed table; write it anew" for key, row in new.items() if key not in old]
+    if grown:
+        found += [line for key in new.keys() & old.keys() for line in _worse(new[key], old[key])]
+    return sorted(found)
+
+
+def _worse(row: Row, old: Row) -> Iterator[str]:
+    for name, sign in (("registers", 1), ("shared", 1), ("load_bits", -1), ("store_bits", -1)):
+        now, before = getattr(row, name), getattr(old, name)
+        if sign * now > sign * before:
+            yield f"{row}: {name} {now}, committed {before}"
+
+
+def check(rows: list[Row], path: Path, options: Options) -> list[str]:
+    """All offenders against the committed table. Figures are compared only between tables of one Triton version."""
+    table = json.loads(path.read_text())
+    committed = [Row(**row) for row in table["rows"]]
+    committed = [row for row in committed if row.target in options.targets and re.search(options.only, row.case)]
+    return faults(rows) + regressions(rows, committed, table["triton"] == _triton_version())
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+# --- entry point ---------------------------------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[Row], version: str) -> str:
+    """A table per kernel: a line per case, registers / load bits / store bits per target."""
+    lines = ["# Compile report", "", f"Triton {version}. {len(rows)} kernels."]
+    lines += [
+        "",
+        "Registers per thread, then the widest load and store of global memory in bits, then bytes of shared memory; spills where there are any.",
+    ]
+    for kernel in dict.fromkeys(row.kernel for row in rows):
+        own = [row for row in rows if row.kernel == kernel]
+        sizes = {t: sorted({(r.block, r.num_warps) for r in own if r.target == t}, reverse=True) for t in TARGETS}
+        lines += ["", f"## {kernel}", "", "Block and warps: " + ", ".join(f"{t} {_pairs(sizes[t])}" for t in TARGETS if sizes[t])]
+        lines += ["", "| case | " + " | ".join(TARGETS) + " |", "| --- |" + " --- |" * len(TARGETS)]
+        for case in dict.fromkeys(row.case for row in own):
+            cells = {row.target: row for row in own if row.case == case}
+            lines.append(f"| {case} | " + " | ".join(_cell(cells.get(target)) for target in TARGETS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _pairs(sizes: list[tuple[int, int]]) -> str:
+    return " and ".join(f"{block}/{warps}" for block, warps in sizes)
+
+
+def _cell(row: Row | None) -> str:
+    return (
+        ""
+        if row is None
+        else f"{row.registers}, {row.load_bits}/{row.store_bits}, {row.shared}" + f", spills {row.spills}" * bool(row.spills)
+    )
+
+
+def write(rows: list[Row], folder: Path) -> None:
+    """compile_report.json, a row a line so that a change reads well in a diff, and compile_report.md."""
+    version = _triton_version()
+    body = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TABLE).write_text(f'{{\n "triton": {json.dumps(version)},\n "rows": [\n{body}\n ]\n}}\n')
+    (folder / TABLE).with_suffix(".md").write_text(markdown(rows, version))
+
+
+def run(options: Options, folder: Path, checking: bool, console: Console) -> int:
+    """Compile, then check or write; the exit code. A partial table is printed, never written."""
+    start = time.perf_counter()
+    rows, lines = compile_all(options, console)
+    lines += check(rows, folder / TABLE, options) if checking else faults(rows)
+    if options.partial and not checking:
+        console.print(markdown(rows, _triton_version()), markup=False)
+    elif not checking and not lines:
+        write(rows, folder)
+    for line in lines:
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    verdict = f"{len(lines)} offenders" if lines else "all within limits" + (" and the committed table" if checking else "")
+    console.print(f"{len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s: {verdict}")
+    return 1 if lines else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the committed table, write nothing")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; a partial table is printed, not written")
+    parser.add_argument("--only", default="", help="a regular expression for names of cases; likewise")
+    parser.add_argument("--config", help="BLOCK,WARPS to try in place of the package's own table; likewise")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the table")
+    parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
+        parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.")
+    config = tuple(int(x) for x in given.config.split(",")) if given.config else None
+    if given.worker:
+        worker(given.worker, given.only, config)
+        return 0
+    options = Options(tuple(given.targets.split(",")), given.only, config)
+    return run(options, given.output, given.check, Console(width=None if sys.stdout.isatty() else 200))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Rank script of test_parallel.py: a vocabulary-parallel head on 2 gloo ranks against the whole head in one process.
+
+torchrun --nproc_per_node 2 parallel_ranks.py RESULT.json     rank 0 writes {case: {quantity: error}} and a few facts
+"""
+
+import faulthandler
+import json
+import sys
+
+faulthandler.dump_traceback_later(200, exit=True)  # a hang prints nothing by itself
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+
+import gear_kernels  # noqa: E402
+from gear_kernels import GearKernelsError, Head, linear_token_stats, reference  # noqa: E402
+
+ALL, N, D, V = reference.STAT_NAMES, 11, 24, 732
+CASES = {  # name: (options of the head, dtype, back end)
+    "plain": ({}, torch.float32, "native"),
+    "bias": ({"bias": True}, torch.float32, "native"),
+    "every option": ({"bias": True, "softcap": 4.0, "scale": 1.7, "valid_vocab": 701}, torch.float32, "native"),
+    "second shard empty": ({"valid_vocab": 300}, torch.float32, "native"),
+    "own teacher head": ({"own": True}, torch.float32, "native"),
+    "reference": ({"bias": True}, torch.float32, "reference"),
+    "float64": ({"bias": True, "valid_vocab": 500}, torch.float64, "reference"),
+    "bfloat16": ({}, torch.bfloat16, "native"),
+}
+
+
+def tensors(dtype):
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, N, D, generator=g)
+    teacher = student + 0.2 * teacher
+    weight, own = torch.randn(2, V, D, generator=g) * 0.5
+    bias = torch.randn(V, generator=g)
+    targets = torch.randint(290, (N,), generator=g)
+    targets[3], targets[4] = -100, 299
+    weight[366:, 0] += 0.5  # the largest logits lie in the second shard more often than not
+    return *(x.to(dtype) for x in (student, teacher, weight, own, bias)), targets
+
+
+def run(group, options, dtype):
+    """values [7, N] and the gradients of hidden states, (this rank's shard of) weight and bias; group None: the whole head."""
+    options = dict(options)
+    student, teacher, weight, own, bias, targets = tensors(dtype)
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
+    part = slice(rank * V // ranks, (rank + 1) * V // ranks)
+    student.requires_grad_()
+    weight = weight[part].clone().requires_grad_()
+    bias = bias[part].clone().requires_grad_() if options.pop("bias", False) else None
+    other = Head(own[part].clone(), group=group) if options.pop("own", False) else None
+    head = Head(weight, bias, group=group, **options)
+    out = linear_token_stats(
+        student, head, targets, teacher, teacher_head=other, temperature=0.8, stats=ALL, workspace_bytes=60_000
+    )
+    row_weights = torch.linspace(-1, 1, N)
+    loss = sum((getattr(out, name) * row_weights * (i + 1)).sum() for i, name in enumerate(reference.GRADIENT_NAMES))
+    loss.backward()
+    found = {"values": torch.stack(list(out)).detach(), "hidden": student.grad, "weight": weight.grad}
+    return found | ({"bias": bias.grad} if bias is not None else {})
+
+
+def error(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def compare(options, dtype, group):
+    whole, mine = run(None, options, dtype), run(group, options, dtype)
+    share = slice(dist.get_rank() * V // 2, (dist.get_rank() + 1) * V // 2)
+    errors = {name: error(mine[name], whole[name][share] if name in ("weight", "bias") else whole[name]) for name in mine}
+    worst = torch.tensor(list(errors.values()), dtype=torch.float64)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return dict(zip(errors, worst.tolist(), strict=True))
+
+
+def collectives(group):
+    """How often each collective is called in a forward and a backward with all statistics."""
+    counts, originals = {}, {}
+    for name in ("all_gather", "all_reduce"):
+        originals[name] = getattr(dist, name)
+        counts[name] = 0
+
+        def counted(*arguments, _name=name, **options):
+            counts[_name] += 1
+            return originals[_name](*arguments, **options)
+
+        setattr(dist, name, counted)
+    try:
+        run(group, {}, torch.float32)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return counts
+
+
+def unequal_shards(group):
+    student, _, weight, _, _, targets = tensors(torch.float32)
+    mine = weight[:366] if dist.get_rank() == 0 else weight[366:-1]
+    try:
+        linear_token_stats(student, Head(mine, group=group), targets, stats=("logprobs",))
+    except GearKernelsError as problem:
+        return str(problem)
+
+
+def compiled(group):
+    student, _, weight, _, _, targets = tensors(torch.float32)
+    part = weight[dist.get_rank() * 366 : (dist.get_rank() + 1) * 366]
+
+    def loss(h):
+        return linear_token_stats(h, Head(part, group=group), targets, stats=("logprobs", "entropy")).logprobs * 2
+
+    return torch.equal(torch.compile(loss, fullgraph=True, backend="aot_eager")(student), loss(student))
+
+
+def main():
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    results = {}
+    for name, (options, dtype, backend) in CASES.items():
+        with gear_kernels.backend(backend):
+            results[name] = compare(options, dtype, group)
+    results["mesh"] = compare({}, torch.float32, init_device_mesh("cpu", (2,)))
+    results["collectives"] = collectives(group)
+    results["unequal"] = unequal_shards(group)
+    results["compiled"] = compiled(group)
+    if dist.get_rank() == 0:
+        with open(sys.argv[1], "w") as file:
+            json.dump(results, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
