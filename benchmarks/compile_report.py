@@ -435,17 +435,19 @@ def _triton_version() -> str:
 # --- entry point ---------------------------------------------------------------------------------------------------------------
 
 
+_LEGEND = (
+    "Registers per thread, then the widest load and store of global memory in bits, then bytes of shared memory; spills where "
+    "there are any."
+)
+
+
 def markdown(rows: list[Row], version: str) -> str:
-    """A table per kernel: a line per case, registers / load bits / store bits per target."""
-    lines = ["# Compile report", "", f"Triton {version}. {len(rows)} kernels."]
-    lines += [
-        "",
-        "Registers per thread, then the widest load and store of global memory in bits, then bytes of shared memory; spills where there are any.",
-    ]
+    """A table per kernel: a line per case, a column per target."""
+    lines = ["# Compile report", "", f"Triton {version}, {len(rows)} kernels.", "", _LEGEND]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         own = [row for row in rows if row.kernel == kernel]
         sizes = {t: sorted({(r.block, r.num_warps) for r in own if r.target == t}, reverse=True) for t in TARGETS}
-        lines += ["", f"## {kernel}", "", "Block and warps: " + ", ".join(f"{t} {_pairs(sizes[t])}" for t in TARGETS if sizes[t])]
+        lines += ["", f"## {kernel}", "", "Block/warps: " + ", ".join(f"{t} {_pairs(sizes[t])}" for t in TARGETS if sizes[t])]
         lines += ["", "| case | " + " | ".join(TARGETS) + " |", "| --- |" + " --- |" * len(TARGETS)]
         for case in dict.fromkeys(row.case for row in own):
             cells = {row.target: row for row in own if row.case == case}

@@ -21,6 +21,7 @@ import torch
 
 from . import reference
 from .errors import bad_input
+from .parallel import constant_when_traced
 from .reference import GRADIENT_NAMES, STAT_NAMES, STATE_NAMES, Rows
 
 ENVIRONMENT = "GEAR_KERNELS_BACKEND"
@@ -245,7 +246,7 @@ def _requested() -> tuple[str | None, str]:
     return (None if name is None else _known(name, ENVIRONMENT)), ENVIRONMENT
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the choice made when it was traced
+@constant_when_traced  # a compiled graph keeps the choice made when it was traced
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The name of the back end for inputs of this device and dtype: the one asked for, else the first of the list that can.
 
