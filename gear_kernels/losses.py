@@ -1,12 +1,18 @@
-"""Losses on top of per-token outputs: short torch, any shape, weights given by the caller."""
+"""Losses on top of per-token outputs: short torch, any shape, weights given by the caller.
+
+Every loss is a weighted sum over tokens, so `aggregation_weights` (which mean) and the loss (of what) are chosen apart, and the
+sums of micro-batches and ranks add up to the whole. Tokens of weight 0 contribute exactly nothing, whatever they hold.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from .errors import bad_input
+from .stats import Head, linear_token_stats
 
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 
@@ -19,34 +25,49 @@ def policy_gradient_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
     importance_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-sum of token_weights * importance_weights * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A): the clipped surrogate.
 
-    All arguments have one shape, such as [T]; r = exp(logprobs - old_logprobs). Only `logprobs` is differentiated. Tokens of
-    weight 0 contribute exactly nothing, whatever they hold. token_weights: see `aggregation_weights`. importance_weights: a
-    factor per token, such as the truncated ratio of trainer to sampler. Computed in the dtype of logprobs.
+    All arguments have one shape, such as [T]; r = exp(logprobs - old_logprobs). Only `logprobs` is differentiated.
+    token_weights: see `aggregation_weights`. clip_high above clip_low is DAPO's clip-higher (arXiv 2503.14476). dual_clip: a
+    number c above 1 bounds the term of a token of negative advantage from below by c A, so that a ratio that exploded cannot
+    rule the step (arXiv 1912.09729); None for none. importance_weights: a factor per token, such as the truncated ratio of
+    trainer to sampler. Computed in the dtype of logprobs.
 
     Returns the loss (a scalar) and detached scalars over the tokens of weight other than 0: tokens (their number), clip_fraction
-    (where the clipped term is the smaller), ratio_mean, ratio_max, approx_kl (KL(old || new) by r - 1 - log r, nats); 0 if there
-    are no tokens. Raises GearKernelsError where shapes differ.
+    (where the clipped term is the smaller), dual_clip_fraction (where c A is the larger, 0 without dual_clip), ratio_mean,
+    ratio_max, approx_kl (KL(old || new) by r - 1 - log r, nats); 0 if there are no tokens. Raises GearKernelsError where shapes
+    differ, and for a dual_clip that is not above 1.
     """
+    if dual_clip is not None and not dual_clip > 1:
+        raise bad_input(f"dual_clip is {dual_clip}", "a number above 1, or None", "3.0 is usual")
     given = {"old_logprobs": old_logprobs, "token_advantages": token_advantages, "token_weights": token_weights}
     if importance_weights is not None:
         given["importance_weights"] = importance_weights
-    for name, tensor in given.items():
-        if tensor.shape != logprobs.shape:
-            raise bad_input(
-                f"{name} has shape {tuple(tensor.shape)}", f"logprobs' {tuple(logprobs.shape)}", "align token by token"
-            )
+    _check_shapes(logprobs, given)
     used = token_weights != 0
     log_ratio = torch.where(used, logprobs - old_logprobs.detach(), 0)
     ratio = log_ratio.exp()
     advantages = torch.where(used, token_advantages, 0).detach()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    term, bounded = torch.minimum(plain, clipped), torch.zeros_like(used)
+    if dual_clip is not None:
+        floor = torch.where(advantages < 0, dual_clip * advantages, -torch.inf)
+        term, bounded = torch.maximum(term, floor), floor > term
     weights = token_weights if importance_weights is None else token_weights * torch.where(used, importance_weights, 0)
-    loss = -(weights.detach() * torch.minimum(plain, clipped)).sum()
-    return loss, _policy_metrics(log_ratio.detach(), used, (clipped < plain).detach())
+    loss = -(weights.detach() * term).sum()
+    metrics = _policy_metrics(log_ratio.detach(), used, (clipped < plain).detach())
+    return loss, metrics | {"dual_clip_fraction": (bounded & used).sum() / metrics["tokens"].clamp_min(1)}
+
+
+def _check_shapes(logprobs: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
+    for name, tensor in others.items():
+        if tensor.shape != logprobs.shape:
+            raise bad_input(
+                f"{name} has shape {tuple(tensor.shape)}", f"logprobs' {tuple(logprobs.shape)}", "align token by token"
+            )
 
 
 def _policy_metrics(log_ratio: torch.Tensor, used: torch.Tensor, clipped: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -57,6 +78,72 @@ def _policy_metrics(log_ratio: torch.Tensor, used: torch.Tensor, clipped: torch.
     k3 = torch.where(used, torch.expm1(log_ratio) - log_ratio, 0)  # expm1: r - 1 loses all digits near r = 1
     means = {"clip_fraction": (clipped & used).sum() / count, "ratio_mean": ratio.sum() / count, "approx_kl": k3.sum() / count}
     return {"tokens": tokens, "ratio_max": ratio_max, **means}
+
+
+def reference_kl_loss(
+    logprobs: torch.Tensor, reference_logprobs: torch.Tensor, token_weights: torch.Tensor, *, estimator: str = "k3"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """sum of token_weights * an estimate of KL(policy || reference) from the sampled tokens' log-probs, all of one shape.
+
+    With d = reference_logprobs - logprobs: k1 is -d (unbiased, noisy, its gradient is zero on average), k2 is d^2 / 2 (its
+    gradient is the KL's on average), k3 is e^d - 1 - d (unbiased, never negative; GRPO's, arXiv 2402.03300). For the exact KL
+    over the vocabulary use the reverse_kl statistic with the reference as teacher. Only `logprobs` is differentiated.
+
+    Returns the loss and the detached mean over tokens of weight other than 0, `reference_kl` (nats). Raises GearKernelsError on
+    shapes and on an unknown estimator.
+    """
+    if estimator not in ("k1", "k2", "k3"):
+        raise bad_input(f"estimator is {estimator!r}", "k1, k2 or k3", "use one of these")
+    _check_shapes(logprobs, {"reference_logprobs": reference_logprobs, "token_weights": token_weights})
+    used = token_weights != 0
+    d = torch.where(used, reference_logprobs.detach() - logprobs, 0)
+    value = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(d) - d}[estimator]()
+    mean = torch.where(used, value.detach(), 0).sum() / used.sum().clamp_min(1)
+    return (token_weights.detach() * value).sum(), {"reference_kl": mean}
+
+
+def distillation_loss(
+    student_hidden: torch.Tensor,
+    head: Head | torch.Tensor | nn.Module,
+    teacher_hidden: torch.Tensor,
+    token_weights: torch.Tensor,
+    *,
+    beta: float = 1.0,
+    teacher_head: Head | torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    workspace_bytes: int | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """sum of token_weights * a divergence of student and teacher over the whole vocabulary, from hidden states [..., D].
+
+    beta: 1 is reverse KL(S || T), 0 forward KL(T || S), between the generalised Jensen-Shannon divergence beta KL(T || M) +
+    (1 - beta) KL(S || M) with M = beta T + (1 - beta) S (GKD, arXiv 2306.13649; OPSD). As in TRL the two ends are the KLs
+    themselves, not the limits of the formula between them, which vanish; no factor temperature^2. head, teacher_head,
+    temperature, workspace_bytes: as in `linear_token_stats`; head may also be a FusedHead, which is then called as a module (ZeRO-3).
+    token_weights: [...], see `aggregation_weights`. Differentiated in student_hidden and the student's head alone.
+
+    Returns the loss and the detached mean over tokens of weight other than 0, `divergence` (nats). Raises GearKernelsError on
+    beta outside [0, 1], on shapes, and as `linear_token_stats`.
+    """
+    if not 0 <= beta <= 1:
+        raise bad_input(
+            f"beta is {beta}", "a number from 0 (forward KL) to 1 (reverse KL)", "0.5 is the Jensen-Shannon divergence"
+        )
+    if token_weights.shape != student_hidden.shape[:-1]:
+        given = f"token_weights has shape {tuple(token_weights.shape)}"
+        raise bad_input(given, f"one weight per row, {tuple(student_hidden.shape[:-1])}", "align token by token")
+    name = "reverse_kl" if beta == 1 else "forward_kl" if beta == 0 else "jsd"
+    used = token_weights != 0
+    targets = torch.where(used, 0, -100)  # no log-prob is asked for: they only mark the rows to skip
+    call = {"temperature": temperature, "stats": (name,), "workspace_bytes": workspace_bytes}
+    call["jsd_beta"] = beta if name == "jsd" else 0.5
+    if isinstance(head, nn.Module):
+        if teacher_head is not None:
+            raise bad_input("teacher_head was given with a module as head", "a teacher that shares it", "pass a Head instead")
+        out = head(student_hidden, targets, teacher_hidden, **call)
+    else:
+        out = linear_token_stats(student_hidden, head, targets, teacher_hidden, teacher_head=teacher_head, **call)
+    value = getattr(out, name)
+    return (token_weights.detach() * value).sum(), {"divergence": value.detach().sum() / used.sum().clamp_min(1)}
 
 
 def aggregation_weights(

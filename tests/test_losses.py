@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
-from gear_kernels import GearKernelsError
-from gear_kernels.losses import AGGREGATIONS, aggregation_weights, policy_gradient_loss
+from gear_kernels import FusedHead, GearKernelsError, Head
+from gear_kernels.losses import (
+    AGGREGATIONS,
+    aggregation_weights,
+    distillation_loss,
+    policy_gradient_loss,
+    reference_kl_loss,
+)
 
 
 def literal_loss(logprobs, old, advantages, weights, importance, low, high):
@@ -100,3 +106,117 @@ def test_bad_input():
         aggregation_weights([1], "seq_mean_token_sum_norm")
     with pytest.raises(GearKernelsError, match=r"lengths is torch.float32"):
         aggregation_weights(torch.ones(2), "token_mean")
+
+
+# --- dual clip, KL to a reference -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dual_clip_is_the_literal_rule(seed):
+    logprobs, old, advantages, weights, _ = random_case(seed)
+    logprobs = (logprobs + 2.5).requires_grad_()  # ratios well above the clip
+    loss, metrics = policy_gradient_loss(logprobs, old, advantages, weights, dual_clip=3.0)
+    want, bounded = 0.0, []
+    for lp, lo, a, w in zip(*(x.tolist() for x in (logprobs, old, advantages, weights)), strict=True):
+        r = math.exp(lp - lo)
+        term = min(r * a, min(max(r, 0.8), 1.2) * a)
+        bounded.append(w != 0 and a < 0 and 3.0 * a > term)
+        want -= w * (max(term, 3.0 * a) if a < 0 else term)
+    assert any(bounded) and loss.item() == pytest.approx(want, rel=1e-12)
+    assert metrics["dual_clip_fraction"].item() == pytest.approx(sum(bounded) / (weights != 0).sum().item())
+    loss.backward()
+    assert not logprobs.grad[torch.tensor(bounded)].any()  # a bounded token passes no gradient
+    assert policy_gradient_loss(logprobs, old, advantages, weights)[1]["dual_clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("estimator", ("k1", "k2", "k3"))
+def test_reference_kl_estimators_meet_the_exact_kl(estimator):
+    """Exact expectations over a vocabulary of 40: k1 and k3 are the KL, and the gradient of k2 is the KL's."""
+    g = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 40, generator=g, dtype=torch.float64)
+    logits.requires_grad_()
+    logp, logq = logits.log_softmax(-1), (logits.detach() + 0.3 * other).log_softmax(-1)
+    exact = (logp.exp() * (logp - logq)).sum()
+    loss, metrics = reference_kl_loss(logp, logq, logp.exp().detach(), estimator=estimator)
+    if estimator == "k2":
+        (got,), (want,) = torch.autograd.grad(loss, logits, retain_graph=True), torch.autograd.grad(exact, logits)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+    else:
+        assert loss.item() == pytest.approx(exact.item(), rel=1e-10)
+    if estimator == "k1":
+        assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-15  # why it is no loss
+    d = logq - logp.detach()
+    assert estimator != "k3" or metrics["reference_kl"].item() == pytest.approx((d.exp() - 1 - d).mean().item())
+
+
+def test_reference_kl_skips_weightless_tokens():
+    logprobs = torch.tensor([-1.0, float("nan")], requires_grad=True)
+    loss, metrics = reference_kl_loss(logprobs, torch.tensor([-2.0, float("inf")]), torch.tensor([0.5, 0.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * math.exp(-1)) and logprobs.grad[1] == 0
+    assert metrics["reference_kl"].item() == pytest.approx(math.exp(-1))
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------------
+
+
+def distillation_case(n=7, width=6, vocab=90):
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, n, width, generator=g)
+    weight = torch.randn(vocab, width, generator=g)
+    weights = torch.rand(n, generator=g) * (torch.arange(n) != 2)
+    return student, teacher, weight, weights
+
+
+def literal_divergence(student, weight, teacher_logits, beta):
+    p, q = (student.double() @ weight.double().T).log_softmax(-1), teacher_logits.double().log_softmax(-1)
+    if beta == 1:
+        return (p.exp() * (p - q)).sum(-1)
+    if beta == 0:
+        return (q.exp() * (q - p)).sum(-1)
+    m = (beta * q.exp() + (1 - beta) * p.exp()).log()
+    return beta * (q.exp() * (q - m)).sum(-1) + (1 - beta) * (p.exp() * (p - m)).sum(-1)
+
+
+@pytest.mark.parametrize("beta", (0.0, 0.2, 0.5, 1.0))
+def test_distillation_loss_and_its_gradients(beta):
+    student, teacher, weight, weights = distillation_case()
+    student.requires_grad_(), weight.requires_grad_()
+    loss, metrics = distillation_loss(student, weight, teacher, weights, beta=beta, workspace_bytes=5000)
+    detached = weight.detach()  # the teacher's logits are constants, also in the shared weight
+    value = literal_divergence(student, weight, teacher @ detached.T, beta)
+    want = (weights.double() * value).sum()
+    assert loss.item() == pytest.approx(want.item(), abs=2e-6)
+    assert metrics["divergence"].item() == pytest.approx(value[weights != 0].mean().item(), abs=2e-6)
+    for got, expected in zip(
+        torch.autograd.grad(loss, (student, weight)), torch.autograd.grad(want, (student, weight)), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_distillation_loss_skips_weightless_rows_and_takes_a_module():
+    student, teacher, weight, weights = distillation_case()
+    want, _ = distillation_loss(student, weight, teacher, weights, beta=0.5)
+    student[2] = teacher[2] = float("nan")  # its weight is 0
+    head = FusedHead(6, 90, bias=False)
+    head.weight.data = weight
+    for given in (Head(weight), head):
+        got, metrics = distillation_loss(student, given, teacher, weights, beta=0.5)
+        assert got.item() == want.item() and metrics["divergence"].isfinite()
+
+
+S, E = torch.zeros(3, 4), torch.zeros(5, 4)
+BAD = {
+    "beta is 1.5; expected a number from 0": lambda: distillation_loss(S, E, S, torch.ones(3), beta=1.5),
+    r"token_weights has shape \(2,\); expected one weight per row, \(3,\)": lambda: distillation_loss(S, E, S, torch.ones(2)),
+    "teacher_head was given with a module": lambda: distillation_loss(S, FusedHead(4, 5), S, torch.ones(3), teacher_head=E),
+    "estimator is 'k4'": lambda: reference_kl_loss(torch.zeros(3), torch.zeros(3), torch.ones(3), estimator="k4"),
+    r"reference_logprobs has shape \(2,\)": lambda: reference_kl_loss(torch.zeros(3), torch.zeros(2), torch.ones(3)),
+    "dual_clip is 1.0; expected a number above 1": lambda: policy_gradient_loss(*[torch.zeros(3)] * 4, dual_clip=1.0),
+}
+
+
+@pytest.mark.parametrize("match", BAD)
+def test_bad_input_of_the_new_losses(match):
+    with pytest.raises(GearKernelsError, match=match):
+        BAD[match]()
