@@ -118,7 +118,7 @@ def distillation_loss(
     beta: 1 is reverse KL(S || T), 0 forward KL(T || S), between the generalised Jensen-Shannon divergence beta KL(T || M) +
     (1 - beta) KL(S || M) with M = beta T + (1 - beta) S (GKD, arXiv 2306.13649; OPSD). As in TRL the two ends are the KLs
     themselves, not the limits of the formula between them, which vanish; no factor temperature^2. head, teacher_head,
-    temperature, workspace_bytes: as in `linear_token_stats`; head may also be a FusedHead, which is then called as a module (ZeRO-3).
+    temperature, workspace_bytes: as in `linear_token_stats`; head may also be a FusedHead, then called as a module (ZeRO-3).
     token_weights: [...], see `aggregation_weights`. Differentiated in student_hidden and the student's head alone.
 
     Returns the loss and the detached mean over tokens of weight other than 0, `divergence` (nats). Raises GearKernelsError on

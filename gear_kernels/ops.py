@@ -36,13 +36,13 @@ class Numbers(NamedTuple):
 
 def check_values(targets: Tensor | None, inv_temperature: Tensor, columns: int, ignore_index: int, sharded: bool = False) -> None:
     """Raise on targets outside the vocabulary and temperatures not above 0: on the CPU, where looking waits for nothing."""
-    if targets is not None and targets.device.type == "cpu":
+    if targets is not None and not tiling.on_gpu(targets.device):
         wrong = targets[((targets < 0) | (targets >= columns)) & (targets != ignore_index)]
         if wrong.numel():
             given = f"targets holds {wrong[0].item()} ({wrong.numel()} out of range)"
             mend = "check the tokenizer, or mask them" + ("" if sharded else "; a vocabulary shard needs Head(group=...)")
             raise bad_input(given, f"0 to {columns - 1}, or ignore_index {ignore_index}", mend)
-    if inv_temperature.device.type == "cpu" and not bool((inv_temperature > 0).all() & inv_temperature.isfinite().all()):
+    if not tiling.on_gpu(inv_temperature.device) and not bool((inv_temperature > 0).all() & inv_temperature.isfinite().all()):
         raise bad_input("temperature holds a value that is not above 0 and finite", "temperatures above 0", "clamp it")
 
 

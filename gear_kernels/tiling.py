@@ -19,7 +19,7 @@ from .reference import STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, jsd
 
 
 class Limits(NamedTuple):
-    """Sizes of a device type: bytes of both heads' tile, rows of a tile, bytes of tiles and dz together by default."""
+    """Sizes of a device type: bytes of both heads' tile, rows of a tile, bytes of tiles, dz and weight sums by default."""
 
     tile: int
     rows: int
@@ -27,14 +27,24 @@ class Limits(NamedTuple):
 
 
 # cpu: tiles of 1 to 8 MiB ran alike, 4 % faster than whole GEMMs and 20 % than 512-column ones (2 cores, 1 MiB L2 each).
-# cuda: 32 MiB of tile lies in the 50 MB L2 of H100/H200 beside the operands; not yet measured on a GPU.
+# cuda: 32 MiB of tile lies in the 50 MB L2 of H100/H200 beside the operands; at the Qwen3-8B shape (8192 rows, D = 4096) a round
+# of gradient GEMMs then takes 4096 columns, and tiles, dz, weight sums and the hidden gradient's sums are 288 MiB in all. Counted
+# on the meta device (tests/test_compile.py), not yet timed on a GPU.
 _LIMITS = {"cpu": Limits(4 << 20, 1024, 24 << 20), "cuda": Limits(32 << 20, 8192, 160 << 20)}
 _NARROWEST = 64  # columns: below it a tile is cut by rows
+# Rows up to which student and teacher are copied into one GEMM operand: below, the GEMM gains (128 rows on a CPU: 760 ms against
+# 940); above, it is large enough, and on a GPU the copy would be a third of the memory limit.
+_STACKED_ROWS = 1024
 
 
 def limits(device: torch.device) -> Limits:
-    """The table's entry for a device; other accelerators are treated as CUDA."""
-    return _LIMITS["cpu" if device.type in ("cpu", "meta") else "cuda"]
+    """The table's entry for a device."""
+    return _LIMITS["cuda" if on_gpu(device) else "cpu"]
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether GEMMs of half inputs have float32 results there, and looking at a value would wait for the device."""
+    return device.type not in ("cpu", "meta")
 
 
 class HeadPart(NamedTuple):
@@ -62,6 +72,7 @@ class Linear:
 
     def __post_init__(self):
         self.scratch: dict[str, torch.Tensor] = {}
+        self.stacked: torch.Tensor | None = None
         self.wide = _wide(self.student.dtype)
 
     @property
@@ -74,10 +85,13 @@ class Linear:
         """Rows and columns of a tile: half of the workspace at most, as many rows as fit while it is not too narrow."""
         n, heads = max(1, len(self.student)), 1 if self.teacher is None else 2
         limit = limits(self.student.device)
-        size = min(limit.tile, self.workspace // 2) // (heads * self.wide.itemsize * (1 + self.tiles.tile_copies))
+        size = self.tile_bytes() // (heads * self.wide.itemsize * (1 + self.tiles.tile_copies))
         rows = max(1, min(n, limit.rows, size // _NARROWEST))
         columns = max(_NARROWEST, min(size // rows, self.widest(self.head), self.widest(self.teacher_head)))
         return rows, max(1, min(self.head.columns, columns - columns % _NARROWEST))
+
+    def tile_bytes(self) -> int:
+        return min(limits(self.student.device).tile, self.workspace // 2)
 
     def widest(self, head: HeadPart) -> int:
         """Columns of a head that a GEMM may take at a time: all, unless they must be copied into a wider dtype first."""
@@ -86,17 +100,19 @@ class Linear:
         return max(_NARROWEST, self.workspace // 4 // (head.weight.shape[1] * self.wide.itemsize))
 
     def _widens(self, weight: torch.Tensor) -> bool:
-        return weight.device.type != "cuda" and weight.dtype != self.wide  # CPU GEMMs have no float32 result for half inputs
+        return not on_gpu(weight.device) and weight.dtype != self.wide  # CPU GEMMs have no float32 result for half inputs
 
-    def span(self, rows: int, columns: int) -> int:
-        """Columns of dz kept for one round of gradient GEMMs: a multiple of the tile's, half of the workspace at most."""
-        fit = self.workspace // 2 // (rows * self.dz_dtype.itemsize)
-        return min(self.head.columns, max(1, fit // columns) * columns)
+    def span(self, rows: int, columns: int, weight_sums: bool) -> int:
+        """Columns of one round of gradient GEMMs, a multiple of the tile's: dz and the weight's sums take what tiles leave."""
+        item = rows * self.dz_dtype.itemsize
+        if weight_sums and self.head.weight.dtype != self.wide:
+            item += self.head.weight.shape[1] * self.wide.itemsize
+        return min(self.head.columns, max(1, (self.workspace - self.tile_bytes()) // item // columns) * columns)
 
     @property
     def dz_dtype(self) -> torch.dtype:
         """What the gradient GEMMs read: on CUDA the inputs' dtype (tensor cores), elsewhere float32 (float64)."""
-        return self.student.dtype if self.student.device.type == "cuda" else self.wide
+        return self.student.dtype if on_gpu(self.student.device) else self.wide
 
     def row_parts(self, rows: int) -> Iterator[slice]:
         n = len(self.student)
@@ -115,17 +131,19 @@ class Linear:
         return flat[:count].view(shape)
 
     def logits(self, rows: slice, columns: slice) -> tuple[Tile, Tile | None]:
-        """Both heads' tiles; one GEMM over the stacked rows where the head is shared."""
+        """Both heads' tiles; one GEMM over the stacked rows where they are few and the head is shared."""
         if self.teacher is None:
             return self._tile("student", self.head, self.student[rows], columns), None
         if self.teacher_head is not self.head:
             student = self._tile("student", self.head, self.student[rows], columns)
             return student, self._tile("teacher", self.teacher_head, self.teacher[rows], columns)
-        n = rows.stop - rows.start
-        stacked = self.buffer("rows", 2 * n, self.student.shape[1], dtype=self.dz_dtype)
-        stacked[:n].copy_(self.student[rows])
-        stacked[n:].copy_(self.teacher[rows])
-        both = self._tile("student", self.head, stacked, columns)
+        n = len(self.student)
+        if rows.stop - rows.start < n or n > _STACKED_ROWS:
+            student = self._tile("student", self.head, self.student[rows], columns)
+            return student, self._tile("teacher", self.head, self.teacher[rows], columns)
+        if self.stacked is None:
+            self.stacked = torch.cat([self.student, self.teacher]).to(self.dz_dtype)
+        both = self._tile("student", self.head, self.stacked, columns)
         return both._replace(z=both.z[:n]), both._replace(z=both.z[n:])
 
     def _tile(self, name: str, head: HeadPart, hidden: torch.Tensor, columns: slice) -> Tile:
@@ -151,7 +169,7 @@ class Linear:
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
         """out = a @ b (out += a @ b), accumulated and stored in out's dtype, never rounded to the inputs' dtype on the way."""
-        if a.device.type == "cuda" and a.dtype != out.dtype:
+        if on_gpu(a.device) and a.dtype != out.dtype:
             if add:
                 torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
             else:
@@ -201,7 +219,7 @@ class Linear:
             torch.zeros_like(head.bias, dtype=self.wide) if bias else None,
         )
         rows, columns = self.tile_shape()
-        for span in _blocks(slice(0, head.columns), self.span(rows, columns)):
+        for span in _blocks(slice(0, head.columns), self.span(rows, columns, weight)):
             block = self._weight_sums(out, span)
             for part in self.row_parts(rows):
                 dz = self._dz(part, span, columns, state, grads)
@@ -292,7 +310,7 @@ def rows_of(targets: torch.Tensor | None, inv_temperature: torch.Tensor, ignore_
     if targets is None:
         return Rows(None, inv_temperature.contiguous(), ignore_index)
     targets = targets.long().contiguous()
-    if targets.device.type != "cpu":
+    if on_gpu(targets.device):
         wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
         inv_temperature = torch.where(wrong, torch.nan, inv_temperature)
     return Rows(targets, inv_temperature.contiguous(), ignore_index)

@@ -124,3 +124,55 @@ def test_double_backward_is_refused():
     (gradient,) = torch.autograd.grad(token_stats(leaf, teacher, targets).entropy.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="(?i)not implemented|does not require grad|autograd formula"):
         torch.autograd.grad(gradient.sum(), leaf)
+
+
+# --- the code around GPU kernels, without a GPU -------------------------------------------------------------------------------
+
+
+def test_gpu_path_neither_looks_at_values_nor_keeps_logits(monkeypatch):
+    """The Qwen3-8B shape on the meta device, taken for a GPU: any look at a value raises there, and every tensor is counted.
+
+    The kernels are left out; what runs is all that stands around them: checks, tiles, GEMMs into float32, sums of gradients.
+    """
+    from dataclasses import replace
+
+    from gear_kernels import backends, ops, tiling
+
+    tiles = []
+
+    def finish(sums, task):
+        n = sums.shape[1]
+        return sums.new_empty((len(ALL), n), dtype=torch.float32), sums.new_empty((n, 9), dtype=torch.float32)
+
+    def gradient(student, teacher, task, state, grads, dz):
+        assert dz.dtype == torch.bfloat16 and student.z.dtype == teacher.z.dtype == torch.float32 and dz.shape == student.z.shape
+        tiles.append(tuple(student.z.shape))
+
+    kernels = {
+        "sweep": lambda student, teacher, task, sums: tiles.append(tuple(student.z.shape)),
+        "finish": finish,
+        "mixture": lambda *arguments: None,
+        "gradient": gradient,
+        "splits": lambda rows, columns: 1,
+    }
+    monkeypatch.setitem(backends.BACKENDS, "triton", replace(backends.BACKENDS["triton"], **kernels))
+    monkeypatch.setattr(tiling, "on_gpu", lambda device: True)
+    n, d, v = 8192, 4096, 151936
+    with torch.device("meta"):
+        hidden, teacher, weight = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((n, d), (n, d), (v, d)))
+        targets, inverse, grads = torch.empty(n, dtype=torch.long), torch.empty(n), torch.empty(n, len(ALL))
+    numbers = ops.Numbers(-100, 0.5, tiling.limits(hidden.device).workspace, 0, 0, 0, 0, 0)
+    ops.check_values(targets, inverse, v, -100)
+    for backward in (False, True):
+        call = ops._linear(
+            (hidden, weight, None, teacher, None, None, targets, inverse), ("reverse_kl", "jsd"), numbers, ("triton", "")
+        )
+        tiles.clear()
+        if backward:
+            found = call.backward(torch.empty(n, 9, device="meta"), grads, [True, True, False])
+            assert [g.dtype for g in found[:2]] == [torch.bfloat16] * 2 and found[2] is None
+        else:
+            call.forward()
+        assert sum(rows * columns for rows, columns in tiles) == n * v
+        held = sum(x.nbytes for x in call.scratch.values()) + (n * d * 4 if backward else 0)  # + the hidden gradient's sums
+        assert held <= 0.3 * 2**30, f"{held / 2**20:.0f} MiB"  # DESIGN's limit on extra memory
