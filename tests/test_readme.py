@@ -1,4 +1,4 @@
-"""The README's code runs as it stands."""
+"""The code of the README and of docs/ runs as it stands."""
 
 import re
 from pathlib import Path
@@ -37,3 +37,11 @@ def test_files_that_the_readme_names_exist():
     root = Path(__file__).parents[1]
     for name in re.findall(r"(?:requirements|gear_trainer|docs)/[\w/]+\.(?:txt|py|yaml|png)", README):
         assert (root / name).is_file(), name
+
+
+def test_the_operators_page():
+    page = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, names)
+    assert names["hidden"].grad.isfinite().all() and names["weight"].grad.any() and names["distill"].item() > 0
