@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 TABLE = "compile_report.json"
 ALIGNED, RAGGED = 151936, 32003
+TILE = 512  # columns of a tile of hidden states at 8192 rows, both heads: what runs most (tiling.py)
 _KIB = 1024
 # name: Triton's target, and the bytes of shared memory that one program may have (the compilers do not check this)
 TARGETS: dict[str, tuple[tuple[str, int | str, int], int]] = {
@@ -147,6 +148,7 @@ def statistics_cases() -> list[Case]:
     cases = [Case(s, masked=needs_targets[s]) for s in SUBSETS]
     cases += [Case(s, _F32, _BF16, masked=needs_targets[s]) for s in SUBSETS]  # hidden states in bfloat16: logits stay float32
     cases += [Case(s, _BF16, masked=needs_targets[s]) for s in SUBSETS]
+    cases += [Case(s, _F32, _BF16, columns=TILE) for s in (DEFAULT, STUDENT, EVERY)]
     cases += [Case(s, _F16) for s in (DEFAULT, EVERY)] + [Case(("reverse_kl",), masked=True), Case(DEFAULT, _F32, _F16)]
     cases += [Case(s, dtype, columns=RAGGED) for s, dtype in ((DEFAULT, _F32), (DEFAULT, _BF16), (DEFAULT, _F16), (EVERY, _F32))]
     cases += [Case(s, _F32, _BF16, head=head) for s in (DEFAULT, EVERY) for head in HEADS if head]
@@ -159,10 +161,15 @@ def statistics_launches(module: ModuleType) -> list[Launch]:
     found = []
     for case in statistics_cases():
         found.append(Launch(case.name, lambda case=case: _gradient(module, case)))
-        if case.out is None or case.head:
+        if case.out is None or case.head or case.columns == TILE:
             found.append(Launch(case.name, lambda case=case: _sweep(module, case)))
     jsd = [Case(("jsd",), dtype, masked=masked) for dtype in (_F32, _BF16, _F16) for masked in (True, False)]
-    jsd += [Case(("jsd",), columns=RAGGED), Case(("jsd",), columns=1), Case(("jsd",), head="bias scale softcap")]
+    jsd += [
+        Case(("jsd",), columns=TILE),
+        Case(("jsd",), columns=RAGGED),
+        Case(("jsd",), columns=1),
+        Case(("jsd",), head="bias scale softcap"),
+    ]
     found += [Launch(case.name, lambda case=case: _mixture(module, case)) for case in jsd]
     return found + [
         Launch("masked" if masked else "unmasked", lambda masked=masked: _finish(module, masked)) for masked in (True, False)
@@ -292,7 +299,7 @@ def _row(target: str, case: str, compiled, options: dict, log: str) -> Row:
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
-        raise RuntimeError(f"no {pattern!r} in the compiler's report:\n{text[:2000]}")
+        raise RuntimeError(f"no {pattern!r} in the compiler's report; is it the same specialisation twice?\n{text[:2000]}")
     return int(found[1])
 
 

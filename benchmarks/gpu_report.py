@@ -1026,9 +1026,9 @@ def failures(report: dict) -> list[str]:
 
 LEGEND = (
     "ms: median (low, high: quartiles) of single warm calls by CUDA events. first_s: the first call, with its compiling. "
-    "extra_mib: peak memory above what was held; beside_results_mib: without the gradients. error: against float64, in nats, the largest "
-    "of the outputs named on 32 rows. floor_ms: the GEMMs (jsd: made twice) or the bytes that cannot be saved, at the best ceiling "
-    "above; of_roofline: floor / time. A peer that gives less than all outputs is held against the same floor."
+    "extra_mib: peak memory above what was held; beside_results_mib: without the gradients. error: against float64, in nats, the "
+    "largest of the outputs named on 32 rows. floor_ms: the GEMMs (jsd: made twice) or the bytes that cannot be saved, at the "
+    "best ceiling above; of_roofline: floor / time. A peer that gives less than all outputs is held against the same floor."
 )
 
 

@@ -512,6 +512,13 @@ Z, T, Y = torch.zeros(3, 5), torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)
 H, W = torch.zeros(3, 4), torch.zeros(5, 4)
 ENTROPY = {"stats": ("entropy",)}
 
+
+def megatron_shard():
+    weight = W.clone()
+    weight.tensor_model_parallel = True  # what Megatron leaves on a sharded parameter
+    return weight
+
+
 BAD_LOGITS = {
     "stats names 'kl'; expected names out of logprobs": lambda: token_stats(Z, T, Y, stats=("kl",)),
     "stats is the string 'entropy'": lambda: token_stats(Z, T, Y, stats="entropy"),
@@ -548,6 +555,10 @@ BAD_HIDDEN = {
     "reverse_kl was asked for without a teacher; expected teacher_hidden": lambda: linear_token_stats(H, W, Y),
     "teacher_hidden has rows": lambda: linear_token_stats(H, W, Y, H[:2]),
     "teacher_head was given without teacher_hidden": lambda: linear_token_stats(H, W, Y, teacher_head=W, **ENTROPY),
+    "head.weight is marked tensor_model_parallel: a vocabulary shard without its group": lambda: linear_token_stats(
+        H, megatron_shard(), **ENTROPY
+    ),
+    "targets holds 5 .* a vocabulary shard needs Head": lambda: linear_token_stats(H, W, Y + 5, H),
     "teacher_head has 4 tokens": lambda: linear_token_stats(H, W, Y, H, teacher_head=W[:4]),
     "workspace_bytes is 0": lambda: linear_token_stats(H, W, Y, H, workspace_bytes=0),
 }

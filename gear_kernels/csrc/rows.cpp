@@ -246,17 +246,33 @@ void scan_block(const float* s, const float* t, int n, Scan& scan) {
   if (kTeacher && null) scan_nulls(s, t, n, scan);
 }
 
+// Where the next block of a head lies, so that it is fetched while this one is summed: the scan of a block waits for memory, the
+// sums do not touch it (AVX-512, one thread, 256 x 151936 float32: 20 ms without, 13 with).
+struct Ahead {
+  const char* at = nullptr;  // null at a row's end and for strided rows
+  int64_t item = 0;
+
+  Ahead(const Matrix& m, int64_t row, int64_t col, int64_t end) {
+    if (m.col_stride != 1 || col >= end) return;
+    item = m.dtype == Dtype::f32 ? 4 : 2;
+    at = static_cast<const char*>(m.data) + (row * m.row_stride + col) * item;
+  }
+  void fetch(int i) const { __builtin_prefetch(at + i * item); }  // a prefetch past the end, or of null, does nothing
+};
+
 // x, y in units of log 2. kBoth: the teacher's own moments as well (for its entropy and for the forward KL).
 template <bool kTeacher, bool kBoth>
-void sum_block(const float* s, const float* t, int n, Head& student, Head& teacher, float inv_t) {
+void sum_block(const float* s, const float* t, int n, Head& student, Head& teacher, float inv_t, Ahead s_next, Ahead t_next) {
   const vf s_max = splat((float)student.max), t_max = splat((float)teacher.max);
   const float factor = inv_t * kLog2e;
   Lanes a, b;
   for (int i = 0; i < n; i += W) {
+    s_next.fetch(i);
     const vf x = at_least((load(s + i) - s_max) * factor, kLowest), ex = exp2_lanes(x);
     a.z += ex;
     a.first += ex * x;
     if (kTeacher) {
+      t_next.fetch(i);
       const vf y = at_least((load(t + i) - t_max) * factor, kLowest), ey = exp2_lanes(y), d = x - y;
       a.cross += ex * d;
       b.z += ey;
@@ -294,7 +310,8 @@ Scan sweep(const Problem& p, int64_t row, Columns range, Head& student, Head& te
     scan_block<kTeacher>(s, t, n, scan);
     const double by_s = reference_max(scan.s_max) - student.max, by_t = reference_max(scan.t_max) - teacher.max;
     if (by_s != 0 || by_t != 0) rescale(student, by_s, by_t, inv_t), rescale(teacher, by_t, by_s, inv_t);
-    sum_block<kTeacher, kBoth>(s, t, n, student, teacher, inv_t);
+    const Ahead s_next(p.student, row, col + kBlock, range.end), t_next(p.teacher, row, col + kBlock, range.end);
+    sum_block<kTeacher, kBoth>(s, t, n, student, teacher, inv_t, s_next, t_next);
   }
   return scan;
 }
@@ -425,15 +442,18 @@ struct RowGrads {
 // dz_v = gl (1[v = y] - p_v) - gH p_v (log p_v + H) + gK p_v (log p_v - log q_v - KL) + gF (p_v - q_v)
 //        + gJ (1 - beta) p_v (log p_v/m_v - KL(S||M)), over temperature; the 1[v = y] term is added by the caller.
 template <bool kTeacher, bool kForward, bool kMixture>
-void gradient_block(const float* s, const float* t, int n, const float* state, RowGrads g, float inv_t, float beta, float* out) {
+void gradient_block(const float* s, const float* t, int n, const float* state, RowGrads g, float inv_t, float beta, Ahead s_next,
+                    Ahead t_next, float* out) {
   const Normal student(state[sMax], inv_t, state[sLogZ]), teacher(state[sTeacherMax], inv_t, state[sTeacherLogZ]);
   const float reverse_kl = g.reverse_kl == 0 ? 0 : state[sReverseKl];  // unused it may be infinite
   const float jsd = g.jsd * (1 - beta), entropy = g.entropy * kLn2, divergence = g.reverse_kl * kLn2;
   const float constant = g.forward_kl - g.logprob - g.entropy * state[sEntropy] - g.reverse_kl * reverse_kl;
   for (int i = 0; i < n; i += W) {
+    s_next.fetch(i);
     const vf x = student.log2_prob(s + i), p = exp2_lanes(x);
     vf factor = constant - entropy * x, other{};
     if (kTeacher) {
+      t_next.fetch(i);
       const vf y = teacher.log2_prob(t + i);
       factor += divergence * (x - y);
       if (kForward) other = g.forward_kl * exp2_lanes(y);
@@ -462,7 +482,8 @@ void gradient_row(const Problem& p, int64_t row, RowGrads g) {
     const int n = (int)(p.columns - col < kBlock ? p.columns - col : kBlock);
     const float* s = load_block(p.student, row, col, n, s_buffer);
     const float* t = kTeacher ? load_block(p.teacher, row, col, n, t_buffer) : nullptr;
-    gradient_block<kTeacher, kForward, kMixture>(s, t, n, p.state + row * kState, g, inv_t, p.beta, out);
+    const Ahead s_next(p.student, row, col + kBlock, p.columns), t_next(p.teacher, row, col + kBlock, p.columns);
+    gradient_block<kTeacher, kForward, kMixture>(s, t, n, p.state + row * kState, g, inv_t, p.beta, s_next, t_next, out);
     const int64_t hit = g.logprob != 0 ? p.targets[row] - p.first - col : -1;
     if (hit >= 0 && hit < n) out[hit] += inv_t * g.logprob;  // before rounding to the output's dtype
     store_block(p.dz, row, col, n, out);
