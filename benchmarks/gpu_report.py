@@ -802,18 +802,19 @@ def _floor(setting: Setting, case: Case, passes: str, label: str) -> dict:
 def tune_items(setting: Setting) -> list[Item]:
     """Blocks and warps of the kernels, then sizes of tiles: reported, applied by nobody but a reader."""
     found = []
-    shapes = setting.pick({"tile": (8192, 512, _F32), "logits": (4096, 151936, _BF16)}, {"tile": (8, 64, _F32)})
+    shapes = setting.pick({"tile": (2048, 2048, _F32), "logits": (4096, 151936, _BF16)}, {"tile": (8, 64, _F32)})
     for kernel, (place, shape) in itertools.product(("sweep", "gradient", "mixture"), shapes.items()):
-        for block, warps in itertools.product((512, 1024, 2048, 4096), (4, 8)):
+        for block, warps in ((512, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16)):
             name = f"{kernel}, {place}, {block}/{warps}"
             run = functools.partial(_tune_kernel, setting, kernel, shape, block, warps)
             found.append(Item(name, run, "the table of blocks is for compiled kernels"))
     for tile, rows, workspace in setting.pick(
-        ((32, 8192, 160), (16, 8192, 160), (64, 8192, 160), (32, 4096, 160), (32, 2048, 160), (32, 8192, 320), (64, 8192, 320)),
+        ((32, 2048, 160), (16, 2048, 160), (64, 2048, 160), (32, 4096, 160), (32, 8192, 160), (64, 4096, 160), (32, 2048, 320)),
         ((1, 16, 4),),
     ):
         name = f"tile {tile} MiB, {rows} rows, workspace {workspace} MiB"
-        found.append(Item(name, functools.partial(_tune_tiles, setting, tiling.Limits(tile << 20, rows, workspace << 20))))
+        limits = tiling.Limits(tile << 20, workspace << 20, rows, max(rows, 8192))
+        found.append(Item(name, functools.partial(_tune_tiles, setting, limits)))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,18 +20,24 @@ from .reference import STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, jsd
 
 
 class Limits(NamedTuple):
-    """Sizes of a device type: bytes of both heads' tile, rows of a tile, bytes of tiles, dz and weight sums by default."""
+    """Sizes of a device type.
+
+    tile, workspace: bytes of both heads' tile; of tiles, dz and weight sums together, by default.  rows, part: of a tile; of a
+    round of gradient GEMMs, which holds several tiles.
+    """
 
     tile: int
-    rows: int
     workspace: int
+    rows: int
+    part: int
 
 
 # cpu: tiles of 1 to 8 MiB ran alike, 4 % faster than whole GEMMs and 20 % than 512-column ones (2 cores, 1 MiB L2 each).
-# cuda: 32 MiB of tile lies in the 50 MB L2 of H100/H200 beside the operands; at the Qwen3-8B shape (8192 rows, D = 4096) a round
-# of gradient GEMMs then takes 4096 columns, and tiles, dz, weight sums and the hidden gradient's sums are 288 MiB in all. Counted
-# on the meta device (tests/test_compile.py), not yet timed on a GPU.
-_LIMITS = {"cpu": Limits(4 << 20, 1024, 24 << 20), "cuda": Limits(32 << 20, 8192, 160 << 20)}
+# cuda: 32 MiB of tile lies in the 50 MB L2 of H100/H200 beside the operands, as 2048 rows x 2048 columns: a wider tile has fewer
+# ends of rows (each costs a program as much as 500 columns), a taller one fewer reads of the head. At the Qwen3-8B shape (8192
+# rows, D = 4096) a round of gradient GEMMs takes all rows and 4096 columns; tiles, dz, weight sums and the hidden gradient's sums
+# are 288 MiB in all. Counted on the meta device (tests/test_compile.py), not yet timed on a GPU.
+_LIMITS = {"cpu": Limits(4 << 20, 24 << 20, 1024, 1024), "cuda": Limits(32 << 20, 160 << 20, 2048, 8192)}
 _NARROWEST = 64  # columns: below it a tile is cut by rows
 # Rows up to which student and teacher are copied into one GEMM operand: below, the GEMM gains (128 rows on a CPU: 760 ms against
 # 940); above, it is large enough, and on a GPU the copy would be a third of the memory limit.
@@ -109,14 +116,18 @@ class Linear:
             item += self.head.weight.shape[1] * self.wide.itemsize
         return min(self.head.columns, max(1, (self.workspace - self.tile_bytes()) // item // columns) * columns)
 
+    def part_rows(self, shape: tuple[int, int]) -> int:
+        """Rows of one round of gradient GEMMs: as many as leave a tile's columns within the workspace, none below a tile's."""
+        fit = (self.workspace - self.tile_bytes()) // (shape[1] * self.dz_dtype.itemsize)
+        return max(shape[0], min(len(self.student), limits(self.student.device).part, fit))
+
     @property
     def dz_dtype(self) -> torch.dtype:
         """What the gradient GEMMs read: on CUDA the inputs' dtype (tensor cores), elsewhere float32 (float64)."""
         return self.student.dtype if on_gpu(self.student.device) else self.wide
 
     def row_parts(self, rows: int) -> Iterator[slice]:
-        n = len(self.student)
-        return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
+        return _blocks(slice(0, len(self.student)), rows)
 
     # --- tiles ---
 
@@ -170,8 +181,10 @@ class Linear:
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
         """out = a @ b (out += a @ b), accumulated and stored in out's dtype, never rounded to the inputs' dtype on the way."""
         if on_gpu(a.device) and a.dtype != out.dtype:
-            if add:
+            if add and _addmm_into_float32(a.device.type):
                 torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+            elif add:
+                out += torch.mm(a, b, out_dtype=out.dtype)
             else:
                 torch.mm(a, b, out_dtype=out.dtype, out=out)
         elif add:
@@ -218,11 +231,12 @@ class Linear:
             torch.empty_like(head.weight) if weight else None,
             torch.zeros_like(head.bias, dtype=self.wide) if bias else None,
         )
-        rows, columns = self.tile_shape()
-        for span in _blocks(slice(0, head.columns), self.span(rows, columns, weight)):
+        shape = self.tile_shape()
+        rows = self.part_rows(shape)
+        for span in _blocks(slice(0, head.columns), self.span(rows, shape[1], weight)):
             block = self._weight_sums(out, span)
             for part in self.row_parts(rows):
-                dz = self._dz(part, span, columns, state, grads)
+                dz = self._dz(part, span, shape, state, grads)
                 self._add(out, block, dz, part, span)
             if block is not None and block.dtype != head.weight.dtype:
                 out.weight[span] = block
@@ -241,15 +255,16 @@ class Linear:
             return None if out.weight is None else out.weight[span]
         return self.buffer("weight sums", span.stop - span.start, out.weight.shape[1], dtype=self.wide)
 
-    def _dz(self, part: slice, span: slice, columns: int, state: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    def _dz(self, part: slice, span: slice, shape: tuple[int, int], state: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         dz = self.buffer("dz", part.stop - part.start, span.stop - span.start, dtype=self.dz_dtype)
-        for block in _blocks(span, columns):
-            student, teacher = self.logits(part, block)
-            target = dz[:, block.start - span.start : block.stop - span.start]
-            task = self.task.at(part, self.task.first + block.start)
-            self.tiles.gradient(student, teacher, task, state[part], grads[part], target)
-            if not self.tiles.fused_head:
-                _through_head(self.head, student.z, target)
+        for block in _blocks(span, shape[1]):
+            for rows in _blocks(part, shape[0]):
+                student, teacher = self.logits(rows, block)
+                target = dz[rows.start - part.start : rows.stop - part.start, block.start - span.start : block.stop - span.start]
+                task = self.task.at(rows, self.task.first + block.start)
+                self.tiles.gradient(student, teacher, task, state[rows], grads[rows], target)
+                if not self.tiles.fused_head:
+                    _through_head(self.head, student.z, target)
         return dz
 
     def _add(self, out: _Sums, block: torch.Tensor | None, dz: torch.Tensor, part: slice, span: slice) -> None:
@@ -263,14 +278,25 @@ class Linear:
             self.product(dz.T, self.student[part], block, add=part.start > 0)
 
 
+@cache
+def _addmm_into_float32(device: str) -> bool:
+    """Whether this torch adds a product of half matrices to a float32 one (its first releases with out_dtype refused)."""
+    total, half = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
 class _Sums(NamedTuple):
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
 
 
-def _blocks(columns: slice, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, columns.stop)) for i in range(columns.start, columns.stop, max(size, 1)))
+def _blocks(whole: slice, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, whole.stop)) for i in range(whole.start, whole.stop, max(size, 1)))
 
 
 def _through_head(head: HeadPart, z: torch.Tensor, dz: torch.Tensor) -> None:

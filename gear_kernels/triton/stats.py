@@ -21,6 +21,7 @@ from ..reference import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
 _constant = int if INTERPRETED else tl.constexpr  # the interpreter takes globals as they are, the compiler only constexpr
+_INTERPRETER = _constant(int(INTERPRETED))
 _LOWEST, _FARTHEST = (x if INTERPRETED else tl.constexpr(x) for x in (LOWEST, FARTHEST))
 _SUMS, _STATE, _VALUES = (_constant(len(names)) for names in (SUM_NAMES, STATE_NAMES, STAT_NAMES))
 # Bits of WANT.
@@ -108,10 +109,32 @@ def _reference_max(m):
 
 
 @triton.jit
-def _move(z, first, cross, by, other):
-    """Sums of one head after its reference rose by `by` and the other head's by `other` (in units of x)."""
-    r = tl.exp(-by)
+def _move(z, first, cross, by, other, EXACT: tl.constexpr):
+    """Sums of one head after its reference rose by `by` and the other head's by `other` (in units of x).
+
+    EXACT: the factor in float64. Otherwise float32: nearly always 1 exactly, and float64 exponentials were a third of a tile's
+    instructions.
+    """
+    if EXACT:
+        r = tl.exp(-by)
+    else:
+        r = tl.exp((-by).to(tl.float32)).to(by.dtype)
     return r * z, r * (first - z * by), r * (cross - z * (by - other))
+
+
+@triton.jit
+def _add4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _sum4(a, b, c, d):
+    """Four sums over lanes by one reduction: each has its own barriers; the interpreter would add lane after lane in float32."""
+    if _INTERPRETER:
+        sums = tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
+    else:
+        sums = tl.reduce((a, b, c, d), 0, _add4)
+    return sums
 
 
 @triton.jit
@@ -137,7 +160,9 @@ def _read(at, mask):
 
 
 @triton.jit
-def _add_stored(at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, TEACHER_TOO: tl.constexpr):
+def _add_stored(
+    at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, TEACHER_TOO: tl.constexpr, EXACT: tl.constexpr
+):
     """Joins float64 sums of both heads with those stored at `at`; returns all eight."""
     o_max, o_z = _read(at, mask), _read(at + 1, mask)
     n_max = _join(o_max, o_z, s_max, s_z)
@@ -147,11 +172,11 @@ def _add_stored(at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_fir
         p_max, p_z = _read(at + 4, mask), _read(at + 5, mask)
         m_max = _join(p_max, p_z, t_max, t_z)
         o_other, s_other = _distance(m_max, p_max, p_z, inv_t), _distance(m_max, t_max, t_z, inv_t)
-        p_z, p_first, p_cross = _move(p_z, _read(at + 6, mask), _read(at + 7, mask), o_other, o_by)
-        t_z, t_first, t_cross = _move(t_z, t_first, t_cross, s_other, s_by)
+        p_z, p_first, p_cross = _move(p_z, _read(at + 6, mask), _read(at + 7, mask), o_other, o_by, EXACT)
+        t_z, t_first, t_cross = _move(t_z, t_first, t_cross, s_other, s_by, EXACT)
         t_max, t_z, t_first, t_cross = m_max, p_z + t_z, p_first + t_first, p_cross + t_cross
-    o_z, o_first, o_cross = _move(o_z, _read(at + 2, mask), _read(at + 3, mask), o_by, o_other)
-    s_z, s_first, s_cross = _move(s_z, s_first, s_cross, s_by, s_other)
+    o_z, o_first, o_cross = _move(o_z, _read(at + 2, mask), _read(at + 3, mask), o_by, o_other, EXACT)
+    s_z, s_first, s_cross = _move(s_z, s_first, s_cross, s_by, s_other, EXACT)
     return n_max, o_z + s_z, o_first + s_first, o_cross + s_cross, t_max, t_z, t_first, t_cross
 
 
@@ -202,12 +227,25 @@ def _sweep_kernel(S, T, R, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: 
             t_ref = _reference_max(t_new)
             t_by = tl.where(t_max == float("-inf"), 0.0, (t_ref - t_max) * inv_t)
             t_max = t_new
-            t_z, t_first, t_cross = _move(t_z, t_first, t_cross, t_by, s_by)
+        s_max = s_new
+        if (s_by != 0.0) | (t_by != 0.0):  # a maximum rose: rare after a row's first blocks
+            r = tl.exp(-s_by)
+            if WANT & REVERSE_KL:
+                s_cross = r * (s_cross - s_z * (s_by - t_by))
+            if WANT & ENTROPY:
+                s_first = r * (s_first - s_z * s_by)
+            if WANT & TEACHER:
+                q = tl.exp(-t_by)
+                if WANT & FORWARD_KL:
+                    t_cross = q * (t_cross - t_z * (t_by - s_by))
+                if WANT & TEACHER_ENTROPY:
+                    t_first = q * (t_first - t_z * t_by)
+                t_z *= q
+            s_z *= r
+        if WANT & TEACHER:
             y = _relative(t, t_ref, inv_t)
             t_e = tl.exp(y)
             t_z += t_e
-        s_max = s_new
-        s_z, s_first, s_cross = _move(s_z, s_first, s_cross, s_by, t_by)
         x = _relative(s, s_ref, inv_t)
         s_e = tl.exp(x)
         s_z += s_e
@@ -223,20 +261,24 @@ def _sweep_kernel(S, T, R, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: 
             s_null, t_null = s == float("-inf"), t == float("-inf")
             outside |= tl.where(t_null, tl.where(s_null, 0, 1), tl.where(s_null, 2, 0))
     at = SUMS + (split.to(tl.int64) * n + row) * _SUMS
-    sums = (tl.sum(s_z, 0), tl.sum(s_first, 0), tl.sum(s_cross, 0), tl.sum(t_z, 0), tl.sum(t_first, 0), tl.sum(t_cross, 0))
+    s_zs, s_firsts, s_crosses, t_zs = _sum4(s_z, s_first, s_cross, t_z)
+    t_firsts, t_crosses = t_zs * 0.0, t_zs * 0.0
+    if WANT & (TEACHER_ENTROPY | FORWARD_KL):
+        t_firsts, t_crosses = tl.sum(t_first, 0), tl.sum(t_cross, 0)
     joined = _add_stored(
         at,
         None,
         inv_t.to(tl.float64),
         _reference_max(s_max).to(tl.float64),
-        sums[0].to(tl.float64),
-        sums[1].to(tl.float64),
-        sums[2].to(tl.float64),
+        s_zs.to(tl.float64),
+        s_firsts.to(tl.float64),
+        s_crosses.to(tl.float64),
         _reference_max(t_max).to(tl.float64),
-        sums[3].to(tl.float64),
-        sums[4].to(tl.float64),
-        sums[5].to(tl.float64),
+        t_zs.to(tl.float64),
+        t_firsts.to(tl.float64),
+        t_crosses.to(tl.float64),
         (WANT & TEACHER) != 0,
+        False,
     )
     for i in tl.static_range(8):
         if (i < 4) or (WANT & TEACHER):
@@ -284,7 +326,7 @@ def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT
     for split in range(splits):
         at = SUMS + (split * n + rows) * _SUMS
         s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross = _add_stored(
-            at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, True
+            at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, True, True
         )
         target += tl.load(at + 8, mask=mask, other=0.0)
         t_target += tl.load(at + 9, mask=mask, other=0.0)
@@ -420,22 +462,25 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# By kernel and architecture; no autotuning at the first call. 2048 / 8 keeps seven float32 sums per lane at 8 lanes a thread:
-# no spills and under 128 registers on every target of benchmarks/compile_report. Not yet measured on a GPU.
+# Chosen by kernel and architecture; no autotuning at the first call. 2048 columns keep the sums of the default set at 8 lanes a
+# thread on NVIDIA; narrower rows take fewer warps, for the end of a tile costs each warp as much as 500 columns. Registers and
+# spills: benchmarks/results/compile_report.md. Not yet measured on a GPU.
 _CONFIGS: dict[tuple[str, str], Config] = {}
-_DEFAULT, _DEFAULT_HIP = Config(2048, 8), Config(2048, 4)  # a warp has 64 lanes on AMD
+_BLOCKS = {"sweep": 2048, "mixture": 2048, "gradient": 1024}  # columns; 2048 spilled in the gradient of float16 on sm_100
+_LANES = 256  # columns to a warp of 32
 _INTERPRETED = Config(32768, 1)  # there the cost is per tile operation, hardly per element
 
 
 def config(kernel: str, columns: int) -> Config:
     """The table's entry, narrowed to the columns there are."""
+    needed = max(16, triton.next_power_of_2(columns))
     if INTERPRETED:
-        chosen = _INTERPRETED
-    else:
-        target = triton.runtime.driver.active.get_current_target()
-        default = _DEFAULT_HIP if target.backend == "hip" else _DEFAULT
-        chosen = _CONFIGS.get((kernel, str(target.arch)), default)
-    return chosen._replace(block=max(16, min(chosen.block, triton.next_power_of_2(columns))))
+        return _INTERPRETED._replace(block=min(_INTERPRETED.block, needed))
+    target = triton.runtime.driver.active.get_current_target()
+    lanes = _LANES * target.warp_size // 32
+    chosen = _CONFIGS.get((kernel, str(target.arch)), Config(_BLOCKS[kernel], _BLOCKS[kernel] // lanes))
+    block = min(chosen.block, needed)
+    return Config(block, max(1, min(chosen.num_warps, block // lanes)))
 
 
 def splits(rows: int, columns: int) -> int:
