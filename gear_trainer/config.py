@@ -53,6 +53,7 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(1.0, ge=0, description="global norm; 0 is off")
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to [1 - clip_low, 1 + clip_high]")
     clip_high: float = Field(0.2, gt=0, description="above clip_low for DAPO's clip-higher")
+    dual_clip: float | None = Field(None, gt=1, description="bounds a token of negative advantage by dual_clip * A; 3 is usual")
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = Field(
         "seq_mean_token_mean", description="GEAR's and GRPO's: mean over tokens, then over trajectories"
     )

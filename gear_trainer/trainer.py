@@ -185,7 +185,7 @@ class Trainer:
         weight_of = dict(zip(part, token_weights, strict=True))
         rows = [i for i in part if credit.advantages[i].any()]  # the rest has no gradient; it is counted in the means above
         ran = False
-        for name in ("clip_fraction", "approx_kl", "grad_norm"):
+        for name in ("clip_fraction", "dual_clip_fraction", "approx_kl", "grad_norm"):
             sums.add(name, 0.0, 0)
         for batch in self._micro_batches(rollouts, rows, teacher=False):
             out = self.engine(batch.to(self.device), self.limits.temperature, ("logprobs",))
@@ -194,12 +194,13 @@ class Trainer:
                 *self._loss_inputs(batch, [scores.logprobs, credit.advantages, weight_of], out.logprobs),
                 clip_low=self.cfg.train.clip_low,
                 clip_high=self.cfg.train.clip_high,
+                dual_clip=self.cfg.train.dual_clip,
                 importance_weights=self._importance_weights(batch, scores),
             )
             ran = True
             self.engine.backward(loss * self.world)  # DeepSpeed averages over ranks; the weights already are global means
             n = len(batch.targets) if batch.rows else 0
-            for name in ("clip_fraction", "approx_kl"):
+            for name in ("clip_fraction", "dual_clip_fraction", "approx_kl"):
                 sums.add(name, parts[name].item() * n, n)
             sums.add("loss", loss.item() * self.world, 0)
         sums.add("loss", 0.0, 1)
