@@ -7,14 +7,12 @@ import faulthandler
 import json
 import sys
 
-faulthandler.dump_traceback_later(200, exit=True)  # a hang prints nothing by itself
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-
-import gear_kernels  # noqa: E402
-from gear_kernels import GearKernelsError, Head, linear_token_stats, reference  # noqa: E402
+import gear_kernels
+from gear_kernels import GearKernelsError, Head, linear_token_stats, reference
 
 ALL, N, D, V = reference.STAT_NAMES, 11, 24, 732
 CASES = {  # name: (options of the head, dtype, back end)
@@ -115,6 +113,7 @@ def compiled(group):
 
 
 def main():
+    faulthandler.dump_traceback_later(200, exit=True)  # a hang prints nothing by itself; the tests import this file, so not above
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     results = {}
