@@ -7,6 +7,7 @@ the package's own are the frozen dataclasses below, the mathematics behind them 
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 import random
@@ -17,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
-from .errors import bad_input
+from . import backends, reference
+from .errors import GearKernelsError, bad_input
 
 NORMALIZERS = ("relu_max", "max", "minmax", "abs_max", "quantile", "none")
 SEGMENTERS = ("entropy", "token", "kl_only", "entropy_only", "turn", "entropy_window", "random", "fixed")
@@ -258,6 +259,8 @@ def credit_weights(
     bounds = cu_seqlens.tolist()
     total = bounds[-1] if total is None else total
     _check_bounds(bounds, total)
+    if _compiled(method, cu_seqlens.device):
+        return _scan(method, signal, entropy, advantages, cu_seqlens, mask, turn_ids)
     index, tokens = _gather(signal, entropy, advantages, cu_seqlens, mask, turn_ids, total)
     if cu_seqlens.device.type == "cpu":
         _check_nan(index, tokens, advantages, bounds)
@@ -265,10 +268,77 @@ def credit_weights(
     return _scatter(result, tokens, index, total, cu_seqlens.device)
 
 
+# --- the compiled scan --------------------------------------------------------------------------------------------------
+
+_TALLIES = ("tokens", "above", "inside", "segments", "unclosed", "signal", "positive", "up", "negative", "down")  # csrc/scan.h
+
+
+def _compiled(method: object, device: torch.device) -> bool:
+    """Whether csrc/scan.cpp does it: Gear on a CPU but for `random`, whose places Python's generator draws."""
+    able = isinstance(method, Gear) and method.segmenter != "random" and device.type == "cpu"
+    return able and backends.choose(device, torch.float32) == "native"
+
+
+def _scan(method: Gear, signal, entropy, advantages, cu_seqlens, mask, turn_ids) -> Credit:
+    """All of it in one pass over each sequence, bitwise equal to `Gear.apply` in the same dtype."""
+    dtype = _dtype(signal, entropy)
+    total, bounds = signal.numel(), cu_seqlens.long()
+    floats = [torch.empty(total, dtype=dtype) for _ in range(4)]
+    ids, onsets = torch.empty(total, dtype=torch.int32), torch.empty(total, dtype=torch.bool)
+    tallies = torch.empty((bounds.numel() - 1, len(_TALLIES)), dtype=torch.float64)
+    rows = [None if x is None else x.detach().to(dtype).contiguous() for x in (signal, entropy, advantages)]
+    integers = (None if mask is None else mask.contiguous(), None if turn_ids is None else turn_ids.long().contiguous(), bounds)
+    places = _native().scan(*rows, *integers, floats, ids, onsets, tallies, _scan_options(method), torch.get_num_threads())
+    for name, place in zip(("signal", "entropy"), places, strict=True):
+        if place >= 0:
+            raise _nan_at(name, place, cu_seqlens.tolist())
+    _check_advantages(advantages)
+    return Credit(*floats, ids, onsets, _tallied(tallies))
+
+
+def _native():
+    return backends._load_native()[0]
+
+
+def _scan_options(method: Gear):
+    options = _native().ScanOptions()
+    options.normalizer, options.segmenter = NORMALIZERS.index(method.normalizer), SEGMENTERS.index(method.segmenter)
+    options.quantile, options.threshold, options.ratio = method.quantile, method.kl_threshold, method.entropy_ratio
+    options.alpha, options.floor, options.longest = method.alpha, method.entropy_floor, method.max_segment_len or 0
+    options.fixed, options.window = method.fixed_len, method.window
+    options.renormalize, options.stop_at_turn = method.renormalize, method.stop_at_turn
+    return options
+
+
+def _tallied(tallies: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums per sequence [B, 10] -> the diagnostics, as `_diagnostics` takes them from the tokens."""
+    t = dict(zip(_TALLIES, tallies.sum(0), strict=True))
+    tokens, segments = t["tokens"].clamp(min=1), t["segments"].clamp(min=1)
+    trajectories = (tallies[:, 0] > 0).sum().clamp(min=1)
+    mean = {
+        "share_above_threshold": t["above"] / tokens,
+        "share_in_segments": t["inside"] / tokens,
+        "segments_per_trajectory": t["segments"] / trajectories,
+        "mean_segment_length": t["inside"] / segments,
+        "share_unclosed": t["unclosed"] / segments,
+        "mean_signal": t["signal"] / tokens,
+        "mean_weight_positive": torch.where(t["positive"] > 0, t["up"] / t["positive"].clamp(min=1), 1.0),
+        "mean_weight_negative": torch.where(t["negative"] > 0, t["down"] / t["negative"].clamp(min=1), 1.0),
+    }
+    return {name: x.float() for name, x in mean.items()}
+
+
+# --- any other method ---------------------------------------------------------------------------------------------------
+
+
+def _dtype(signal, entropy) -> torch.dtype:
+    double = any(x is not None and x.dtype == torch.float64 for x in (signal, entropy))
+    return torch.float64 if double else torch.float32
+
+
 def _gather(signal, entropy, advantages, cu_seqlens, mask, turn_ids, total: int) -> tuple[torch.Tensor, PolicyTokens]:
     """Places [n] of the policy tokens in the pack, and the tokens themselves, on the CPU in the dtype of the computation."""
-    double = any(x is not None and x.dtype == torch.float64 for x in (signal, entropy))
-    dtype = torch.float64 if double else torch.float32
+    dtype = _dtype(signal, entropy)
     index = torch.arange(total) if mask is None else mask.cpu().nonzero().squeeze(1)
     cu = cu_seqlens.cpu().long()
     batch = cu.numel() - 1
@@ -387,12 +457,19 @@ def _check_nan(index: torch.Tensor, tokens: PolicyTokens, advantages: torch.Tens
     for name, x in (("signal", tokens.signal), ("entropy", tokens.entropy)):
         bad = x.isnan()
         if bad.any():
-            first = int(bad.nonzero()[0])
-            place, b = int(index[first]), int(tokens.sequence[first])
-            raise bad_input(
-                f"{name}: given NaN at sequence {b}, position {place - bounds[b]} (packed token {place})",
-                "numbers on policy tokens",
-                "correct the scores it comes from, or leave the token out of the mask",
-            )
+            raise _nan_at(name, int(index[int(bad.nonzero()[0])]), bounds)
+    _check_advantages(advantages)
+
+
+def _nan_at(name: str, place: int, bounds: list[int]) -> GearKernelsError:
+    b = bisect.bisect_right(bounds, place) - 1
+    return bad_input(
+        f"{name}: given NaN at sequence {b}, position {place - bounds[b]} (packed token {place})",
+        "numbers on policy tokens",
+        "correct the scores it comes from, or leave the token out of the mask",
+    )
+
+
+def _check_advantages(advantages: torch.Tensor) -> None:
     bad = advantages.isnan().nonzero().flatten().tolist()
     _require(not bad, f"advantages: given NaN at sequence {bad[:1]}", "numbers", "check the rewards")

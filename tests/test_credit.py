@@ -9,12 +9,21 @@ import random
 import pytest
 import torch
 
+import gear_kernels
 from gear_kernels.credit import METHODS, NORMALIZERS, SEGMENTERS, Gear, Grpo, credit_weights
 from gear_kernels.errors import GearKernelsError
 
 RKL = [0.0, 0.05, 2.0, 0.1, 0.4, 0.0, 1.0, 0.2, 0.0, 0.1]
 ENTROPY = [0.5, 0.4, 1.0, 0.2, 0.9, 1.6, 0.8, 0.7, 1.1, 1.3]
 FLOATS = ("token_advantages", "weights", "signal", "credit")
+
+
+@pytest.fixture(params=("native", "reference"), autouse=True)
+def backend(request):
+    """Every test of this file runs on the compiled scan and on the reference."""
+    with gear_kernels.backend(request.param):
+        yield request.param
+
 
 # --- the paper, one token at a time, on Python floats -----------------------------------------------------------------
 
@@ -550,3 +559,61 @@ def test_bad_arguments(change, message):
     good = {"signal": torch.rand(4), "entropy": torch.rand(4), "advantages": torch.ones(2), "cu_seqlens": i32(0, 3, 4)}
     with pytest.raises(GearKernelsError, match=message):
         credit_weights(**{**good, **change})
+
+
+# --- the compiled scan against the reference, bit by bit -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("segmenter", sorted(set(SEGMENTERS) - {"random"}))
+def test_compiled_scan_is_bitwise_the_reference(segmenter, dtype):
+    """Every option, masks, ties, sequences of length 0 to 60; several threads."""
+    draw, g = random.Random(segmenter), torch.Generator().manual_seed(1)
+    for _ in range(60):
+        lengths = torch.randint(0, 60, (7,), generator=g)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+        total = int(bounds[-1])
+        signal = torch.randn(total, generator=g, dtype=dtype) * (torch.rand(total, generator=g) > 0.3)
+        entropy = (torch.rand(total, generator=g, dtype=dtype) * 8).round() / 4  # ties
+        mask = torch.rand(total, generator=g) > 0.2 if draw.random() < 0.7 else None
+        method = Gear(
+            segmenter=segmenter,
+            normalizer=draw.choice(NORMALIZERS),
+            quantile=draw.choice([0.5, 0.95, 1.0]),
+            kl_threshold=draw.choice([0.0, 0.1, 0.5]),
+            entropy_ratio=draw.choice([0.9, 1.5]),
+            renormalize=draw.random() < 0.5,
+            max_segment_len=draw.choice([None, 1, 3, 10]),
+            entropy_floor=draw.choice([0.0, 0.3]),
+            stop_at_turn=draw.random() < 0.5,
+            window=draw.choice([1, 3, 100]),
+        )
+        advantages = torch.tensor([1.0, -1.0, 0.0, 2.0, -0.5, 0.3, -0.1], dtype=dtype)
+        call = {"mask": mask, "method": method, "turn_ids": torch.arange(total) // 7}
+        results = []
+        for name in ("native", "reference"):
+            with gear_kernels.backend(name):
+                results.append(credit_weights(signal, entropy, advantages, bounds, **call))
+        for field, a, b in zip(results[0]._fields, *(r[:6] for r in results), strict=False):
+            assert a.dtype == b.dtype and torch.equal(a, b), (field, method)
+        for name, value in results[0].diagnostics.items():
+            torch.testing.assert_close(value, results[1].diagnostics[name], rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_scan_does_not_depend_on_threads():
+    g = torch.Generator().manual_seed(2)
+    lengths = torch.randint(0, 300, (50,), generator=g)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+    signal, entropy = torch.randn(2, int(bounds[-1]), generator=g)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(
+                credit_weights(
+                    signal, entropy, torch.randn(50, generator=g.manual_seed(3)), bounds, method=Gear(renormalize=True)
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:6], found[1][:6], strict=True))

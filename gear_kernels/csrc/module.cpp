@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "scan.h"
 
 namespace nb = nanobind;
 using namespace gear;
@@ -147,6 +149,42 @@ void gradient(const Logits& student, const std::optional<Logits>& teacher, const
   run(named(isa).gradient, p, threads);
 }
 
+// ---- credit scan ------------------------------------------------------------------------------------------------------
+
+template <class T>
+using Column = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+T* tokens(const Column<T>& x, int64_t count, const char* what) {
+  require((int64_t)x.shape(0) == count, what);
+  return x.data();
+}
+
+// Inputs, then outputs in the order of Credit's fields, then the tallies; returns the first NaN of signal and of entropy.
+template <class T>
+std::pair<int64_t, int64_t> credit_scan(Column<const T> signal, std::optional<Column<const T>> entropy, Column<const T> advantages,
+                                        std::optional<Column<const bool>> mask, std::optional<Column<const int64_t>> turns,
+                                        Column<const int64_t> bounds, std::vector<Column<T>> floats, Column<int32_t> ids,
+                                        Column<bool> onsets, nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu> tallies,
+                                        const ScanOptions& options, int threads) {
+  const int64_t n = (int64_t)signal.shape(0), sequences = (int64_t)bounds.shape(0) - 1;
+  Scan<T> s;
+  s.signal = signal.data(), s.bounds = bounds.data(), s.sequences = sequences;
+  if (entropy) s.entropy = tokens(*entropy, n, "entropy shape");
+  if (mask) s.mask = tokens(*mask, n, "mask shape");
+  if (turns) s.turns = tokens(*turns, n, "turns shape");
+  s.advantages = tokens(advantages, sequences, "advantages shape");
+  require(floats.size() == 4, "four outputs of floats");
+  T** const out[] = {&s.token_advantages, &s.weights, &s.g, &s.credit};
+  for (int i = 0; i < 4; ++i) *out[i] = tokens(floats[i], n, "output shape");
+  s.ids = tokens(ids, n, "ids shape"), s.onsets = tokens(onsets, n, "onsets shape");
+  require((int64_t)tallies.shape(0) == sequences && tallies.shape(1) == kTallies, "tallies shape");
+  s.tallies = tallies.data();
+  nb::gil_scoped_release nogil;
+  const Nan nan = scan(s, options, threads);
+  return {nan.signal, nan.entropy};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -167,4 +205,23 @@ NB_MODULE(_native, m) {
         nb::arg("state"), nb::arg("beta"), nb::arg("shares"), threads, isa);
   m.def("gradient", &gradient, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature,
         first, nb::arg("state"), nb::arg("beta"), nb::arg("grads"), nb::arg("dz"), threads, isa);
+  nb::class_<ScanOptions>(m, "ScanOptions")
+      .def(nb::init<>())
+      .def_rw("normalizer", &ScanOptions::normalizer)
+      .def_rw("segmenter", &ScanOptions::segmenter)
+      .def_rw("quantile", &ScanOptions::quantile)
+      .def_rw("threshold", &ScanOptions::threshold)
+      .def_rw("ratio", &ScanOptions::ratio)
+      .def_rw("alpha", &ScanOptions::alpha)
+      .def_rw("floor", &ScanOptions::floor)
+      .def_rw("longest", &ScanOptions::longest)
+      .def_rw("fixed", &ScanOptions::fixed)
+      .def_rw("window", &ScanOptions::window)
+      .def_rw("renormalize", &ScanOptions::renormalize)
+      .def_rw("stop_at_turn", &ScanOptions::stop_at_turn);
+  const auto entropy = nb::arg("entropy").none(), mask = nb::arg("mask").none(), turns = nb::arg("turns").none();
+  m.def("scan", &credit_scan<float>, nb::arg("signal"), entropy, nb::arg("advantages"), mask, turns, nb::arg("bounds"),
+        nb::arg("floats"), nb::arg("ids"), nb::arg("onsets"), nb::arg("tallies"), nb::arg("options"), threads);
+  m.def("scan", &credit_scan<double>, nb::arg("signal"), entropy, nb::arg("advantages"), mask, turns, nb::arg("bounds"),
+        nb::arg("floats"), nb::arg("ids"), nb::arg("onsets"), nb::arg("tallies"), nb::arg("options"), threads);
 }
