@@ -336,6 +336,21 @@ def turn_segments(turn_ids: list[int]) -> list[Segment]:
     return [Segment(a, b - 1, True) for a, b in zip(starts, [*starts[1:], len(turn_ids)], strict=False)]
 
 
+def stable_segments(onset: list[bool], entropy: list[float], factor: float) -> list[Segment]:
+    """SGCD [ours]: an onset opens a segment that goes on while the entropy stays within `factor` of the onset's, up and down."""
+    segments, t, n = [], 0, len(onset)
+    while t < n:
+        if not onset[t]:
+            t += 1
+            continue
+        end = t + 1
+        while end < n and entropy[t] <= factor * entropy[end] and entropy[end] <= factor * entropy[t]:
+            end += 1
+        segments.append(Segment(t, end - 1, end < n))
+        t = end
+    return segments
+
+
 def fixed_segments(n: int, length: int) -> list[Segment]:
     """Control: segments of one length cover the trajectory; the last one may be shorter [ours]."""
     return [Segment(t, min(t + length, n) - 1, True) for t in range(0, n, length)]
@@ -380,3 +395,17 @@ def renormalise(weights: torch.Tensor, sequence: torch.Tensor, lengths: torch.Te
     """Weights [n] divided by their mean over each trajectory; sequence [n] int64 names it, lengths [B] counts its tokens."""
     total = torch.zeros(lengths.numel(), dtype=torch.float64, device=weights.device).index_add_(0, sequence, weights.double())
     return (weights / (total / lengths)[sequence]).to(weights.dtype)
+
+
+def bounded_ratio(signal: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
+    """exp(sign(A) delta) clipped to 1 +- clip, with delta = -signal the teacher's log-prob minus the student's. Elementwise."""
+    return torch.exp(-signal * advantage.sign()).clamp(1 - clip, 1 + clip)
+
+
+def least_ahead(x: torch.Tensor, sequence: torch.Tensor, ahead: int) -> torch.Tensor:
+    """The least of x[t], ..., x[t + ahead] within each trajectory; x [n], sequence [n] names the trajectory."""
+    least = x.clone()
+    for k in range(1, min(ahead, x.numel() - 1) + 1):
+        same = sequence[k:] == sequence[:-k]
+        least[:-k] = torch.where(same, torch.minimum(least[:-k], x[k:]), least[:-k])
+    return least

@@ -89,7 +89,9 @@ class Config(Section):
     chat_template_args: dict[str, Any] = Field(default_factory=dict, description="for example enable_thinking: false")
     credit: str = Field("gear", description="grpo, gear, or one of GEAR's ablations and controls")
     credit_args: dict[str, Any] = Field(default_factory=dict, description="fields of the method, for example alpha: 0.4")
-    signal: Literal["k1", "reverse_kl"] = Field("k1", description="sampled-token log ratio, or the full-vocabulary KL")
+    signal: Literal["k1", "reverse_kl"] | None = Field(
+        None, description="sampled-token log ratio, or the full-vocabulary KL; null is the method's own (k1 but for sgcd)"
+    )
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

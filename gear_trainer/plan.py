@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gear_kernels import Gear, GearKernelsError
-from gear_kernels.credit import METHODS
+from gear_kernels.methods import METHODS, signals_of
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.model import check_model_path, deepspeed_config
@@ -32,16 +32,17 @@ def make_method(cfg: Config) -> Any:
     if cfg.credit not in METHODS:
         raise ConfigError(f"credit={cfg.credit}: known are {', '.join(METHODS)}")
     method = METHODS[cfg.credit]
-    if not isinstance(method, Gear):
-        return method
+    allowed = signals_of(method)
+    if cfg.signal is not None and cfg.signal not in allowed:
+        raise ConfigError(f"signal={cfg.signal}: {cfg.credit} reads {' or '.join(allowed)}; leave signal out")
     fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
     unknown = sorted(set(cfg.credit_args) - set(fields))
     if unknown:
-        raise ConfigError(f"credit_args.{unknown[0]}: unknown; {cfg.credit} takes {', '.join(sorted(fields))}")
-    if cfg.signal == "reverse_kl":
+        raise ConfigError(f"credit_args.{unknown[0]}: unknown; {cfg.credit} takes {', '.join(sorted(fields)) or 'none'}")
+    if isinstance(method, Gear) and cfg.signal == "reverse_kl":
         fields["normalizer"] = "max"  # the full KL is never negative: there is nothing below 0 to clip
     try:
-        return Gear(**(fields | cfg.credit_args))
+        return type(method)(**(fields | cfg.credit_args))
     except GearKernelsError as error:
         raise ConfigError(f"credit_args: {error}") from None
 

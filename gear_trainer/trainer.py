@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from gear_kernels import credit_weights
 from gear_kernels.losses import aggregation_weights, policy_gradient_loss
+from gear_kernels.methods import signals_of
 from gear_trainer import checkpoint
 from gear_trainer.batching import MicroBatch, micro_batch, padding_micro_batch, split_rows
 from gear_trainer.chat import Chat
@@ -28,6 +29,9 @@ class SyncError(RuntimeError):
     """vLLM does not hold the trainer's weights."""
 
 
+TEACHER_ROWS = ("teacher_entropy", "forward_kl")  # what some methods read beside the signal
+
+
 @dataclass
 class Scores:
     """Per rollout, over its policy tokens, float32 on the CPU; signal and teacher are None where no teacher pass was due."""
@@ -37,6 +41,8 @@ class Scores:
     entropy: list[torch.Tensor]
     signal: list[torch.Tensor | None]
     teacher_logprobs: list[torch.Tensor | None]
+    teacher_entropy: list[torch.Tensor | None]  # of the methods that read it, as forward_kl
+    forward_kl: list[torch.Tensor | None]
 
 
 @dataclass
@@ -70,7 +76,8 @@ class Trainer:
         self.phases, self.stop_asked, self.gap_checked = Phases(), False, False
         r = cfg.rollout
         self.limits = Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len)
-        self.needs_teacher = "signal" in method.needs
+        self.needs_teacher = bool({"signal", *TEACHER_ROWS} & set(method.needs))
+        self.signal = cfg.signal or signals_of(method)[0]
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -101,7 +108,7 @@ class Trainer:
         with self.phases("score"):
             scores = self.score(rollouts, advantages)
         with self.phases("credit"):
-            credit = self.credit(rollouts, advantages, scores, sums)
+            credit = self.credit(step, rollouts, advantages, scores, sums)
         _count(sums, rollouts, advantages, scores)
         self._check_gap(step, sums)
         with self.phases("update"):
@@ -130,21 +137,22 @@ class Trainer:
     def score(self, rollouts: list[Rollout], advantages: list[float]) -> Scores:
         """One no-grad pass: student everywhere; the teacher (same weights, prompt with the ground truth) where A is not 0."""
         n = len(rollouts)
-        scores = Scores([_sampled(r) for r in rollouts], [None] * n, [None] * n, [None] * n, [None] * n)
+        scores = Scores([_sampled(r) for r in rollouts], *([None] * n for _ in range(6)))
         for teacher in (True, False) if self.needs_teacher else (False,):
             rows = [i for i in range(n) if (self.needs_teacher and advantages[i] != 0) == teacher]
             for batch in self._micro_batches(rollouts, rows, teacher):
                 with torch.no_grad():
                     out = self.engine(batch.to(self.device), self.limits.temperature, self._score_stats(teacher))
-                _spread(scores, out, batch, rollouts, self.cfg.signal)
+                _spread(scores, out, batch, rollouts, self.signal)
         return scores
 
     def _score_stats(self, teacher: bool) -> tuple[str, ...]:
         student = ("logprobs", "entropy")
-        full = ("reverse_kl",) if self.cfg.signal == "reverse_kl" else ()
-        return student + (("teacher_logprobs",) + full if teacher else ())
+        full = ("reverse_kl",) if self.signal == "reverse_kl" else ()
+        rows = tuple(name for name in TEACHER_ROWS if name in self.method.needs)
+        return student + (("teacher_logprobs",) + full + rows if teacher else ())
 
-    def credit(self, rollouts: list[Rollout], advantages: list[float], scores: Scores, sums: Sums) -> TokenCredit:
+    def credit(self, step: int, rollouts: list[Rollout], advantages: list[float], scores: Scores, sums: Sums) -> TokenCredit:
         """Weights for the trajectories that teach (A not 0); the others keep W = 1 and A-hat = 0."""
         ones = [torch.ones_like(x) for x in scores.logprobs]
         zeros = [torch.zeros_like(x) for x in scores.logprobs]
@@ -158,7 +166,8 @@ class Trainer:
             _cat([scores.entropy[i] for i in rows]),
             torch.tensor([advantages[i] for i in rows]),
             torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-            method=self.method,
+            method=self.method.at(step) if hasattr(self.method, "at") else self.method,
+            **{name: _cat([getattr(scores, name)[i] for i in rows]) for name in TEACHER_ROWS if name in self.method.needs},
             turn_ids=torch.tensor(turns, dtype=torch.int64),
         )
         for name, values in zip(
@@ -332,6 +341,7 @@ def _spread(scores: Scores, out: Any, batch: MicroBatch, rollouts: list[Rollout]
     parts = {"logprobs": out.logprobs, "entropy": out.entropy}
     if teacher:
         parts["teacher_logprobs"] = out.teacher_logprobs
+        parts |= {name: getattr(out, name) for name in TEACHER_ROWS if getattr(out, name) is not None}
         parts["signal"] = out.logprobs - out.teacher_logprobs if signal_name == "k1" else out.reverse_kl
     for name, values in parts.items():
         for i, part in zip(batch.rows, values.float().cpu().split(lengths), strict=True):

@@ -117,6 +117,14 @@ def test_full_kl_signal_takes_the_max_normaliser():
     assert make_method(load_config(DEMO)).normalizer == "relu_max"
     assert make_method(load_config(DEMO, ["signal=reverse_kl"])).normalizer == "max"
     assert make_method(load_config(DEMO, ["signal=reverse_kl", "credit_args={normalizer: minmax}"])).normalizer == "minmax"
+    assert make_method(load_config(DEMO, ["credit=rlsd", "credit_args.mix=0.25"])).mix == 0.25
+    for arguments, message in (
+        (["credit=rlsd", "signal=reverse_kl"], "signal=reverse_kl: rlsd reads k1"),
+        (["credit=sgcd", "credit_args.alpha=1"], "credit_args.alpha: unknown; sgcd takes cap, gamma"),
+        (["credit=sgcd", "credit_args.cap=0"], "credit_args: Sgcd.cap: given 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_method(load_config(DEMO, arguments))
 
 
 @pytest.fixture(scope="module")

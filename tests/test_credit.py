@@ -429,8 +429,10 @@ def test_names_mean_defaults():
     case = random_case(rng)
     assert METHODS["gear"] == Gear() and METHODS["grpo"] == Grpo()
     for name, method in METHODS.items():
-        assert_same(credit_weights(**case, method=name), credit_weights(**case, method=method))
-    assert set(METHODS) == {"gear", "grpo", *SEGMENTERS} - {"entropy"}
+        more = {name: case["entropy"] for name in ("teacher_entropy", "forward_kl") if name in method.needs}
+        assert_same(credit_weights(**case, method=name, **more), credit_weights(**case, method=method, **more))
+    relatives = {"rlsd", "egrsd", "cl_egrsd", "sc_grpo", "amr_sd", "high_entropy", "sgcd"}
+    assert set(METHODS) == {"gear", "grpo", *SEGMENTERS, *relatives} - {"entropy"}
     del case["turn_ids"]
     assert_same(credit_weights(**case), credit_weights(**case, method=Gear()))
 

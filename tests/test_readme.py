@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -39,9 +40,13 @@ def test_files_that_the_readme_names_exist():
         assert (root / name).is_file(), name
 
 
-def test_the_operators_page():
-    page = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+@pytest.mark.parametrize("page", ("operators.md", "credit.md"))
+def test_pages(page):
+    names = {"__name__": "page"}
+    for block in re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / page).read_text(), re.S):
         exec(block, names)
-    assert names["hidden"].grad.isfinite().all() and names["weight"].grad.any() and names["distill"].item() > 0
+    if page == "operators.md":
+        assert names["hidden"].grad.isfinite().all() and names["weight"].grad.any() and names["distill"].item() > 0
+    else:
+        weights = names["credit"].weights
+        assert (weights[names["mask"]] >= 0.5).all() and weights[3] == 0

@@ -190,9 +190,10 @@ def test_metrics_file_is_cut_at_the_resumed_step(tmp_path):
 def test_a_rank_without_a_teaching_trajectory_counts_for_nothing(method):
     trainer = Trainer.__new__(Trainer)
     trainer.method, trainer.needs_teacher = method, "signal" in method.needs
+    none = [None] * 2
     ones = [torch.ones(3), torch.ones(2)]
     sums = Sums()
-    credit = trainer.credit([_rollout(), _rollout()], [0.0, 0.0], Scores(ones, ones, ones, [None] * 2, [None] * 2), sums)
+    credit = trainer.credit(1, [_rollout(), _rollout()], [0.0, 0.0], Scores(ones, ones, ones, *[none] * 4), sums)
     assert [x.tolist() for x in credit.weights] == [[1.0] * 3, [1.0] * 2] and not any(x.any() for x in credit.advantages)
     assert len(sums._sums) == 8 and all(total == count == 0 for total, count in sums._sums.values())
 

@@ -1,0 +1,393 @@
+"""Credit methods: small frozen dataclasses that turn policy tokens into weights.
+
+A method is any object with `needs` (the names of the inputs it reads: signal, entropy, teacher_entropy, forward_kl, turn_ids) and
+`apply(PolicyTokens) -> PolicyCredit`. Optional: `signals`, what its signal may be, its own first (k1: the sampled log-ratio
+lpS - lpT; reverse_kl: the full KL); `at(step)`, for a schedule, returns the method of a training step. The mathematics behind the
+package's own is in reference.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from . import reference
+from .errors import bad_input
+
+NORMALIZERS = ("relu_max", "max", "minmax", "abs_max", "quantile", "none")
+SEGMENTERS = ("entropy", "token", "kl_only", "entropy_only", "turn", "entropy_window", "random", "fixed")
+
+
+class PolicyTokens(NamedTuple):
+    """A method's input: the policy tokens alone, packed without gaps, n of them in B sequences (some may be empty)."""
+
+    signal: torch.Tensor  # [n] nats
+    entropy: torch.Tensor  # [n] nats
+    advantages: torch.Tensor  # [n], each token's sequence's A
+    turn_ids: torch.Tensor | None  # [n] int
+    sequence: torch.Tensor  # [n] int64, the sequence of each token
+    lengths: torch.Tensor  # [B] int64, policy tokens of each sequence
+    teacher_entropy: torch.Tensor | None = None  # [n] nats
+    forward_kl: torch.Tensor | None = None  # [n] nats, KL(teacher || student)
+
+    def sequences(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int] | None]]:
+        """Yields (signal, entropy, turn ids as a list or None) of each sequence."""
+        sizes = self.lengths.tolist()
+        turns = [None] * len(sizes) if self.turn_ids is None else [x.tolist() for x in self.turn_ids.split(sizes)]
+        yield from zip(self.signal.split(sizes), self.entropy.split(sizes), turns, strict=True)
+
+
+class PolicyCredit(NamedTuple):
+    """A method's result, over the same n tokens: see `Credit`."""
+
+    weights: torch.Tensor
+    signal: torch.Tensor
+    credit: torch.Tensor
+    segment_ids: torch.Tensor
+    onsets: torch.Tensor
+    above: torch.Tensor  # [n] bool, g above the method's threshold
+    unclosed: int  # segments that reached the last policy token without a rule ending them there
+
+
+def require(condition: bool, given: str, expected: str, mend: str) -> None:
+    if not condition:
+        raise bad_input(given, expected, mend)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name}: given {value!r}", f"one of {', '.join(choices)}", "correct the name")
+
+
+def check_number(name: str, value: object, allowed, expected: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    require(number and allowed(value), f"{name}: given {value!r}", f"a finite number {expected}", "change it")
+
+
+def check_integer(name: str, value: object, least: int, mend: str = "change it") -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, f"{name}: given {value!r}", f"an integer of at least {least}", mend)
+
+
+# --- GEAR and GRPO ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """W = 1: the sequence's advantage on each of its policy tokens. Reads neither signal nor entropy (either may be None)."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        zero, none = torch.zeros_like(tokens.signal), torch.zeros_like(tokens.sequence, dtype=torch.bool)
+        ids = torch.full_like(tokens.sequence, -1, dtype=torch.int32)
+        return PolicyCredit(torch.ones_like(zero), zero, zero, ids, none, none, 0)
+
+
+@dataclass(frozen=True)
+class Gear:
+    """Adaptive-granularity credit: GEAR, arXiv 2605.11853, Eq. 2-5 and Algorithm 1, its ablations and two controls.
+
+    A segment opens at a token with g > kl_threshold and ends with the first later token whose entropy exceeds
+    entropy_ratio times the onset's; all of it gets the onset's g as credit c; W = alpha w + 1 - alpha / 2 with
+    w = 1 - c for A > 0, c for A < 0, 0.5 for A = 0. So W is within 1 +- alpha / 2 and the sign of A never flips.
+
+    Segmenters: entropy (the paper's rule); token (no segments, c = g); kl_only (up to the next token above the
+    threshold); entropy_only (segments cover the trajectory, each ends by the entropy rule); turn (one per turn);
+    entropy_window (tests the mean entropy of the last `window` tokens). Controls, ours in detail: random (as many
+    segments, as long as the entropy rule gives, anywhere in the trajectory) and fixed (fixed_len tokens each, covering
+    the trajectory). In each of them c is the g of the segment's first token, and the token's own g outside segments.
+
+    random draws from a generator seeded by `seed` and the sequence's own signal and length, so a sequence gets the same
+    places wherever it is packed; two sequences with equal signals and segment lengths get equal places.
+    """
+
+    normalizer: str = "relu_max"  # how g comes from the signal, see reference.normalise
+    quantile: float = 0.95  # of normalizer "quantile"
+    kl_threshold: float = 0.1  # on g, strict
+    entropy_ratio: float = 1.5
+    alpha: float = 0.2  # share of the advantage that is redistributed, in [0, 2)
+    segmenter: str = "entropy"
+    renormalize: bool = False  # divide W by its mean over the trajectory's policy tokens
+    max_segment_len: int | None = None  # in policy tokens; like stop_at_turn, without effect on token, turn and fixed
+    entropy_floor: float = 0.0  # nats; the onset's entropy counts as at least this much
+    stop_at_turn: bool = False  # a segment ends with its turn at the latest; needs turn_ids
+    fixed_len: int = 8  # of segmenter "fixed", in policy tokens
+    seed: int = 0  # of segmenter "random"
+    window: int = 8  # of segmenter "entropy_window", in policy tokens
+
+    def __post_init__(self) -> None:
+        check_choice("Gear.normalizer", self.normalizer, NORMALIZERS)
+        check_choice("Gear.segmenter", self.segmenter, SEGMENTERS)
+        check_number("Gear.quantile", self.quantile, lambda x: 0 < x <= 1, "in (0, 1]")
+        check_number("Gear.kl_threshold", self.kl_threshold, lambda x: 0 <= x <= 1, "in [0, 1], for g is normalised")
+        check_number("Gear.entropy_ratio", self.entropy_ratio, lambda x: x > 0, "above 0")
+        check_number("Gear.alpha", self.alpha, lambda x: 0 <= x < 2, "in [0, 2), or W could reach 0")
+        check_number("Gear.entropy_floor", self.entropy_floor, lambda x: x >= 0, "of nats, at least 0")
+        for name in ("fixed_len", "window"):
+            check_integer(f"Gear.{name}", getattr(self, name), 1)
+        check_integer("Gear.seed", self.seed, 0)
+        if self.max_segment_len is not None:
+            check_integer("Gear.max_segment_len", self.max_segment_len, 1, mend="pass None for no limit")
+        for name in ("renormalize", "stop_at_turn"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"Gear.{name}: given {value!r}", "a bool", "pass True or False")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        entropy = self.segmenter in ("entropy", "entropy_only", "entropy_window", "random")
+        turns = self.segmenter == "turn" or self.stop_at_turn
+        return ("signal", *(("entropy",) if entropy else ()), *(("turn_ids",) if turns else ()))
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        signals, source, ids, unclosed = [], [], [], 0
+        for signal, entropy, turns in tokens.sequences():
+            g = reference.normalise(signal, self.normalizer, self.quantile)
+            segments, n, start = self.segments(g, signal, entropy, turns), g.numel(), len(source)
+            signals.append(g)
+            source += [start + t for t in reference.credit_sources(segments, n)]
+            ids += reference.segment_numbers(segments, n)
+            unclosed += sum(not segment.closed for segment in segments)
+        g = torch.cat(signals) if signals else tokens.signal
+        source, ids = torch.tensor(source, dtype=torch.int64), torch.tensor(ids, dtype=torch.int32)
+        onsets = (source == torch.arange(g.numel())) & (ids >= 0)
+        credit = g[source]
+        weights = reference.credit_weight(credit, tokens.advantages, self.alpha)
+        if self.renormalize:
+            weights = reference.renormalise(weights, tokens.sequence, tokens.lengths)
+        return PolicyCredit(weights, g, credit, ids, onsets, g > self.kl_threshold, unclosed)
+
+    def segments(
+        self, g: torch.Tensor, signal: torch.Tensor, entropy: torch.Tensor, turn_ids: list[int] | None
+    ) -> list[reference.Segment]:
+        """The segments of one trajectory: g, signal, entropy [n] and its turn ids, policy tokens only."""
+        n = g.numel()
+        if self.segmenter == "token":
+            return []
+        if self.segmenter == "turn":
+            return reference.turn_segments(turn_ids)
+        if self.segmenter == "fixed":
+            return reference.fixed_segments(n, self.fixed_len)
+        onset = [True] * n if self.segmenter == "entropy_only" else (g > self.kl_threshold).tolist()
+        last = reference.last_allowed(n, self.max_segment_len, turn_ids if self.stop_at_turn else None)
+        if self.segmenter == "kl_only":
+            return reference.trigger_segments(onset, last)
+        tested = reference.window_mean(entropy, self.window) if self.segmenter == "entropy_window" else entropy
+        limit = reference.entropy_limits(entropy, self.entropy_ratio, self.entropy_floor)
+        segments = reference.entropy_segments(onset, tested.tolist(), limit.tolist(), last)
+        if self.segmenter == "random":
+            lengths = [last - first + 1 for first, last, _ in segments]
+            return reference.random_segments(lengths, n, _generator(self.seed, signal))
+        return segments
+
+
+def _generator(seed: int, signal: torch.Tensor) -> random.Random:
+    """A generator that depends on the seed and on one sequence's signal [n], not on where it stands in the pack."""
+    data = struct.pack(f"<{signal.numel()}d", *signal.tolist())  # its length is the number of policy tokens
+    digest = hashlib.blake2b(f"{seed}:".encode() + data, digest_size=8).digest()
+    return random.Random(int.from_bytes(digest, "little"))
+
+
+# --- relatives ----------------------------------------------------------------------------------------------------------
+# Weights without segments, over the whole pack at once. Their signal is the sampled log-ratio, k1: signal = lpS - lpT, so the
+# papers' delta is -signal. What METHOD leaves open is marked "ours".
+
+
+def _unsegmented(tokens: PolicyTokens, weights: torch.Tensor, behind: torch.Tensor) -> PolicyCredit:
+    """`behind`: the quantity that the weight was made of, shown in the place of g."""
+    none = torch.zeros_like(tokens.sequence, dtype=torch.bool)
+    return PolicyCredit(weights, behind, behind, torch.full_like(tokens.sequence, -1, dtype=torch.int32), none, none, 0)
+
+
+@dataclass(frozen=True)
+class Rlsd:
+    """W = 1 - mix + mix * clip(exp(sign(A) delta), 1 +- clip): RLSD, arXiv 2604.03128. `at(step)` lets mix decay to 0."""
+
+    mix: float = 0.5
+    clip: float = 0.2
+    decay_steps: int = 50  # steps over which mix falls linearly to 0; 0: it stays
+
+    def __post_init__(self) -> None:
+        check_number("Rlsd.mix", self.mix, lambda x: 0 <= x <= 1, "in [0, 1]")
+        check_number("Rlsd.clip", self.clip, lambda x: 0 < x < 1, "in (0, 1)")
+        check_integer("Rlsd.decay_steps", self.decay_steps, 0)
+
+    signals = ("k1",)
+    needs = ("signal",)
+
+    def at(self, step: int) -> Rlsd:
+        """The method of training step `step`, counted from 1."""
+        left = max(0.0, 1 - (step - 1) / self.decay_steps) if self.decay_steps else 1.0
+        return replace(self, mix=self.mix * left, decay_steps=0)
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        ratio = reference.bounded_ratio(tokens.signal, tokens.advantages, self.clip)
+        return _unsegmented(tokens, 1 - self.mix + self.mix * ratio, ratio)
+
+
+@dataclass(frozen=True)
+class Egrsd:
+    """W = clip(exp(sign(A) delta), 1 +- clip) * clip(1 - slope * H, floor, 1): EGRSD, arXiv 2605.13255.
+
+    H is the teacher's entropy over max(its largest value in the pack, 1). look_ahead k: in its place its least value over tokens
+    t to t + k of the trajectory (CL-EGRSD: 3).
+    """
+
+    clip: float = 0.2
+    slope: float = 0.3
+    floor: float = 0.1
+    look_ahead: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("Egrsd.clip", self.clip, lambda x: 0 < x < 1, "in (0, 1)")
+        check_number("Egrsd.slope", self.slope, lambda x: x >= 0, "at least 0")
+        check_number("Egrsd.floor", self.floor, lambda x: 0 < x <= 1, "in (0, 1]")
+        check_integer("Egrsd.look_ahead", self.look_ahead, 0)
+
+    signals = ("k1",)
+    needs = ("signal", "teacher_entropy")
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        entropy = reference.least_ahead(tokens.teacher_entropy, tokens.sequence, self.look_ahead)
+        top = tokens.teacher_entropy.amax().clamp(min=1) if tokens.teacher_entropy.numel() else 1.0
+        gate = (1 - self.slope * (entropy / top)).clamp(self.floor, 1)
+        return _unsegmented(tokens, reference.bounded_ratio(tokens.signal, tokens.advantages, self.clip) * gate, gate)
+
+
+@dataclass(frozen=True)
+class ScGrpo:
+    """W = D / (D + max(P75(D), 1e-4)), D = KL(teacher || student), P75 over the pack (ours): SC-GRPO, arXiv 2606.18810.
+
+    The paper's teacher sees a correct sibling trajectory.
+    """
+
+    quantile: float = 0.75
+    least: float = 1e-4  # nats
+
+    def __post_init__(self) -> None:
+        check_number("ScGrpo.quantile", self.quantile, lambda x: 0 < x <= 1, "in (0, 1]")
+        check_number("ScGrpo.least", self.least, lambda x: x > 0, "of nats, above 0")
+
+    needs = ("forward_kl",)
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        d = tokens.forward_kl.clamp(max=torch.finfo(tokens.forward_kl.dtype).max / 4)  # an infinite KL: W = 1, not NaN
+        middle = reference.linear_quantile(d, self.quantile).clamp(min=self.least) if d.numel() else self.least
+        weights = d / (d + middle)
+        return _unsegmented(tokens, weights, weights)
+
+
+@dataclass(frozen=True)
+class AmrSd:
+    """A >= 0: W = 1 + up * max(0, I - margin); A < 0: W = 1 + down * max(0, -I - margin); I = clip(delta, +-bound).
+
+    AMR-SD, arXiv 2605.18529; the defaults of up, down and margin are ours.
+    """
+
+    up: float = 0.5
+    down: float = 0.5
+    margin: float = 0.1  # nats
+    bound: float = 5.0  # nats
+
+    def __post_init__(self) -> None:
+        for name in ("up", "down", "margin"):
+            check_number(f"AmrSd.{name}", getattr(self, name), lambda x: x >= 0, "at least 0")
+        check_number("AmrSd.bound", self.bound, lambda x: x > 0, "of nats, above 0")
+
+    signals = ("k1",)
+    needs = ("signal",)
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        delta = (-tokens.signal).clamp(-self.bound, self.bound)
+        up, down = self.up * (delta - self.margin).clamp(min=0), self.down * (-delta - self.margin).clamp(min=0)
+        return _unsegmented(tokens, 1 + torch.where(tokens.advantages >= 0, up, down), delta)
+
+
+@dataclass(frozen=True)
+class HighEntropy:
+    """W = 1 on the tokens of the pack's top `share` of entropies (ties included), else 0: arXiv 2506.01939."""
+
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_number("HighEntropy.share", self.share, lambda x: 0 < x <= 1, "in (0, 1]")
+
+    needs = ("entropy",)
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        kept = max(1, math.ceil(self.share * tokens.entropy.numel()))
+        least = tokens.entropy.topk(kept).values[-1] if tokens.entropy.numel() else 0.0
+        weights = (tokens.entropy >= least).to(tokens.entropy.dtype)
+        return _unsegmented(tokens, weights, weights)
+
+
+@dataclass(frozen=True)
+class Sgcd:
+    """W = clip(1 + gamma s, 1, cap), s the saliency in [0, 1] of a divergence spike: SGCD, arXiv 2606.12634.
+
+    s = the signal's `quantile`-normalised value (the full KL(student || teacher) is meant); a spike above kl_threshold opens a
+    segment that goes on while the teacher's entropy stays within a factor `stable` of its value there; s is the spike's value
+    inside, 0 elsewhere (both ours).
+    """
+
+    gamma: float = 1.0
+    cap: float = 2.0
+    kl_threshold: float = 0.1
+    stable: float = 1.5
+    quantile: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_number("Sgcd.gamma", self.gamma, lambda x: x >= 0, "at least 0")
+        check_number("Sgcd.cap", self.cap, lambda x: x >= 1, "at least 1")
+        check_number("Sgcd.kl_threshold", self.kl_threshold, lambda x: 0 <= x <= 1, "in [0, 1], for s is normalised")
+        check_number("Sgcd.stable", self.stable, lambda x: x >= 1, "at least 1")
+        check_number("Sgcd.quantile", self.quantile, lambda x: 0 < x <= 1, "in (0, 1]")
+
+    signals = ("reverse_kl", "k1")
+    needs = ("signal", "teacher_entropy")
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        sizes = tokens.lengths.tolist()
+        g, saliency, ids, onsets, unclosed = [], [], [], [], 0
+        for signal, entropy in zip(tokens.signal.split(sizes), tokens.teacher_entropy.split(sizes), strict=True):
+            own = reference.normalise(signal, "quantile", self.quantile)
+            segments = reference.stable_segments((own > self.kl_threshold).tolist(), entropy.tolist(), self.stable)
+            numbers = torch.tensor(reference.segment_numbers(segments, own.numel()), dtype=torch.int32)
+            spread = own[torch.tensor(reference.credit_sources(segments, own.numel()), dtype=torch.int64)]
+            g.append(own)
+            saliency.append(torch.where(numbers >= 0, spread, 0))
+            ids.append(numbers)
+            first = torch.zeros(own.numel(), dtype=torch.bool)
+            first[[segment.first for segment in segments]] = True
+            onsets.append(first)
+            unclosed += sum(not segment.closed for segment in segments)
+        empty = tokens.signal, tokens.signal, tokens.sequence.int(), tokens.sequence.bool()
+        g, s, ids, onsets = (torch.cat(x) if x else e for x, e in zip((g, saliency, ids, onsets), empty, strict=True))
+        return PolicyCredit((1 + self.gamma * s).clamp(1, self.cap), g, s, ids, onsets, g > self.kl_threshold, unclosed)
+
+
+METHODS = {
+    "gear": Gear(),
+    "grpo": Grpo(),
+    **{name: Gear(segmenter=name) for name in SEGMENTERS if name != "entropy"},
+    "rlsd": Rlsd(),
+    "egrsd": Egrsd(),
+    "cl_egrsd": Egrsd(look_ahead=3),
+    "sc_grpo": ScGrpo(),
+    "amr_sd": AmrSd(),
+    "high_entropy": HighEntropy(),
+    "sgcd": Sgcd(),
+}
+
+
+def signals_of(method: object) -> tuple[str, ...]:
+    """What a method's signal may be, its own first."""
+    return getattr(method, "signals", ("k1", "reverse_kl"))
