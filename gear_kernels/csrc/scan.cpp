@@ -12,9 +12,16 @@ namespace {
 // One sequence's policy tokens, compacted: "next" always means the next policy token.
 template <class T>
 struct Work {
+  int64_t n = 0;            // tokens; the vectors only ever grow
   std::vector<int64_t> at;  // places in the pack
   std::vector<T> x, g, entropy, tested, sorted;
   std::vector<int64_t> turn, end_of_turn;
+
+  void reserve(int64_t tokens) {
+    if ((int64_t)x.size() >= tokens) return;
+    for (auto* v : {&x, &g, &entropy, &tested}) v->resize(tokens);
+    for (auto* v : {&at, &turn, &end_of_turn}) v->resize(tokens);
+  }
 };
 
 template <class T>
@@ -34,17 +41,16 @@ T quantile_of(std::vector<T>& x, double q) {
 
 template <class T>
 void normalise(Work<T>& w, const ScanOptions& o) {
-  const size_t n = w.x.size();
-  w.g.resize(n);
+  const int64_t n = w.n;
   T low = n ? w.x[0] : 0, high = low;
-  for (T x : w.x) low = std::min(low, x), high = std::max(high, x);
-  if (low == high) return std::fill(w.g.begin(), w.g.end(), T(0)), void();
+  for (int64_t i = 0; i < n; ++i) low = std::min(low, w.x[i]), high = std::max(high, w.x[i]);
+  if (low == high) return std::fill_n(w.g.begin(), n, T(0)), void();
   if (o.normalizer == kMinMax) {
-    for (size_t i = 0; i < n; ++i) w.g[i] = (w.x[i] - low) / (high - low);
+    for (int64_t i = 0; i < n; ++i) w.g[i] = (w.x[i] - low) / (high - low);
     return;
   }
   T most = 0;
-  for (size_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const T x = w.x[i];
     w.g[i] = o.normalizer == kAbsMax ? std::abs(x) : x < 0 ? T(0) : x;
     most = std::max(most, w.g[i]);
@@ -52,18 +58,17 @@ void normalise(Work<T>& w, const ScanOptions& o) {
   T scale = most;
   if (o.normalizer == kNone) scale = 1;
   if (o.normalizer == kQuantile) {
-    w.sorted = w.g;
+    w.sorted.assign(w.g.begin(), w.g.begin() + n);
     scale = quantile_of(w.sorted, o.quantile);
     if (!(scale > 0)) scale = most;
   }
-  for (T& g : w.g) g = scale > 0 ? std::min(o.normalizer == kNone ? g : g / scale, T(1)) : T(0);
+  if (!(scale > 0)) return std::fill_n(w.g.begin(), n, T(0)), void();
+  for (int64_t i = 0; i < n; ++i) w.g[i] = std::min(w.g[i] / scale, T(1));  // dividing by 1 (`none`) changes nothing
 }
 
 template <class T>
 void window_mean(Work<T>& w, int64_t window) {  // adds in the reference's order: own token first, then backwards
-  const int64_t n = (int64_t)w.entropy.size();
-  w.tested.resize(n);
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < w.n; ++i) {
     T total = w.entropy[i];
     const int64_t count = std::min(window, i + 1);
     for (int64_t k = 1; k < count; ++k) total += w.entropy[i - k];
@@ -74,7 +79,7 @@ void window_mean(Work<T>& w, int64_t window) {  // adds in the reference's order
 template <class T>
 class Sequence {
  public:
-  Sequence(const Scan<T>& s, const ScanOptions& o, int64_t b, Work<T>& w) : s_(s), o_(o), b_(b), w_(w), n_((int64_t)w.at.size()) {}
+  Sequence(const Scan<T>& s, const ScanOptions& o, int64_t b, Work<T>& w) : s_(s), o_(o), b_(b), w_(w), n_(w.n) {}
 
   void run() {
     double* t = s_.tallies + b_ * kTallies;
@@ -86,7 +91,6 @@ class Sequence {
 
  private:
   void find_turns() {  // once per sequence, or segments of two tokens in one long turn would cost its square
-    w_.end_of_turn.resize(n_);
     for (int64_t i = n_ - 1; i >= 0; --i)
       w_.end_of_turn[i] = i + 1 < n_ && w_.turn[i + 1] == w_.turn[i] ? w_.end_of_turn[i + 1] : i;
   }
@@ -144,23 +148,29 @@ class Sequence {
 
   void weigh(double* t) {
     const T a = s_.advantages[b_], sign = (T)((a > 0) - (a < 0)), alpha = (T)o_.alpha;
+    double total = 0, signals = 0;  // locals: sums in memory would wait for their own stores
+    int64_t above_count = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      const int64_t at = w_.at[i];
+      const T w = T(0.5) + (T(0.5) - s_.credit[at]) * sign, weight = T(1) + alpha * (w - T(0.5));
+      s_.weights[at] = weight, s_.token_advantages[at] = weight * a;
+      total += (double)weight, signals += (double)s_.signal[at], above_count += above(i);
+    }
+    if (o_.renormalize) total = renormalise(total / (double)std::max<int64_t>(n_, 1), a);
+    t[tAbove] = (double)above_count, t[tSignal] = signals;
+    t[tWeightPositive] = a > 0 ? total : 0, t[tWeightNegative] = a < 0 ? total : 0;
+    t[tTokens] = (double)n_, t[tPositive] = a > 0 ? (double)n_ : 0, t[tNegative] = a < 0 ? (double)n_ : 0;
+  }
+
+  double renormalise(double mean, T a) {  // returns the sum of the new weights
     double total = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      const int64_t at = w_.at[i];
-      const T w = T(0.5) + (T(0.5) - s_.credit[at]) * sign;
-      s_.weights[at] = T(1) + alpha * (w - T(0.5));
-      total += (double)s_.weights[at];
-      t[tAbove] += above(i), t[tSignal] += (double)s_.signal[at];
+      T& weight = s_.weights[w_.at[i]];
+      weight = (T)((double)weight / mean);
+      s_.token_advantages[w_.at[i]] = weight * a;
+      total += (double)weight;
     }
-    const double mean = total / (double)std::max<int64_t>(n_, 1);
-    for (int64_t i = 0; i < n_; ++i) {
-      const int64_t at = w_.at[i];
-      if (o_.renormalize) s_.weights[at] = (T)((double)s_.weights[at] / mean);
-      s_.token_advantages[at] = s_.weights[at] * a;
-      if (a > 0) t[tWeightPositive] += (double)s_.weights[at];
-      if (a < 0) t[tWeightNegative] += (double)s_.weights[at];
-    }
-    t[tTokens] = (double)n_, t[tPositive] = a > 0 ? (double)n_ : 0, t[tNegative] = a < 0 ? (double)n_ : 0;
+    return total;
   }
 
   const Scan<T>& s_;
@@ -174,19 +184,23 @@ class Sequence {
 template <class T>
 Nan gather(const Scan<T>& s, int64_t b, Work<T>& w) {
   Nan nan;
-  w.at.clear(), w.x.clear(), w.entropy.clear(), w.turn.clear();
+  w.reserve(s.bounds[b + 1] - s.bounds[b]);
+  int64_t n = 0;
   for (int64_t at = s.bounds[b]; at < s.bounds[b + 1]; ++at) {
     if (s.mask && !s.mask[at]) {
       s.token_advantages[at] = s.weights[at] = s.g[at] = s.credit[at] = 0, s.ids[at] = -1, s.onsets[at] = false;
       continue;
     }
-    w.at.push_back(at);
-    w.x.push_back(bounded(s.signal[at]));
+    w.at[n] = at, w.x[n] = bounded(s.signal[at]);
     if (s.signal[at] != s.signal[at] && nan.signal < 0) nan.signal = at;
-    if (s.entropy) w.entropy.push_back(s.entropy[at]);
-    if (s.entropy && s.entropy[at] != s.entropy[at] && nan.entropy < 0) nan.entropy = at;
-    if (s.turns) w.turn.push_back(s.turns[at]);
+    if (s.entropy) {
+      w.entropy[n] = s.entropy[at];
+      if (s.entropy[at] != s.entropy[at] && nan.entropy < 0) nan.entropy = at;
+    }
+    if (s.turns) w.turn[n] = s.turns[at];
+    ++n;
   }
+  w.n = n;
   return nan;
 }
 
