@@ -52,6 +52,11 @@ class Case:
         return value.double().mean()
 
 
+def plain(dtype: torch.dtype) -> str:
+    """float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def make_case(kind: str, dtype: torch.dtype, rows: int, columns: int, width: int = 0, device: str = "cpu") -> Case:
     """Random inputs, the same on every run: kind "logits" [rows, columns], or "hidden" [rows, width] with its head."""
     random = torch.Generator(device).manual_seed(0)

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import datetime
 import gc
-import importlib.metadata
 import json
 import math
 import platform
@@ -27,7 +26,9 @@ import torch._inductor.config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .cases import Case, Truth, find_truth, make_case
+from gear_kernels.backends import version
+
+from .cases import Case, Truth, find_truth, make_case, plain
 from .measure import OtherLoad, ReadBandwidth, elapsed_ms, extra_memory, interleave
 from .peers import OURS, Peer, PeerMissing, peers
 from .tables import LEGEND, Row, Section, as_dict, markdown, terminal
@@ -98,11 +99,7 @@ def gemms(case: Case, dtype: torch.dtype, passes: str) -> Callable[[], None]:
 
 def gemm_name(dtype: torch.dtype) -> str:
     """Name of the table row of `gemms` in this dtype."""
-    return f"head GEMMs alone, {_plain(dtype)}"
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return f"head GEMMs alone, {plain(dtype)}"
 
 
 def _baselines(case: Case, dtype: torch.dtype, passes: str) -> dict[str, Callable]:
@@ -127,7 +124,7 @@ class Report:
         found = []
         for kind, shape in (("logits", self.plan.logits), ("hidden", self.plan.hidden)):
             for dtype in DTYPES:
-                self.tell(f"{kind} {_plain(dtype)}: inputs and float64 truth")
+                self.tell(f"{kind} {plain(dtype)}: inputs and float64 truth")
                 case = make_case(kind, dtype, *shape)
                 truth = find_truth(case)
                 found += [self._section(case, truth, shape, dtype, passes) for passes in PASSES]
@@ -137,7 +134,7 @@ class Report:
 
     def _section(self, case: Case, truth: Truth, shape: tuple[int, ...], dtype: torch.dtype, passes: str) -> Section:
         torch.compiler.reset()  # compiled peers start afresh in each table, with this one's shapes and dtypes only
-        what = f"{case.kind} {_plain(dtype)}, {passes}"
+        what = f"{case.kind} {plain(dtype)}, {passes}"
         rows, calls, first = self._first_calls(case, truth, passes, what)
         baselines = _baselines(case, dtype, passes)
         for name, call in {**baselines, **self.bandwidth.calls}.items():
@@ -153,7 +150,7 @@ class Report:
             self.step()
         rows |= {name: Row(name, (), timing=timings[name]) for name in baselines}
         ratio_to = OURS if case.kind == "logits" else gemm_name(torch.float32)
-        section = Section(case.kind, _plain(dtype), passes, shape, ratio_to, read_gb_s, other_load, list(rows.values()))
+        section = Section(case.kind, plain(dtype), passes, shape, ratio_to, read_gb_s, other_load, list(rows.values()))
         _compare(section, timings[ratio_to].median_ms, dtype)
         return section
 
@@ -221,7 +218,7 @@ def environment() -> dict:
         "cpu": _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES},
     }
 
 
@@ -242,13 +239,6 @@ def _processor() -> str:
         if model:
             return f"{model[1]} ({torch.backends.cpu.get_cpu_capability()})"
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 # --- entry point -------------------------------------------------------------------------------------------------------------

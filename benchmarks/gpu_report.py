@@ -15,7 +15,6 @@ import contextlib
 import datetime
 import functools
 import gc
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -43,9 +42,10 @@ import torch
 
 import gear_kernels
 from gear_kernels import Head, backends, linear_token_stats, reference, stats, tiling, token_stats
+from gear_kernels.backends import version
 from gear_kernels.reference import GRADIENT_NAMES, STAT_NAMES
 
-from .cases import Case, make_case
+from .cases import Case, make_case, plain
 from .measure import MIB, ReadBandwidth, elapsed_ms, extra_memory
 from .peers import ALL as DEFAULT
 from .peers import OURS, Peer, PeerMissing, _trl, eager_stats, peers
@@ -112,7 +112,7 @@ def _machine(setting: Setting) -> dict:
         found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         found |= {"multiprocessors": properties.multi_processor_count, "total_gib": total / 2**30, "free_gib": free / 2**30}
         found |= {"cuda": torch.version.cuda or f"ROCm {torch.version.hip}", "driver": _driver()}
-    versions = {name: _version(name) for name in ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")}
+    versions = {name: version(name) for name in ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")}
     return {**found, **versions, "show": shown.getvalue()}
 
 
@@ -128,13 +128,6 @@ def _output(*command: str) -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     return ""
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 # --- ceilings ---------------------------------------------------------------------------------------------------------------
@@ -311,7 +304,7 @@ def correctness_items(setting: Setting) -> list[Item]:
 def _shape_items(setting: Setting) -> list[Item]:
     vocabularies = setting.pick((1, 127, 1187, 32003, 151936), (1, 127, 1187))
     found = [
-        Item(f"{_plain(dtype)}, V={vocab}", lambda v=vocab, d=dtype: check(problem(setting, 5, v, d, seed=v)))
+        Item(f"{plain(dtype)}, V={vocab}", lambda v=vocab, d=dtype: check(problem(setting, 5, v, d, seed=v)))
         for vocab, dtype in itertools.product(vocabularies, (_F32, _BF16, _F16))
     ]
     found += [
@@ -327,13 +320,9 @@ def _shape_items(setting: Setting) -> list[Item]:
     draw = random.Random(0)
     for seed in range(setting.pick(8, 4)):
         n, vocab, dtype = draw.randint(1, 200), draw.randint(2, setting.pick(9000, 300)), draw.choice((_F32, _BF16, _F16))
-        name = f"random: {_plain(dtype)}, N={n}, V={vocab}"
+        name = f"random: {plain(dtype)}, N={n}, V={vocab}"
         found.append(Item(name, lambda n=n, v=vocab, d=dtype, s=seed: check(problem(setting, n, v, d, s))))
     return found
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_without_targets(setting: Setting) -> dict:
@@ -544,7 +533,7 @@ def linear_items(setting: Setting) -> list[Item]:
         "own teacher head": {"own": True, "softcap": 9.0},
     }
     found = [
-        Item(f"linear {_plain(dtype)}, {name}", lambda d=dtype, h=head: check_linear(linear(setting, d, **h)))
+        Item(f"linear {plain(dtype)}, {name}", lambda d=dtype, h=head: check_linear(linear(setting, d, **h)))
         for name, head in heads.items()
         for dtype in ((_F32, _BF16) if name == "plain" else (_BF16,))
     ]
@@ -720,7 +709,7 @@ def _bare_trl() -> None:
 
 
 def _peer_item(setting: Setting, peer: Peer, kind: str, dtype: torch.dtype, passes: str) -> Item:
-    name = f"{kind} {_plain(dtype)}, {peer.name} ({'+'.join(peer.gives)}), {passes}"
+    name = f"{kind} {plain(dtype)}, {peer.name} ({'+'.join(peer.gives)}), {passes}"
     return Item(name, lambda: _peer(setting, peer, _case(setting, kind, dtype), passes))
 
 

@@ -156,6 +156,7 @@ def _native_splits(rows: int, columns: int) -> int:
     return max(1, min(16 // max(rows, 1), columns // 8192))
 
 
+@cache  # asked for with every tile
 def instruction_set() -> str:
     """The compiled pass' instruction set on this processor: avx512, avx2 or baseline."""
     return _load_native()[0].instruction_sets()[-1]
@@ -279,7 +280,7 @@ def _warn_missing(reason: str) -> None:
 
 def show() -> None:
     """Print versions, devices, the back end in use on each device, and why another is not."""
-    versions = {name: _version(name) for name in ("gear-kernels", "torch", "triton")}
+    versions = {name: version(name) for name in ("gear-kernels", "torch", "triton")}
     print(", ".join(f"{name} {version}" for name, version in versions.items()) + f", Python {platform.python_version()}")
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     name, where = _requested()
@@ -300,7 +301,8 @@ def _show_device(device: torch.device, requested: str | None) -> None:
             print(f"  not {name}: {reasons[name] or 'another was asked for' if requested else reasons[name] or 'it is slower'}")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -116,7 +116,7 @@ def _scan(method: Gear, signal, entropy, advantages, cu_seqlens, mask, turn_ids)
         if place >= 0:
             raise _nan_at(name, place, cu_seqlens.tolist())
     _check_advantages(advantages)
-    return Credit(*floats, ids, onsets, _tallied(tallies))
+    return Credit(*floats, ids, onsets, _diagnostics(tallies.sum(0), (tallies[:, 0] > 0).sum()))
 
 
 def _native():
@@ -131,24 +131,6 @@ def _scan_options(method: Gear):
     options.fixed, options.window = method.fixed_len, method.window
     options.renormalize, options.stop_at_turn = method.renormalize, method.stop_at_turn
     return options
-
-
-def _tallied(tallies: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sums per sequence [B, 10] -> the diagnostics, as `_diagnostics` takes them from the tokens."""
-    t = dict(zip(_TALLIES, tallies.sum(0), strict=True))
-    tokens, segments = t["tokens"].clamp(min=1), t["segments"].clamp(min=1)
-    trajectories = (tallies[:, 0] > 0).sum().clamp(min=1)
-    mean = {
-        "share_above_threshold": t["above"] / tokens,
-        "share_in_segments": t["inside"] / tokens,
-        "segments_per_trajectory": t["segments"] / trajectories,
-        "mean_segment_length": t["inside"] / segments,
-        "share_unclosed": t["unclosed"] / segments,
-        "mean_signal": t["signal"] / tokens,
-        "mean_weight_positive": torch.where(t["positive"] > 0, t["up"] / t["positive"].clamp(min=1), 1.0),
-        "mean_weight_negative": torch.where(t["negative"] > 0, t["down"] / t["negative"].clamp(min=1), 1.0),
-    }
-    return {name: x.float() for name, x in mean.items()}
 
 
 # --- any other method ---------------------------------------------------------------------------------------------------
@@ -190,35 +172,38 @@ def _scatter(result: PolicyCredit, tokens: PolicyTokens, index: torch.Tensor, to
         credit=spread(result.credit),
         segment_ids=spread(result.segment_ids, -1),
         onsets=spread(result.onsets),
-        diagnostics={name: x.float().to(device) for name, x in _diagnostics(result, tokens).items()},
+        diagnostics={name: x.to(device) for name, x in _diagnostics(_tally(result, tokens), (tokens.lengths > 0).sum()).items()},
     )
 
 
-def _diagnostics(result: PolicyCredit, tokens: PolicyTokens) -> dict[str, torch.Tensor]:
-    inside = result.segment_ids >= 0
-    ones = torch.ones_like(result.weights)
-    segments = result.onsets.sum()
-    return {
-        "share_above_threshold": _mean(ones, result.above),
-        "share_in_segments": _mean(ones, inside),
-        "segments_per_trajectory": segments / (tokens.lengths > 0).sum().clamp(min=1),
-        "mean_segment_length": inside.sum() / segments.clamp(min=1),
-        "share_unclosed": result.unclosed / segments.clamp(min=1),
-        "mean_signal": _mean(tokens.signal, torch.ones_like(inside)),
-        "mean_weight_positive": _mean_where(result.weights, tokens.advantages > 0),
-        "mean_weight_negative": _mean_where(result.weights, tokens.advantages < 0),
+def _tally(result: PolicyCredit, tokens: PolicyTokens) -> torch.Tensor:
+    """The sums over policy tokens that the compiled scan takes on its way: [10] float64 in the order of _TALLIES."""
+    up, down = tokens.advantages > 0, tokens.advantages < 0
+    weights = result.weights.double()
+    sums = (
+        *(up.numel(), result.above.sum(), (result.segment_ids >= 0).sum(), result.onsets.sum(), result.unclosed),
+        *(tokens.signal.double().sum(), up.sum(), torch.where(up, weights, 0).sum()),
+        *(down.sum(), torch.where(down, weights, 0).sum()),
+    )
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in sums])
+
+
+def _diagnostics(tally: torch.Tensor, trajectories: torch.Tensor) -> dict[str, torch.Tensor]:
+    """From sums [10] over policy tokens and the number of trajectories that have one."""
+    t = dict(zip(_TALLIES, tally, strict=True))
+    tokens, segments = t["tokens"].clamp(min=1), t["segments"].clamp(min=1)
+    mean = {
+        "share_above_threshold": t["above"] / tokens,
+        "share_in_segments": t["inside"] / tokens,
+        "segments_per_trajectory": t["segments"] / trajectories.clamp(min=1),
+        "mean_segment_length": t["inside"] / segments,
+        "share_unclosed": t["unclosed"] / segments,
+        "mean_signal": t["signal"] / tokens,
+        # 1, the weight that changes nothing, where there is none: a NaN would spoil the logs
+        "mean_weight_positive": torch.where(t["positive"] > 0, t["up"] / t["positive"].clamp(min=1), 1.0),
+        "mean_weight_negative": torch.where(t["negative"] > 0, t["down"] / t["negative"].clamp(min=1), 1.0),
     }
-
-
-def _mean(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Sum of x [n] over the chosen tokens, divided by n; 0 for n = 0."""
-    return torch.where(chosen, x, 0).double().sum() / max(x.numel(), 1)
-
-
-def _mean_where(weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Mean weight of the chosen tokens; 1, the weight that changes nothing, where there is none (a NaN would spoil the logs)."""
-    count = chosen.sum()
-    return torch.where(count > 0, torch.where(chosen, weights, 0).double().sum() / count.clamp(min=1), 1.0)
+    return {name: x.float() for name, x in mean.items()}
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------

@@ -148,18 +148,11 @@ class Gear:
         return ("signal", *(("entropy",) if entropy else ()), *(("turn_ids",) if turns else ()))
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        signals, source, ids, unclosed = [], [], [], 0
+        found = []
         for signal, entropy, turns in tokens.sequences():
             g = reference.normalise(signal, self.normalizer, self.quantile)
-            segments, n, start = self.segments(g, signal, entropy, turns), g.numel(), len(source)
-            signals.append(g)
-            source += [start + t for t in reference.credit_sources(segments, n)]
-            ids += reference.segment_numbers(segments, n)
-            unclosed += sum(not segment.closed for segment in segments)
-        g = torch.cat(signals) if signals else tokens.signal
-        source, ids = torch.tensor(source, dtype=torch.int64), torch.tensor(ids, dtype=torch.int32)
-        onsets = (source == torch.arange(g.numel())) & (ids >= 0)
-        credit = g[source]
+            found.append((g, self.segments(g, signal, entropy, turns)))
+        g, credit, ids, onsets, unclosed = _joined(found, tokens)
         weights = reference.credit_weight(credit, tokens.advantages, self.alpha)
         if self.renormalize:
             weights = reference.renormalise(weights, tokens.sequence, tokens.lengths)
@@ -187,6 +180,19 @@ class Gear:
             lengths = [last - first + 1 for first, last, _ in segments]
             return reference.random_segments(lengths, n, _generator(self.seed, signal))
         return segments
+
+
+def _joined(found: list[tuple[torch.Tensor, list[reference.Segment]]], tokens: PolicyTokens):
+    """(g, segments) of each sequence -> g, credit, segment ids, onsets [n] over the pack, and how many are unclosed."""
+    source, ids, unclosed = [], [], 0
+    for g, segments in found:
+        start, n = len(source), g.numel()
+        source += [start + t for t in reference.credit_sources(segments, n)]
+        ids += reference.segment_numbers(segments, n)
+        unclosed += sum(not segment.closed for segment in segments)
+    g = torch.cat([own for own, _ in found]) if found else tokens.signal
+    source, ids = torch.tensor(source, dtype=torch.int64), torch.tensor(ids, dtype=torch.int32)
+    return g, g[source], ids, (source == torch.arange(g.numel())) & (ids >= 0), unclosed
 
 
 def _generator(seed: int, signal: torch.Tensor) -> random.Random:
@@ -355,22 +361,12 @@ class Sgcd:
     needs = ("signal", "teacher_entropy")
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        sizes = tokens.lengths.tolist()
-        g, saliency, ids, onsets, unclosed = [], [], [], [], 0
+        sizes, found = tokens.lengths.tolist(), []
         for signal, entropy in zip(tokens.signal.split(sizes), tokens.teacher_entropy.split(sizes), strict=True):
-            own = reference.normalise(signal, "quantile", self.quantile)
-            segments = reference.stable_segments((own > self.kl_threshold).tolist(), entropy.tolist(), self.stable)
-            numbers = torch.tensor(reference.segment_numbers(segments, own.numel()), dtype=torch.int32)
-            spread = own[torch.tensor(reference.credit_sources(segments, own.numel()), dtype=torch.int64)]
-            g.append(own)
-            saliency.append(torch.where(numbers >= 0, spread, 0))
-            ids.append(numbers)
-            first = torch.zeros(own.numel(), dtype=torch.bool)
-            first[[segment.first for segment in segments]] = True
-            onsets.append(first)
-            unclosed += sum(not segment.closed for segment in segments)
-        empty = tokens.signal, tokens.signal, tokens.sequence.int(), tokens.sequence.bool()
-        g, s, ids, onsets = (torch.cat(x) if x else e for x, e in zip((g, saliency, ids, onsets), empty, strict=True))
+            g = reference.normalise(signal, "quantile", self.quantile)
+            found.append((g, reference.stable_segments((g > self.kl_threshold).tolist(), entropy.tolist(), self.stable)))
+        g, credit, ids, onsets, unclosed = _joined(found, tokens)
+        s = torch.where(ids >= 0, credit, 0)
         return PolicyCredit((1 + self.gamma * s).clamp(1, self.cap), g, s, ids, onsets, g > self.kl_threshold, unclosed)
 
 

@@ -18,8 +18,6 @@ from .backends import BACKENDS, Task, _wide, needs_teacher
 from .errors import bad_input
 from .reference import GRADIENT_NAMES, STAT_NAMES, STATE_NAMES
 
-_TEACHER_GRADIENTS = ("reverse_kl", "forward_kl", "jsd")
-
 
 class Numbers(NamedTuple):
     """The constants of a `linear_token_stats` call, as floats because a schema has no other record; 0 stands for None."""
@@ -90,7 +88,7 @@ def _(student, teacher, targets, inv_temperature, ignore_index, stats, jsd_beta,
 def token_stats_backward(student, teacher, targets, inv_temperature, state, grads, ignore_index, stats, jsd_beta, backend):
     """grads [7, N] -> gradient of the student's logits, rounded once to their dtype."""
     through, dz = _through(stats), torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    teacher = teacher if set(through) & set(_TEACHER_GRADIENTS) else None
+    teacher = _used_teacher(teacher, through)
     pair = (tiling.Tile(student), None if teacher is None else tiling.Tile(teacher))
     task = Task(tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1]), through, jsd_beta)
     BACKENDS[backend].gradient(*pair, task, state, grads.T.contiguous(), dz)
@@ -147,7 +145,7 @@ def _(student, weight, bias, teacher, teacher_weight, teacher_bias, targets, inv
 def linear_token_stats_backward(saved, state, grads, stats, numbers, where, needed):
     """The eight tensors of the forward and grads [7, N] -> gradients of student, weight and bias; size 0 where not needed."""
     through = _through(stats)
-    if not set(through) & set(_TEACHER_GRADIENTS):
+    if not needs_teacher(through):
         saved = [*saved[:3], None, None, None, *saved[6:]]
     with torch.autocast(state.device.type, enabled=False):
         out = _linear(saved, through, Numbers(*numbers), where).backward(state, grads.T.contiguous(), needed)

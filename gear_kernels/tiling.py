@@ -126,9 +126,6 @@ class Linear:
         """What the gradient GEMMs read: on CUDA the inputs' dtype (tensor cores), elsewhere float32 (float64)."""
         return self.student.dtype if on_gpu(self.student.device) else self.wide
 
-    def row_parts(self, rows: int) -> Iterator[slice]:
-        return _blocks(slice(0, len(self.student)), rows)
-
     # --- tiles ---
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -140,6 +137,12 @@ class Linear:
         if flat is None or flat.numel() < count:
             flat = self.scratch[name] = torch.empty(count, dtype=dtype, device=self.student.device)
         return flat[:count].view(shape)
+
+    def walk(self, rows: slice, columns: slice, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, tuple, Task]]:
+        """Each tile of a range: its rows, its columns, both heads' logits (until the next one is made) and its task."""
+        for block in _blocks(columns, shape[1]):
+            for part in _blocks(rows, shape[0]):
+                yield part, block, self.logits(part, block), self.task.at(part, self.task.first + block.start)
 
     def logits(self, rows: slice, columns: slice) -> tuple[Tile, Tile | None]:
         """Both heads' tiles; one GEMM over the stacked rows where they are few and the head is shared."""
@@ -199,10 +202,9 @@ class Linear:
         rows, columns = self.tile_shape()
         splits = self.tiles.splits(rows, columns)
         sums = self.student.new_zeros((splits, len(self.student), len(SUM_NAMES)), dtype=torch.float64)
-        for block in _blocks(slice(0, self.head.columns), columns):
-            for part in self.row_parts(rows):
-                task = self.task.at(part, self.task.first + block.start)
-                self.tiles.sweep(*self.logits(part, block), task, sums[:, part])
+        whole = slice(0, len(self.student)), slice(0, self.head.columns)
+        for part, _, pair, task in self.walk(*whole, (rows, columns)):
+            self.tiles.sweep(*pair, task, sums[:, part])
         if self.group:
             sums = parallel.gather_sums(sums, len(self.head.weight), self.group)
         values, state = self.tiles.finish(sums, self.task)
@@ -212,10 +214,9 @@ class Linear:
 
     def _mixture(self, state: torch.Tensor, rows: int, columns: int, splits: int) -> torch.Tensor:
         shares = self.student.new_zeros((splits, len(self.student), 2), dtype=torch.float64)
-        for block in _blocks(slice(0, self.head.columns), columns):
-            for part in self.row_parts(rows):
-                task = self.task.at(part, self.task.first + block.start)
-                self.tiles.mixture(*self.logits(part, block), task, state[part], shares[:, part])
+        whole = slice(0, len(self.student)), slice(0, self.head.columns)
+        for part, _, pair, task in self.walk(*whole, (rows, columns)):
+            self.tiles.mixture(*pair, task, state[part], shares[:, part])
         shares = shares.sum(0)
         if self.group:
             parallel.add_up(shares, self.group)
@@ -235,7 +236,7 @@ class Linear:
         rows = self.part_rows(shape)
         for span in _blocks(slice(0, head.columns), self.span(rows, shape[1], weight)):
             block = self._weight_sums(out, span)
-            for part in self.row_parts(rows):
+            for part in _blocks(slice(0, len(self.student)), rows):
                 dz = self._dz(part, span, shape, state, grads)
                 self._add(out, block, dz, part, span)
             if block is not None and block.dtype != head.weight.dtype:
@@ -257,14 +258,11 @@ class Linear:
 
     def _dz(self, part: slice, span: slice, shape: tuple[int, int], state: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         dz = self.buffer("dz", part.stop - part.start, span.stop - span.start, dtype=self.dz_dtype)
-        for block in _blocks(span, shape[1]):
-            for rows in _blocks(part, shape[0]):
-                student, teacher = self.logits(rows, block)
-                target = dz[rows.start - part.start : rows.stop - part.start, block.start - span.start : block.stop - span.start]
-                task = self.task.at(rows, self.task.first + block.start)
-                self.tiles.gradient(student, teacher, task, state[rows], grads[rows], target)
-                if not self.tiles.fused_head:
-                    _through_head(self.head, student.z, target)
+        for rows, block, (student, teacher), task in self.walk(part, span, shape):
+            target = dz[rows.start - part.start : rows.stop - part.start, block.start - span.start : block.stop - span.start]
+            self.tiles.gradient(student, teacher, task, state[rows], grads[rows], target)
+            if not self.tiles.fused_head:
+                _through_head(self.head, student.z, target)
         return dz
 
     def _add(self, out: _Sums, block: torch.Tensor | None, dz: torch.Tensor, part: slice, span: slice) -> None:

@@ -20,9 +20,8 @@ from ..backends import Task, Tile, needs_teacher
 from ..reference import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
-_constant = int if INTERPRETED else tl.constexpr  # the interpreter takes globals as they are, the compiler only constexpr
-_INTERPRETER = _constant(int(INTERPRETED))
-_LOWEST, _FARTHEST = (x if INTERPRETED else tl.constexpr(x) for x in (LOWEST, FARTHEST))
+_constant = (lambda x: x) if INTERPRETED else tl.constexpr  # the compiler takes globals only as constexpr, the interpreter never
+_INTERPRETER, _LOWEST, _FARTHEST = (_constant(x) for x in (INTERPRETED, LOWEST, FARTHEST))
 _SUMS, _STATE, _VALUES = (_constant(len(names)) for names in (SUM_NAMES, STATE_NAMES, STAT_NAMES))
 # Bits of WANT.
 LOGPROBS, ENTROPY, REVERSE_KL, TEACHER, TEACHER_ENTROPY, FORWARD_KL, JSD = (_constant(1 << i) for i in range(7))
@@ -328,10 +327,10 @@ def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT
         s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross = _add_stored(
             at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, True, True
         )
-        target += tl.load(at + 8, mask=mask, other=0.0)
-        t_target += tl.load(at + 9, mask=mask, other=0.0)
-        outside += tl.load(at + 10, mask=mask, other=0.0)
-        t_outside += tl.load(at + 11, mask=mask, other=0.0)
+        target += _read(at + 8, mask)
+        t_target += _read(at + 9, mask)
+        outside += _read(at + 10, mask)
+        t_outside += _read(at + 11, mask)
     keep = mask
     if MASKED:
         keep = mask & (tl.load(R.targets + rows, mask=mask, other=0) != R.ignore_index)
@@ -494,9 +493,7 @@ def want(stats: tuple[str, ...]) -> int:
     return sum(1 << bit for bit in bits)
 
 
-def _argument(tile: Tile | None) -> Logits | None:
-    if tile is None:
-        return None
+def _argument(tile: Tile) -> Logits:
     z, bias = tile.z.detach(), tile.bias
     return Logits(z, *z.stride(), None if bias is None else bias.detach().contiguous(), tile.scale, tile.softcap)
 
