@@ -183,6 +183,13 @@ def _load_triton():
     return stats, None
 
 
+def load_scan():
+    """The module of the Triton scan."""
+    from .triton import scan
+
+    return scan
+
+
 def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     module, missing = _load_triton()
     if module is None:

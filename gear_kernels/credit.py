@@ -1,7 +1,7 @@
 """Credit over packed trajectories: a per-token signal becomes segments, segments become bounded weights on the advantage.
 
-`credit_weights` checks its arguments, gathers the policy tokens, hands them to a credit method (methods.py) and scatters the
-result back; GEAR on a CPU is one compiled pass instead.
+`credit_weights` checks its arguments and runs the method: one pass over each sequence, compiled for the CPU (csrc/scan.cpp) or
+one launch of a Triton kernel (triton/scan.py), for every method that can say itself as a `Scan`; torch for all others.
 """
 
 from __future__ import annotations
@@ -11,9 +11,22 @@ from typing import NamedTuple
 
 import torch
 
-from . import backends
+from . import backends, reference
 from .errors import GearKernelsError, bad_input
-from .methods import METHODS, NORMALIZERS, SEGMENTERS, Gear, Grpo, PolicyCredit, PolicyTokens, check_choice, require
+from .methods import (
+    FLOAT_INPUTS,
+    METHODS,
+    NORMALIZERS,
+    RULES,
+    SCAN_SEGMENTERS,
+    Gear,
+    Grpo,
+    PolicyCredit,
+    PolicyTokens,
+    Scan,
+    check_choice,
+    require,
+)
 
 
 class Credit(NamedTuple):
@@ -46,138 +59,209 @@ def credit_weights(
     turn_ids: torch.Tensor | None = None,
     teacher_entropy: torch.Tensor | None = None,
     forward_kl: torch.Tensor | None = None,
+    turn_rewards: torch.Tensor | None = None,
+    anchors: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
 ) -> Credit:
     """Segments, weights and token advantages of packed trajectories (GEAR, arXiv 2605.11853, Eq. 2-5, Algorithm 1).
 
     signal      [T] floating, nats: log pi_student - log pi_teacher of the sampled token, or the full KL(student || teacher).
     entropy     [T] floating, nats: the student's, full vocabulary. Signal or entropy may be None where the method has no
-                need of it ("grpo": both; "token", "kl_only", "turn", "fixed": entropy).
+                need of it ("grpo": both; "token", "kl_only", "tool_call", "fixed": entropy).
     advantages  [B] floating, one per sequence.
     cu_seqlens  [B + 1] int32 (or int64): sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1. Sequences may be empty.
     mask        [T] bool, True on policy tokens; None: all are. Tokens outside it are skipped, whatever they hold, as if
                 they were not there: a segment runs across them, and they get weight 0, advantage 0 and segment id -1.
     method      a name out of methods.METHODS (a name means its defaults) or a method object such as Gear(alpha=0.4).
-    turn_ids    [T] integer; a turn is a run of policy tokens with equal ids. For segmenter "turn" and for stop_at_turn.
+    turn_ids    [T] integer; a turn is a run of policy tokens with equal ids. For segmenter "turn", stop_at_turn, turn and gigpo.
     teacher_entropy, forward_kl  [T] floating, nats: the teacher's entropy and KL(teacher || student), for the methods that name
                 them in their `needs` (egrsd, sgcd; sc_grpo).
+    turn_rewards  [T] floating: the reward of each token's turn. anchors [T] integer: names what the turn answered.
+                groups [B] integer: names each sequence's group of siblings. For turn and gigpo.
 
-    Returns a `Credit`. No gradient flows. Computed in float64 where signal or entropy is, else in float32 (thresholds too).
+    Returns a `Credit`. No gradient flows. Computed in float64 where an input row is, else in float32 (thresholds too).
     Its diagnostics are taken over policy tokens: share_above_threshold, share_in_segments, segments_per_trajectory
     (trajectories with a policy token), mean_segment_length (policy tokens), share_unclosed (of segments: those that reach
     the last policy token with no rule ending them), mean_signal (nats), mean_weight_positive and mean_weight_negative (W
     where A > 0, A < 0). All finite for finite input: a mean over nothing is 0, for the weights 1.
 
-    Raises GearKernelsError on wrong shapes, dtypes, devices, offsets, unknown methods, missing inputs, and on NaN in a
-    policy token's signal or entropy or in an advantage. NaN is looked for in CPU tensors only: on a GPU the look would
-    be a synchronisation. The reference back end itself goes through the CPU, so for now this call synchronises.
+    Raises GearKernelsError on wrong shapes, dtypes, devices, unknown methods, missing inputs; for CPU tensors also on offsets
+    that do not rise from 0 to T and on NaN in a policy token's row or in an advantage. On a GPU these looks would be
+    synchronisations: offsets are cut to [0, T], NaN spreads. There nothing synchronises, but for `random`, and for a mask with
+    turn, gigpo or a method of your own that has no `scan`.
     """
     method = _resolve(method)
-    rows = {"signal": signal, "entropy": entropy, "teacher_entropy": teacher_entropy, "forward_kl": forward_kl}
-    given = {**rows, "turn_ids": turn_ids}
+    floats = dict(zip(FLOAT_INPUTS, (signal, entropy, teacher_entropy, forward_kl, turn_rewards), strict=True))
+    rows = {**floats, "turn_ids": turn_ids, "anchors": anchors}
     for name in method.needs:
-        require(
-            given.get(name) is not None, f"{name}: given None", f"[T], for {method} reads it", f"pass {name} or another method"
-        )
-    total = _check_tensors(rows, advantages, cu_seqlens, mask, turn_ids)
-    bounds = cu_seqlens.tolist()
-    total = bounds[-1] if total is None else total
-    _check_bounds(bounds, total)
-    if _compiled(method, cu_seqlens.device):
-        return _scan(method, signal, entropy, advantages, cu_seqlens, mask, turn_ids)
-    index, tokens = _gather(rows, advantages, cu_seqlens, mask, turn_ids, total)
+        given = {**rows, "groups": groups}.get(name)
+        require(given is not None, f"{name}: given None", f"a tensor, for {method} reads it", f"pass {name} or another method")
+    total = _check_tensors({**rows, "mask": mask}, {"advantages": advantages, "groups": groups}, cu_seqlens)
+    if total is None:
+        total = int(cu_seqlens[-1])
     if cu_seqlens.device.type == "cpu":
-        _check_nan(index, tokens, advantages, bounds)
-    result = method.apply(tokens)
-    return _scatter(result, tokens, index, total, cu_seqlens.device)
+        _check_bounds(cu_seqlens.tolist(), total)
+    rows = {name: x if name in method.needs else None for name, x in rows.items()}
+    pack = Pack(rows, advantages, cu_seqlens, mask, total, _dtype(rows))
+    scan, where = _choose(method, cu_seqlens.device)
+    if where == "native":
+        return _native_scan(pack, scan)
+    if cu_seqlens.device.type == "cpu":
+        _check_nan(pack)
+    if where == "triton":
+        return _triton_scan(pack, scan)
+    index, tokens = _gather(pack, groups)
+    return _scatter(method.apply(tokens), tokens, index, pack)
 
 
-# --- the compiled scan --------------------------------------------------------------------------------------------------
+class Pack(NamedTuple):
+    """A checked call: what the method reads of the [T] rows (None: it does not), and the dtype to compute in."""
 
-_TALLIES = ("tokens", "above", "inside", "segments", "unclosed", "signal", "positive", "up", "negative", "down")  # csrc/scan.h
+    rows: dict[str, torch.Tensor | None]
+    advantages: torch.Tensor
+    cu_seqlens: torch.Tensor
+    mask: torch.Tensor | None
+    total: int
+    dtype: torch.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
 
-def _compiled(method: object, device: torch.device) -> bool:
-    """Whether csrc/scan.cpp does it: Gear on a CPU but for `random`, whose places Python's generator draws."""
-    able = isinstance(method, Gear) and method.segmenter != "random" and device.type == "cpu"
-    return able and backends.choose(device, torch.float32) == "native"
-
-
-def _scan(method: Gear, signal, entropy, advantages, cu_seqlens, mask, turn_ids) -> Credit:
-    """All of it in one pass over each sequence, bitwise equal to `Gear.apply` in the same dtype."""
-    dtype = _dtype(signal, entropy)
-    total, bounds = signal.numel(), cu_seqlens.long()
-    floats = [torch.empty(total, dtype=dtype) for _ in range(4)]
-    ids, onsets = torch.empty(total, dtype=torch.int32), torch.empty(total, dtype=torch.bool)
-    tallies = torch.empty((bounds.numel() - 1, len(_TALLIES)), dtype=torch.float64)
-    rows = [None if x is None else x.detach().to(dtype).contiguous() for x in (signal, entropy, advantages)]
-    integers = (None if mask is None else mask.contiguous(), None if turn_ids is None else turn_ids.long().contiguous(), bounds)
-    places = _native().scan(*rows, *integers, floats, ids, onsets, tallies, _scan_options(method), torch.get_num_threads())
-    for name, place in zip(("signal", "entropy"), places, strict=True):
-        if place >= 0:
-            raise _nan_at(name, place, cu_seqlens.tolist())
-    _check_advantages(advantages)
-    return Credit(*floats, ids, onsets, _diagnostics(tallies.sum(0), (tallies[:, 0] > 0).sum()))
+    def row(self, name: str | None) -> torch.Tensor | None:
+        x = None if name is None else self.rows[name]
+        return None if x is None else x.detach().to(self.dtype).contiguous()
 
 
-def _native():
-    return backends._load_native()[0]
-
-
-def _scan_options(method: Gear):
-    options = _native().ScanOptions()
-    options.normalizer, options.segmenter = NORMALIZERS.index(method.normalizer), SEGMENTERS.index(method.segmenter)
-    options.quantile, options.threshold, options.ratio = method.quantile, method.kl_threshold, method.entropy_ratio
-    options.alpha, options.floor, options.longest = method.alpha, method.entropy_floor, method.max_segment_len or 0
-    options.fixed, options.window = method.fixed_len, method.window
-    options.renormalize, options.stop_at_turn = method.renormalize, method.stop_at_turn
-    return options
-
-
-# --- any other method ---------------------------------------------------------------------------------------------------
-
-
-def _dtype(*rows: torch.Tensor | None) -> torch.dtype:
-    double = any(x is not None and x.dtype == torch.float64 for x in rows)
+def _dtype(rows: dict[str, torch.Tensor | None]) -> torch.dtype:
+    double = any(rows[name] is not None and rows[name].dtype == torch.float64 for name in FLOAT_INPUTS)
     return torch.float64 if double else torch.float32
 
 
-def _gather(rows: dict, advantages, cu_seqlens, mask, turn_ids, total: int) -> tuple[torch.Tensor, PolicyTokens]:
-    """Places [n] of the policy tokens in the pack, and the tokens themselves, on the CPU in the dtype of the computation."""
-    dtype = _dtype(*rows.values())
-    index = torch.arange(total) if mask is None else mask.cpu().nonzero().squeeze(1)
-    cu = cu_seqlens.cpu().long()
-    batch = cu.numel() - 1
-    sequence = torch.repeat_interleave(torch.arange(batch), cu.diff())[index]
-    floats = {name: None if x is None else x.cpu().to(dtype)[index] for name, x in rows.items()}
+def _choose(method: object, device: torch.device) -> tuple[Scan | None, str]:
+    scan = method.scan() if hasattr(method, "scan") else None
+    return scan, "reference" if scan is None else backends.choose(device, torch.float32)
+
+
+# --- one pass over each sequence ------------------------------------------------------------------------------------------
+
+# columns of the tallies [B, 10], sums over a sequence's policy tokens; csrc/scan.h and triton/scan.py have the same
+TALLIES = ("tokens", "above", "inside", "segments", "unclosed", "signal", "positive", "up", "negative", "down")
+
+
+def _outputs(pack: Pack) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape or pack.total, dtype=dtype, device=pack.device)
+
+    floats = [empty(pack.dtype) for _ in range(4)]
+    return floats, empty(torch.int32), empty(torch.bool), empty(torch.float64, pack.cu_seqlens.numel() - 1, len(TALLIES))
+
+
+def _native_scan(pack: Pack, scan: Scan) -> Credit:
+    """Bitwise equal to the method's `apply` in the same dtype, but for exp (of ratio and gated_ratio)."""
+    floats, ids, onsets, tallies = _outputs(pack)
+    rows = (pack.row("signal"), pack.row(scan.second), pack.advantages.detach().to(pack.dtype).contiguous())
+    turns, mask = pack.rows["turn_ids"], pack.mask
+    bounds = pack.cu_seqlens.long().contiguous()
+    integers = (None if mask is None else mask.contiguous(), None if turns is None else turns.long().contiguous(), bounds)
+    options = _native_options(scan, pack)
+    places = backends._load_native()[0].scan(*rows, *integers, floats, ids, onsets, tallies, options, torch.get_num_threads())
+    for name, place in zip(("signal", scan.second), places, strict=True):
+        if place >= 0:
+            raise _nan_at(name, place, bounds.tolist())
+    _check_advantages(pack.advantages)
+    return Credit(*floats, ids, onsets, _diagnostics(tallies.sum(0), (tallies[:, 0] > 0).sum()))
+
+
+def _native_options(scan: Scan, pack: Pack):
+    options = backends._load_native()[0].ScanOptions()
+    kinds = {"rule": RULES, "normalizer": NORMALIZERS, "segmenter": SCAN_SEGMENTERS}
+    for name, value in scan._asdict().items():
+        if name not in ("second", "level"):
+            setattr(options, name, kinds[name].index(value) if name in kinds else value)
+    options.level = 1.0 if scan.level is None else scan.level(pack.row(scan.second), pack.mask).item()
+    return options
+
+
+def _triton_scan(pack: Pack, scan: Scan) -> Credit:
+    """One launch, a second one for the diagnostics; entropy_window and cl_egrsd take their windows in torch before."""
+    module = backends.load_scan()
+    floats, ids, onsets, tallies = _outputs(pack)
+    second = _windowed(pack, scan)
+    level = None if scan.level is None else scan.level(second, pack.mask).view(1)
+    rows = module.ScanRows(
+        *(pack.row("signal"), second, pack.advantages.detach().to(pack.dtype).contiguous()),
+        *(pack.mask, pack.rows["turn_ids"], pack.cu_seqlens, level),
+    )
+    diagnostics = module.scan(rows, module.ScanOutputs(*floats, ids, onsets, tallies), scan, pack.total)
+    return Credit(*floats, ids, onsets, dict(zip(DIAGNOSTICS, diagnostics, strict=True)))
+
+
+def _windowed(pack: Pack, scan: Scan) -> torch.Tensor | None:
+    second = pack.row(scan.second)
+    if scan.window == 1:
+        return second
+    function = reference.window_mean if scan.rule == "gear" else _least_within
+    sequence = _sequence(pack)
+    if pack.mask is None:
+        return function(second, sequence, scan.window)
+    # policy tokens to the front without a look at how many there are; the others are a trajectory of their own behind them
+    order = (~pack.mask).byte().argsort(stable=True)
+    sequence = torch.where(pack.mask, sequence, pack.cu_seqlens.numel())[order]
+    return torch.empty_like(second).index_copy_(0, order, function(second[order], sequence, scan.window))
+
+
+def _least_within(x: torch.Tensor, sequence: torch.Tensor, window: int) -> torch.Tensor:
+    return reference.least_ahead(x, sequence, window - 1)
+
+
+# --- any other method -----------------------------------------------------------------------------------------------------
+
+
+def _sequence(pack: Pack) -> torch.Tensor:
+    """int64 [T]: the sequence of each token."""
+    lengths = pack.cu_seqlens.diff().long()
+    return torch.arange(lengths.numel(), device=pack.device).repeat_interleave(lengths, output_size=pack.total)
+
+
+def _gather(pack: Pack, groups: torch.Tensor | None) -> tuple[torch.Tensor, PolicyTokens]:
+    """Places [n] of the policy tokens in the pack, and the tokens themselves."""
+    sequence = _sequence(pack)
+    index = torch.arange(pack.total, device=pack.device) if pack.mask is None else pack.mask.nonzero().squeeze(1)
+    sequence = sequence[index]
+    rows = {name: None if x is None else x[index] for name, x in pack.rows.items()}
+    rows |= {name: rows[name].to(pack.dtype) for name in FLOAT_INPUTS if rows[name] is not None}
     for name in ("signal", "entropy"):
-        if floats[name] is None:
-            floats[name] = torch.zeros(index.numel(), dtype=dtype)
+        if rows[name] is None:
+            rows[name] = torch.zeros(index.numel(), dtype=pack.dtype, device=pack.device)
+    counts = torch.zeros(pack.advantages.numel(), dtype=torch.int64, device=pack.device)
     return index, PolicyTokens(
-        **floats,
-        advantages=advantages.cpu().to(dtype)[sequence],
-        turn_ids=None if turn_ids is None else turn_ids.cpu()[index],
+        **rows,
+        groups=None if groups is None else groups[sequence],
+        advantages=pack.advantages.to(pack.dtype)[sequence],
         sequence=sequence,
-        lengths=torch.bincount(sequence, minlength=batch),
+        lengths=counts.index_add_(0, sequence, torch.ones_like(sequence)),
     )
 
 
-def _scatter(result: PolicyCredit, tokens: PolicyTokens, index: torch.Tensor, total: int, device: torch.device) -> Credit:
+def _scatter(result: PolicyCredit, tokens: PolicyTokens, index: torch.Tensor, pack: Pack) -> Credit:
     def spread(x: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        return torch.full((total,), fill, dtype=x.dtype).index_copy_(0, index, x).to(device)
+        return torch.full((pack.total,), fill, dtype=x.dtype, device=pack.device).index_copy_(0, index, x)
 
+    own = result.token_advantages
     return Credit(
-        token_advantages=spread(result.weights * tokens.advantages),
+        token_advantages=spread(result.weights * tokens.advantages if own is None else own),
         weights=spread(result.weights),
         signal=spread(result.signal),
         credit=spread(result.credit),
         segment_ids=spread(result.segment_ids, -1),
         onsets=spread(result.onsets),
-        diagnostics={name: x.to(device) for name, x in _diagnostics(_tally(result, tokens), (tokens.lengths > 0).sum()).items()},
+        diagnostics=_diagnostics(_tally(result, tokens), (tokens.lengths > 0).sum()),
     )
 
 
 def _tally(result: PolicyCredit, tokens: PolicyTokens) -> torch.Tensor:
-    """The sums over policy tokens that the compiled scan takes on its way: [10] float64 in the order of _TALLIES."""
+    """The sums over policy tokens that the scans take on their way: [10] float64 in the order of TALLIES."""
     up, down = tokens.advantages > 0, tokens.advantages < 0
     weights = result.weights.double()
     sums = (
@@ -185,25 +269,27 @@ def _tally(result: PolicyCredit, tokens: PolicyTokens) -> torch.Tensor:
         *(tokens.signal.double().sum(), up.sum(), torch.where(up, weights, 0).sum()),
         *(down.sum(), torch.where(down, weights, 0).sum()),
     )
-    return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in sums])
+    full = (torch.full((), float(x), device=up.device) if isinstance(x, int) else x for x in sums)
+    return torch.stack([x.double() for x in full])
+
+
+DIAGNOSTICS = (
+    *("share_above_threshold", "share_in_segments", "segments_per_trajectory", "mean_segment_length"),
+    *("share_unclosed", "mean_signal", "mean_weight_positive", "mean_weight_negative"),
+)
 
 
 def _diagnostics(tally: torch.Tensor, trajectories: torch.Tensor) -> dict[str, torch.Tensor]:
     """From sums [10] over policy tokens and the number of trajectories that have one."""
-    t = dict(zip(_TALLIES, tally, strict=True))
+    t = dict(zip(TALLIES, tally, strict=True))
     tokens, segments = t["tokens"].clamp(min=1), t["segments"].clamp(min=1)
-    mean = {
-        "share_above_threshold": t["above"] / tokens,
-        "share_in_segments": t["inside"] / tokens,
-        "segments_per_trajectory": t["segments"] / trajectories.clamp(min=1),
-        "mean_segment_length": t["inside"] / segments,
-        "share_unclosed": t["unclosed"] / segments,
-        "mean_signal": t["signal"] / tokens,
-        # 1, the weight that changes nothing, where there is none: a NaN would spoil the logs
-        "mean_weight_positive": torch.where(t["positive"] > 0, t["up"] / t["positive"].clamp(min=1), 1.0),
-        "mean_weight_negative": torch.where(t["negative"] > 0, t["down"] / t["negative"].clamp(min=1), 1.0),
-    }
-    return {name: x.float() for name, x in mean.items()}
+    # 1, the weight that changes nothing, where there is none: a NaN would spoil the logs
+    up, down = (torch.where(n > 0, x / n.clamp(min=1), 1.0) for n, x in ((t["positive"], t["up"]), (t["negative"], t["down"])))
+    means = (
+        *(t["above"] / tokens, t["inside"] / tokens, t["segments"] / trajectories.clamp(min=1), t["inside"] / segments),
+        *(t["unclosed"] / segments, t["signal"] / tokens, up, down),
+    )
+    return {name: x.float() for name, x in zip(DIAGNOSTICS, means, strict=True)}
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------
@@ -223,26 +309,24 @@ def _resolve(method: object):
     return method
 
 
-def _check_tensors(rows: dict, advantages, cu_seqlens, mask, turn_ids) -> int | None:
-    """Checks types, dtypes, devices and shapes without reading values; returns T, or None where no [T] tensor is given."""
-    integers = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+_KINDS = {"mask": ((torch.bool,), "bool"), **{name: (_INTEGERS, "integer") for name in ("turn_ids", "anchors", "groups")}}
+
+
+def _check_tensors(rows: dict, sequences: dict, cu_seqlens) -> int | None:
+    """Checks types, dtypes, devices and shapes without reading values; returns T, or None where no [T] row is given."""
     _check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), "int32")
     require(cu_seqlens.numel() > 0, "cu_seqlens: given 0 elements", "[B + 1]", "pass [0] for an empty batch")
-    _check_tensor("advantages", advantages, None, "floating", cu_seqlens.device)
-    batch = cu_seqlens.numel() - 1
-    require(
-        advantages.numel() == batch,
-        f"advantages: given {advantages.numel()}",
-        f"{batch}, one per sequence of cu_seqlens",
-        "pass one per trajectory",
-    )
-    total = None
-    rows = {**rows, "mask": mask, "turn_ids": turn_ids}
-    kinds = {"mask": ((torch.bool,), "bool"), "turn_ids": (integers, "integer")}
+    batch, total = cu_seqlens.numel() - 1, None
+    for name, x in sequences.items():
+        if x is not None or name == "advantages":
+            _check_tensor(name, x, *_KINDS.get(name, (None, "floating")), cu_seqlens.device)
+            expected = f"{batch}, one per sequence of cu_seqlens"
+            require(x.numel() == batch, f"{name}: given {x.numel()}", expected, "pass one per trajectory")
     for name, x in rows.items():
         if x is None:
             continue
-        _check_tensor(name, x, *kinds.get(name, (None, "floating")), cu_seqlens.device)
+        _check_tensor(name, x, *_KINDS.get(name, (None, "floating")), cu_seqlens.device)
         total = x.numel() if total is None else total
         require(x.numel() == total, f"{name}: given {x.numel()} tokens", f"{total} as in the other [T] inputs", "pack all alike")
     return total
@@ -264,13 +348,13 @@ def _check_bounds(bounds: list[int], total: int) -> None:
     require(bounds[-1] == total, f"cu_seqlens: given {bounds[-1]} last", f"T = {total}", "cover every packed token, padding too")
 
 
-def _check_nan(index: torch.Tensor, tokens: PolicyTokens, advantages: torch.Tensor, bounds: list[int]) -> None:
-    for name in ("signal", "entropy", "teacher_entropy", "forward_kl"):
-        x = getattr(tokens, name)
-        bad = None if x is None else x.isnan()
+def _check_nan(pack: Pack) -> None:
+    for name in FLOAT_INPUTS:
+        x = pack.rows[name]
+        bad = None if x is None else x.isnan() if pack.mask is None else x.isnan() & pack.mask
         if bad is not None and bad.any():
-            raise _nan_at(name, int(index[int(bad.nonzero()[0])]), bounds)
-    _check_advantages(advantages)
+            raise _nan_at(name, int(bad.nonzero()[0]), pack.cu_seqlens.tolist())
+    _check_advantages(pack.advantages)
 
 
 def _nan_at(name: str, place: int, bounds: list[int]) -> GearKernelsError:

@@ -1,9 +1,9 @@
 """Credit methods: small frozen dataclasses that turn policy tokens into weights.
 
-A method is any object with `needs` (the names of the inputs it reads: signal, entropy, teacher_entropy, forward_kl, turn_ids) and
-`apply(PolicyTokens) -> PolicyCredit`. Optional: `signals`, what its signal may be, its own first (k1: the sampled log-ratio
-lpS - lpT; reverse_kl: the full KL); `at(step)`, for a schedule, returns the method of a training step. The mathematics behind the
-package's own is in reference.py.
+A method is any object with `needs` (the names of the inputs it reads, out of INPUTS) and `apply(PolicyTokens) -> PolicyCredit`.
+Optional: `signals`, what its signal may be, its own first (k1: the sampled log-ratio lpS - lpT; reverse_kl: the full KL);
+`at(step)`, for a schedule, returns the method of a training step; `scan()`, the same rule as numbers for the compiled scans. The
+mathematics behind the package's own is in reference.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import math
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,8 +21,12 @@ import torch
 from . import reference
 from .errors import bad_input
 
+FLOAT_INPUTS = ("signal", "entropy", "teacher_entropy", "forward_kl", "turn_rewards")  # [T] each
+INPUTS = (*FLOAT_INPUTS, "turn_ids", "anchors", "groups")
 NORMALIZERS = ("relu_max", "max", "minmax", "abs_max", "quantile", "none")
 SEGMENTERS = ("entropy", "token", "kl_only", "entropy_only", "turn", "entropy_window", "random", "fixed")
+SCAN_SEGMENTERS = (*SEGMENTERS, "stable")  # stable: SGCD's
+RULES = ("gear", "ratio", "gated_ratio", "share", "margin", "at_least", "lift")
 
 
 class PolicyTokens(NamedTuple):
@@ -36,6 +40,9 @@ class PolicyTokens(NamedTuple):
     lengths: torch.Tensor  # [B] int64, policy tokens of each sequence
     teacher_entropy: torch.Tensor | None = None  # [n] nats
     forward_kl: torch.Tensor | None = None  # [n] nats, KL(teacher || student)
+    turn_rewards: torch.Tensor | None = None  # [n], the reward of each token's turn
+    anchors: torch.Tensor | None = None  # [n] int, names what the token's turn answered
+    groups: torch.Tensor | None = None  # [n] int, each token's sequence's group of siblings
 
     def sequences(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int] | None]]:
         """Yields (signal, entropy, turn ids as a list or None) of each sequence."""
@@ -54,6 +61,45 @@ class PolicyCredit(NamedTuple):
     onsets: torch.Tensor
     above: torch.Tensor  # [n] bool, g above the method's threshold
     unclosed: int  # segments that reached the last policy token without a rule ending them there
+    token_advantages: torch.Tensor | None = None  # [n]; None: weights times the sequence's advantage
+
+
+class Scan(NamedTuple):
+    """A method as numbers, which the compiled scans (csrc/scan.cpp, triton/scan.py) run in one pass over each sequence.
+
+    normalise -> segment -> weigh. `second` names the [T] input read beside the signal: it ends segments (with ratio, floor,
+    window) or enters the weight; `level(second, mask)` is the one number taken over the whole pack, 0-d.
+    rule and its a, b, c, for credit c_t, signal x, second e, s = sign(A):
+      gear         1 + a (w - 0.5), w = 0.5 + (0.5 - c_t) s
+      ratio        1 - a + a clip(exp(-x s), 1 +- b)
+      gated_ratio  clip(exp(-x s), 1 +- a) clip(1 - b e / level, c, 1); e the least over `window` tokens ahead
+      share        e / (e + level)
+      margin       s >= 0: 1 + a max(0, d - c), else 1 + b max(0, -d - c), d = clip(-x, +-ratio)
+      at_least     1 where e >= level, else 0
+      lift         clip(1 + a c_t, 1, b) in segments, 1 outside
+    Only gear and lift have segments.
+    """
+
+    rule: str
+    second: str | None
+    a: float = 0.0
+    b: float = 0.0
+    c: float = 0.0
+    normalizer: str = "none"
+    segmenter: str = "token"
+    quantile: float = 0.95
+    threshold: float = 0.0
+    ratio: float = 1.0
+    floor: float = 0.0
+    longest: int = 0  # policy tokens in a segment at most; 0: no limit
+    window: int = 1
+    renormalize: bool = False
+    stop_at_turn: bool = False
+    level: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
+
+    @property
+    def segmented(self) -> bool:
+        return self.rule in ("gear", "lift")
 
 
 def require(condition: bool, given: str, expected: str, mend: str) -> None:
@@ -85,6 +131,9 @@ class Grpo:
     @property
     def needs(self) -> tuple[str, ...]:
         return ()
+
+    def scan(self) -> Scan:
+        return Scan("gear", None)  # alpha 0: W = 1
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         zero, none = torch.zeros_like(tokens.signal), torch.zeros_like(tokens.sequence, dtype=torch.bool)
@@ -147,6 +196,26 @@ class Gear:
         turns = self.segmenter == "turn" or self.stop_at_turn
         return ("signal", *(("entropy",) if entropy else ()), *(("turn_ids",) if turns else ()))
 
+    def scan(self) -> Scan | None:
+        """None for `random`: its places are drawn by Python's generator."""
+        if self.segmenter == "random":
+            return None
+        fixed = self.segmenter == "fixed"
+        free = fixed or self.segmenter in ("token", "turn")  # what neither cap touches
+        return Scan(
+            *("gear", "entropy" if "entropy" in self.needs else None, self.alpha),
+            normalizer=self.normalizer,
+            segmenter=self.segmenter,
+            quantile=self.quantile,
+            threshold=self.kl_threshold,
+            ratio=self.entropy_ratio,
+            floor=self.entropy_floor,
+            longest=self.fixed_len if fixed else 0 if free else self.max_segment_len or 0,
+            window=self.window if self.segmenter == "entropy_window" else 1,
+            renormalize=self.renormalize,
+            stop_at_turn=self.stop_at_turn and not free,
+        )
+
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         found = []
         for signal, entropy, turns in tokens.sequences():
@@ -173,7 +242,8 @@ class Gear:
         last = reference.last_allowed(n, self.max_segment_len, turn_ids if self.stop_at_turn else None)
         if self.segmenter == "kl_only":
             return reference.trigger_segments(onset, last)
-        tested = reference.window_mean(entropy, self.window) if self.segmenter == "entropy_window" else entropy
+        windowed = self.segmenter == "entropy_window"
+        tested = reference.window_mean(entropy, torch.zeros(n, device=g.device), self.window) if windowed else entropy
         limit = reference.entropy_limits(entropy, self.entropy_ratio, self.entropy_floor)
         segments = reference.entropy_segments(onset, tested.tolist(), limit.tolist(), last)
         if self.segmenter == "random":
@@ -191,8 +261,8 @@ def _joined(found: list[tuple[torch.Tensor, list[reference.Segment]]], tokens: P
         ids += reference.segment_numbers(segments, n)
         unclosed += sum(not segment.closed for segment in segments)
     g = torch.cat([own for own, _ in found]) if found else tokens.signal
-    source, ids = torch.tensor(source, dtype=torch.int64), torch.tensor(ids, dtype=torch.int32)
-    return g, g[source], ids, (source == torch.arange(g.numel())) & (ids >= 0), unclosed
+    source, ids = torch.tensor(source, dtype=torch.int64).to(g.device), torch.tensor(ids, dtype=torch.int32).to(g.device)
+    return g, g[source], ids, (source == torch.arange(g.numel(), device=g.device)) & (ids >= 0), unclosed
 
 
 def _generator(seed: int, signal: torch.Tensor) -> random.Random:
@@ -211,6 +281,12 @@ def _unsegmented(tokens: PolicyTokens, weights: torch.Tensor, behind: torch.Tens
     """`behind`: the quantity that the weight was made of, shown in the place of g."""
     none = torch.zeros_like(tokens.sequence, dtype=torch.bool)
     return PolicyCredit(weights, behind, behind, torch.full_like(tokens.sequence, -1, dtype=torch.int32), none, none, 0)
+
+
+def _most_or_one(entropy: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    if not entropy.numel():
+        return entropy.new_ones(())
+    return (entropy if mask is None else entropy.masked_fill(~mask, 0)).amax().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -233,6 +309,9 @@ class Rlsd:
         """The method of training step `step`, counted from 1."""
         left = max(0.0, 1 - (step - 1) / self.decay_steps) if self.decay_steps else 1.0
         return replace(self, mix=self.mix * left, decay_steps=0)
+
+    def scan(self) -> Scan:
+        return Scan("ratio", None, self.mix, self.clip)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         ratio = reference.bounded_ratio(tokens.signal, tokens.advantages, self.clip)
@@ -261,10 +340,13 @@ class Egrsd:
     signals = ("k1",)
     needs = ("signal", "teacher_entropy")
 
+    def scan(self) -> Scan:
+        window = self.look_ahead + 1
+        return Scan("gated_ratio", "teacher_entropy", self.clip, self.slope, self.floor, window=window, level=_most_or_one)
+
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         entropy = reference.least_ahead(tokens.teacher_entropy, tokens.sequence, self.look_ahead)
-        top = tokens.teacher_entropy.amax().clamp(min=1) if tokens.teacher_entropy.numel() else 1.0
-        gate = (1 - self.slope * (entropy / top)).clamp(self.floor, 1)
+        gate = (1 - self.slope * (entropy / _most_or_one(tokens.teacher_entropy))).clamp(self.floor, 1)
         return _unsegmented(tokens, reference.bounded_ratio(tokens.signal, tokens.advantages, self.clip) * gate, gate)
 
 
@@ -284,10 +366,15 @@ class ScGrpo:
 
     needs = ("forward_kl",)
 
+    def scan(self) -> Scan:
+        return Scan("share", "forward_kl", level=self._level)
+
+    def _level(self, d: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return reference.linear_quantile(reference.bounded(d), self.quantile, mask).clamp(min=self.least)
+
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        d = tokens.forward_kl.clamp(max=torch.finfo(tokens.forward_kl.dtype).max / 4)  # an infinite KL: W = 1, not NaN
-        middle = reference.linear_quantile(d, self.quantile).clamp(min=self.least) if d.numel() else self.least
-        weights = d / (d + middle)
+        d = reference.bounded(tokens.forward_kl)  # an infinite KL: W = 1, not NaN
+        weights = d / (d + self._level(d))
         return _unsegmented(tokens, weights, weights)
 
 
@@ -311,6 +398,9 @@ class AmrSd:
     signals = ("k1",)
     needs = ("signal",)
 
+    def scan(self) -> Scan:
+        return Scan("margin", None, self.up, self.down, self.margin, ratio=self.bound)
+
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         delta = (-tokens.signal).clamp(-self.bound, self.bound)
         up, down = self.up * (delta - self.margin).clamp(min=0), self.down * (-delta - self.margin).clamp(min=0)
@@ -328,10 +418,14 @@ class HighEntropy:
 
     needs = ("entropy",)
 
+    def scan(self) -> Scan:
+        return Scan("at_least", "entropy", level=self._level)
+
+    def _level(self, entropy: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return reference.top_share(entropy, self.share, mask)
+
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        kept = max(1, math.ceil(self.share * tokens.entropy.numel()))
-        least = tokens.entropy.topk(kept).values[-1] if tokens.entropy.numel() else 0.0
-        weights = (tokens.entropy >= least).to(tokens.entropy.dtype)
+        weights = (tokens.entropy >= self._level(tokens.entropy)).to(tokens.entropy.dtype)
         return _unsegmented(tokens, weights, weights)
 
 
@@ -360,6 +454,16 @@ class Sgcd:
     signals = ("reverse_kl", "k1")
     needs = ("signal", "teacher_entropy")
 
+    def scan(self) -> Scan:
+        return Scan(
+            *("lift", "teacher_entropy", self.gamma, self.cap),
+            normalizer="quantile",
+            segmenter="stable",
+            quantile=self.quantile,
+            threshold=self.kl_threshold,
+            ratio=self.stable,
+        )
+
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         sizes, found = tokens.lengths.tolist(), []
         for signal, entropy in zip(tokens.signal.split(sizes), tokens.teacher_entropy.split(sizes), strict=True):
@@ -370,10 +474,76 @@ class Sgcd:
         return PolicyCredit((1 + self.gamma * s).clamp(1, self.cap), g, s, ids, onsets, g > self.kl_threshold, unclosed)
 
 
+# --- turns --------------------------------------------------------------------------------------------------------------
+# Advantages of turns, added to the trajectory's. A turn is a run of policy tokens with equal turn ids. Nothing is segmented or
+# multiplied: W is 1, and the segments shown are the turns. Plain torch on the tensors' device, no look at a value.
+
+
+def _turns(tokens: PolicyTokens, extra: torch.Tensor) -> PolicyCredit:
+    """`extra` [n], the same within a turn, on top of the trajectory's advantage."""
+    onsets = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
+    ids = reference.turn_numbers(onsets, tokens.sequence)
+    none, extra = torch.zeros_like(onsets), extra.to(tokens.advantages.dtype)
+    return PolicyCredit(torch.ones_like(extra), extra, extra, ids, onsets, none, 0, tokens.advantages + extra)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A_outcome + weight * A_turn: MT-GRPO, arXiv 2505.11821, for any number of turns (two in the paper's code).
+
+    A_turn is the turn's reward relative to the turns of equal turn id among its sequence's group: minus their mean, over their
+    standard deviation with `std`. It is 0 where all agree, as after the last rewarded turn; so the tokens up to a turn's result
+    get the sum and those after the last one A_outcome alone. Turn ids count a trajectory's turns. The outcome's advantage is
+    normalised by the caller; keep it out of turn_rewards.
+    """
+
+    weight: float = 1.0
+    std: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("Turn.weight", self.weight, lambda x: x >= 0, "at least 0")
+        require(isinstance(self.std, bool), f"Turn.std: given {self.std!r}", "a bool", "pass True or False")
+
+    needs = ("turn_rewards", "turn_ids", "groups")
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        first = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
+        turn = reference.group_relative(tokens.turn_rewards, first, (tokens.groups, tokens.turn_ids), self.std)
+        return _turns(tokens, self.weight * turn)
+
+
+@dataclass(frozen=True)
+class Gigpo:
+    """A_episode + weight * A_step: GiGPO, arXiv 2505.10978, Eq. 5-8.
+
+    A turn's return is its reward plus gamma times the next turn's return; A_step is that return relative to those of the group's
+    turns that answered the same anchor observation (equal `anchors`, of one sequence or of several); 0 for a turn without such
+    company. Its mean is taken off, and with `std` it is divided by their standard deviation (the authors' code offers both and
+    defaults to the mean alone). As there, the last turn's reward holds the outcome.
+    """
+
+    weight: float = 1.0
+    gamma: float = 0.95
+    std: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("Gigpo.weight", self.weight, lambda x: x >= 0, "at least 0")
+        check_number("Gigpo.gamma", self.gamma, lambda x: 0 <= x <= 1, "in [0, 1]")
+        require(isinstance(self.std, bool), f"Gigpo.std: given {self.std!r}", "a bool", "pass True or False")
+
+    needs = ("turn_rewards", "turn_ids", "anchors", "groups")
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        first = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
+        returns = reference.turn_returns(tokens.turn_rewards, first, tokens.sequence, self.gamma)
+        return _turns(tokens, self.weight * reference.group_relative(returns, first, (tokens.groups, tokens.anchors), self.std))
+
+
 METHODS = {
     "gear": Gear(),
     "grpo": Grpo(),
-    **{name: Gear(segmenter=name) for name in SEGMENTERS if name != "entropy"},
+    **{name: Gear(segmenter=name) for name in ("token", "kl_only", "entropy_only", "entropy_window", "random", "fixed")},
+    "tool_call": Gear(segmenter="turn"),  # the paper's name for its ablation by turns
     "rlsd": Rlsd(),
     "egrsd": Egrsd(),
     "cl_egrsd": Egrsd(look_ahead=3),
@@ -381,6 +551,8 @@ METHODS = {
     "amr_sd": AmrSd(),
     "high_entropy": HighEntropy(),
     "sgcd": Sgcd(),
+    "turn": Turn(),
+    "gigpo": Gigpo(),
 }
 
 

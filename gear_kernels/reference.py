@@ -254,8 +254,7 @@ def normalise(signal: torch.Tensor, normalizer: str, quantile: float = 0.95) -> 
     clipped to 1; where that quantile is 0 (a sparse signal) the max takes its place.  none: x clipped into [0, 1].
     All but minmax are [ours]. Every one of them ends in [0, 1], so that the weight stays within 1 +- alpha / 2.
     """
-    big = torch.finfo(signal.dtype).max / 4  # an infinite KL (teacher at -inf) becomes the largest finite one: g = 1, not NaN
-    x = signal.clamp(-big, big)
+    x = bounded(signal)  # an infinite KL becomes g = 1, not NaN
     if x.numel() == 0 or bool((x == x[0]).all()):
         return torch.zeros_like(x)
     if normalizer == "minmax":
@@ -268,13 +267,42 @@ def normalise(signal: torch.Tensor, normalizer: str, quantile: float = 0.95) -> 
     return (x / scale).clamp(max=1) if scale > 0 else torch.zeros_like(x)
 
 
-def linear_quantile(x: torch.Tensor, q: float) -> torch.Tensor:
-    """The q-quantile of x [n], n >= 1, 0-d, interpolated linearly between the two nearest order statistics."""
-    ordered = x.sort().values
-    position = q * (x.numel() - 1)  # a Python float: float32 positions would blur from a few 10,000 tokens on
-    low = int(position)
-    high = min(low + 1, x.numel() - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+def bounded(x: torch.Tensor) -> torch.Tensor:
+    """Infinite values (a KL where the teacher is at -inf) become finite ones far outside all others: products stay numbers."""
+    big = torch.finfo(x.dtype).max / 4
+    return x.clamp(-big, big)
+
+
+def linear_quantile(x: torch.Tensor, q: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The q-quantile of x [n] where mask [n] is True, 0-d, interpolated linearly between the two nearest order statistics.
+
+    Positions are float64: float32 ones would blur from a few 10,000 tokens on. No element at all gives 0.
+    """
+    position = q * (_count(x, mask) - 1).double()
+    low = position.long()
+    ordered = _ascending(x, mask)
+    a, b = _pick(ordered, low), _pick(ordered, torch.minimum(low + 1, _count(x, mask) - 1))
+    return a + (position - low).to(x.dtype) * (b - a)
+
+
+def top_share(x: torch.Tensor, share: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The least of the ceil(share n) largest of x [n] where mask is True, 0-d; at least one counts."""
+    count = _count(x, mask)
+    kept = (share * count.double()).ceil().long().clamp(min=1)
+    return _pick(_ascending(x, mask), count - kept)
+
+
+def _count(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return torch.full((), x.numel(), device=x.device) if mask is None else mask.sum()
+
+
+def _ascending(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return (x if mask is None else x.masked_fill(~mask, torch.inf)).sort().values
+
+
+def _pick(ordered: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """ordered[place] without a look at the value of `place`, clamped to the front; 0 where nothing is ordered."""
+    return ordered.index_select(0, place.clamp(min=0).view(1))[0] if ordered.numel() else ordered.new_zeros(())
 
 
 def entropy_limits(entropy: torch.Tensor, ratio: float, floor: float = 0.0) -> torch.Tensor:
@@ -282,12 +310,16 @@ def entropy_limits(entropy: torch.Tensor, ratio: float, floor: float = 0.0) -> t
     return ratio * entropy.clamp(min=floor)
 
 
-def window_mean(x: torch.Tensor, window: int) -> torch.Tensor:
-    """Mean of x [n] over the last `window` tokens, the token itself included; fewer at the trajectory's start [ours]."""
+def window_mean(x: torch.Tensor, sequence: torch.Tensor, window: int) -> torch.Tensor:
+    """Mean of x [n] over a trajectory's last `window` tokens, the token itself included; fewer at its start [ours].
+
+    sequence [n] names the trajectory of each token, so a whole pack may be given.
+    """
     total, count = x.clone(), torch.ones_like(x)
     for shift in range(1, min(window, x.numel())):  # `window` shifted adds, not a cumulative sum: no cancellation
-        total[shift:] += x[:-shift]
-        count[shift:] += 1
+        same = sequence[shift:] == sequence[:-shift]
+        total[shift:] += torch.where(same, x[:-shift], 0)
+        count[shift:] += same
     return total / count
 
 
@@ -399,7 +431,7 @@ def renormalise(weights: torch.Tensor, sequence: torch.Tensor, lengths: torch.Te
 
 def bounded_ratio(signal: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
     """exp(sign(A) delta) clipped to 1 +- clip, with delta = -signal the teacher's log-prob minus the student's. Elementwise."""
-    return torch.exp(-signal * advantage.sign()).clamp(1 - clip, 1 + clip)
+    return torch.exp(-bounded(signal) * advantage.sign()).clamp(1 - clip, 1 + clip)
 
 
 def least_ahead(x: torch.Tensor, sequence: torch.Tensor, ahead: int) -> torch.Tensor:
@@ -409,3 +441,66 @@ def least_ahead(x: torch.Tensor, sequence: torch.Tensor, ahead: int) -> torch.Te
         same = sequence[k:] == sequence[:-k]
         least[:-k] = torch.where(same, torch.minimum(least[:-k], x[k:]), least[:-k])
     return least
+
+
+# Turns over the whole pack: sequence [n] int64 names the trajectory of each policy token, turn_ids [n] its turn; a turn is a run
+# of equal ids within a trajectory. No value is looked at by the host, so these run on a GPU as they stand.
+
+
+def turn_onsets(turn_ids: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """Bool [n]: the first token of each turn."""
+    first = torch.ones_like(sequence, dtype=torch.bool)
+    first[1:] = (turn_ids[1:] != turn_ids[:-1]) | (sequence[1:] != sequence[:-1])
+    return first
+
+
+def turn_numbers(onsets: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """int32 [n]: the number of each token's turn, from 0 within its trajectory."""
+    number = onsets.cumsum(0) - 1
+    starts = torch.ones_like(onsets)
+    starts[1:] = sequence[1:] != sequence[:-1]
+    before = torch.where(starts, number, 0).cummax(0).values  # numbers only rise, so the latest start's is the largest
+    return (number - before).int()
+
+
+def turn_returns(rewards: torch.Tensor, onsets: torch.Tensor, sequence: torch.Tensor, gamma: float) -> torch.Tensor:
+    """float64 [n]: each token's turn's reward plus gamma times the return of the trajectory's next turn (GiGPO, Eq. 5)."""
+    n = rewards.numel()
+    last = torch.ones_like(onsets)
+    last[:-1] = onsets[1:]
+    value = torch.where(last, rewards.double(), 0)
+    factor = torch.where(last, gamma, torch.ones_like(value))
+    factor[:-1].masked_fill_(sequence[1:] != sequence[:-1], 0)
+    step = 1
+    while step < n:  # value_t + factor_t * value_{t+1}, over spans that double: log2(n) passes instead of a loop over tokens
+        value[:-step], factor[:-step] = value[:-step] + factor[:-step] * value[step:], factor[:-step] * factor[step:]
+        factor[-step:] = 0
+        step *= 2
+    return value
+
+
+def group_relative(
+    x: torch.Tensor, counted: torch.Tensor, keys: tuple[torch.Tensor, ...], std: bool, eps: float = 1e-6
+) -> torch.Tensor:
+    """float64 [n]: x minus the mean of its group, over (standard deviation + eps) with `std`; exactly 0 where a group agrees.
+
+    A group is the tokens whose keys [n] (integers) all agree; mean and deviation are those of its `counted` tokens (bool [n]).
+    """
+    order = torch.arange(x.numel(), device=x.device)
+    for key in keys:
+        order = order[key[order].argsort(stable=True)]
+    starts = torch.zeros_like(counted)
+    for key in keys:
+        starts[1:] |= key[order][1:] != key[order][:-1]
+    group = torch.empty_like(order)
+    group[order] = starts.cumsum(0)
+    x, weight = x.double(), counted.double()
+    zeros = torch.zeros_like(x)
+    count = zeros.index_add(0, group, weight)
+    centred = x - (zeros.index_add(0, group, weight * x) / count.clamp(min=1))[group]
+    low = zeros.scatter_reduce(0, group, x, "amin", include_self=False)
+    high = zeros.scatter_reduce(0, group, x, "amax", include_self=False)
+    if std:
+        variance = zeros.index_add(0, group, weight * centred.square()) / (count - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + eps)[group]
+    return torch.where((low == high)[group], 0, centred)

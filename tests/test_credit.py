@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import gear_kernels
-from gear_kernels.credit import METHODS, NORMALIZERS, SEGMENTERS, Gear, Grpo, credit_weights
+from gear_kernels.credit import credit_weights
 from gear_kernels.errors import GearKernelsError
+from gear_kernels.methods import METHODS, NORMALIZERS, SEGMENTERS, Gear, Grpo
 
 RKL = [0.0, 0.05, 2.0, 0.1, 0.4, 0.0, 1.0, 0.2, 0.0, 0.1]
 ENTROPY = [0.5, 0.4, 1.0, 0.2, 0.9, 1.6, 0.8, 0.7, 1.1, 1.3]
@@ -537,9 +538,9 @@ BAD_ARGUMENTS = [
     ({"signal": [0.0] * 4}, r"signal: given list; expected a 1-D floating tensor"),
     ({"signal": torch.ones(4, dtype=torch.int64)}, r"signal: given dtype torch.int64; expected floating"),
     ({"signal": torch.ones(4, device="meta")}, r"signal: given on meta; expected on cpu like cu_seqlens"),
-    ({"signal": None}, r"signal: given None; expected \[T\], for Gear"),
-    ({"entropy": None}, r"entropy: given None; expected \[T\], for Gear"),
-    ({"method": "turn"}, r"turn_ids: given None; expected \[T\], for Gear"),
+    ({"signal": None}, r"signal: given None; expected a tensor, for Gear"),
+    ({"entropy": None}, r"entropy: given None; expected a tensor, for Gear"),
+    ({"method": "tool_call"}, r"turn_ids: given None; expected a tensor, for Gear"),
     ({"method": Gear(stop_at_turn=True)}, r"turn_ids: given None"),
     ({"advantages": torch.ones(3)}, r"advantages: given 3; expected 2, one per sequence"),
     ({"advantages": torch.tensor([1.0, math.nan])}, r"advantages: given NaN at sequence \[1\]"),

@@ -160,17 +160,18 @@ T* tokens(const Column<T>& x, int64_t count, const char* what) {
   return x.data();
 }
 
-// Inputs, then outputs in the order of Credit's fields, then the tallies; returns the first NaN of signal and of entropy.
+// Inputs, then outputs in the order of Credit's fields, then the tallies; returns the first NaN of signal and of the second row.
 template <class T>
-std::pair<int64_t, int64_t> credit_scan(Column<const T> signal, std::optional<Column<const T>> entropy, Column<const T> advantages,
+std::pair<int64_t, int64_t> credit_scan(std::optional<Column<const T>> signal, std::optional<Column<const T>> second, Column<const T> advantages,
                                         std::optional<Column<const bool>> mask, std::optional<Column<const int64_t>> turns,
                                         Column<const int64_t> bounds, std::vector<Column<T>> floats, Column<int32_t> ids,
                                         Column<bool> onsets, nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu> tallies,
                                         const ScanOptions& options, int threads) {
-  const int64_t n = (int64_t)signal.shape(0), sequences = (int64_t)bounds.shape(0) - 1;
+  const int64_t n = (int64_t)ids.shape(0), sequences = (int64_t)bounds.shape(0) - 1;
   Scan<T> s;
-  s.signal = signal.data(), s.bounds = bounds.data(), s.sequences = sequences;
-  if (entropy) s.entropy = tokens(*entropy, n, "entropy shape");
+  s.bounds = bounds.data(), s.sequences = sequences;
+  if (signal) s.signal = tokens(*signal, n, "signal shape");
+  if (second) s.second = tokens(*second, n, "second shape");
   if (mask) s.mask = tokens(*mask, n, "mask shape");
   if (turns) s.turns = tokens(*turns, n, "turns shape");
   s.advantages = tokens(advantages, sequences, "advantages shape");
@@ -182,7 +183,7 @@ std::pair<int64_t, int64_t> credit_scan(Column<const T> signal, std::optional<Co
   s.tallies = tallies.data();
   nb::gil_scoped_release nogil;
   const Nan nan = scan(s, options, threads);
-  return {nan.signal, nan.entropy};
+  return {nan.signal, nan.second};
 }
 
 }  // namespace
@@ -207,21 +208,25 @@ NB_MODULE(_native, m) {
         first, nb::arg("state"), nb::arg("beta"), nb::arg("grads"), nb::arg("dz"), threads, isa);
   nb::class_<ScanOptions>(m, "ScanOptions")
       .def(nb::init<>())
+      .def_rw("rule", &ScanOptions::rule)
       .def_rw("normalizer", &ScanOptions::normalizer)
       .def_rw("segmenter", &ScanOptions::segmenter)
+      .def_rw("a", &ScanOptions::a)
+      .def_rw("b", &ScanOptions::b)
+      .def_rw("c", &ScanOptions::c)
+      .def_rw("level", &ScanOptions::level)
       .def_rw("quantile", &ScanOptions::quantile)
       .def_rw("threshold", &ScanOptions::threshold)
       .def_rw("ratio", &ScanOptions::ratio)
-      .def_rw("alpha", &ScanOptions::alpha)
       .def_rw("floor", &ScanOptions::floor)
       .def_rw("longest", &ScanOptions::longest)
-      .def_rw("fixed", &ScanOptions::fixed)
       .def_rw("window", &ScanOptions::window)
       .def_rw("renormalize", &ScanOptions::renormalize)
       .def_rw("stop_at_turn", &ScanOptions::stop_at_turn);
-  const auto entropy = nb::arg("entropy").none(), mask = nb::arg("mask").none(), turns = nb::arg("turns").none();
-  m.def("scan", &credit_scan<float>, nb::arg("signal"), entropy, nb::arg("advantages"), mask, turns, nb::arg("bounds"),
+  const auto signal = nb::arg("signal").none(), second = nb::arg("second").none(), mask = nb::arg("mask").none(),
+             turns = nb::arg("turns").none();
+  m.def("scan", &credit_scan<float>, signal, second, nb::arg("advantages"), mask, turns, nb::arg("bounds"),
         nb::arg("floats"), nb::arg("ids"), nb::arg("onsets"), nb::arg("tallies"), nb::arg("options"), threads);
-  m.def("scan", &credit_scan<double>, nb::arg("signal"), entropy, nb::arg("advantages"), mask, turns, nb::arg("bounds"),
+  m.def("scan", &credit_scan<double>, signal, second, nb::arg("advantages"), mask, turns, nb::arg("bounds"),
         nb::arg("floats"), nb::arg("ids"), nb::arg("onsets"), nb::arg("tallies"), nb::arg("options"), threads);
 }

@@ -4,25 +4,26 @@
 
 namespace gear {
 
-// Orders are those of NORMALIZERS and SEGMENTERS in credit.py; `random` stays in Python, which draws its places.
+// Orders are those of RULES, NORMALIZERS and SEGMENTERS in methods.py; `random` stays in Python, which draws its places.
+enum Rule { kGear, kRatio, kGatedRatio, kShare, kMargin, kAtLeast, kLift };
 enum Normalizer { kReluMax, kMax, kMinMax, kAbsMax, kQuantile, kNone };
-enum Segmenter { kEntropySegments, kToken, kKlOnly, kEntropyOnly, kTurn, kEntropyWindow, kRandom, kFixed };
+enum Segmenter { kEntropySegments, kToken, kKlOnly, kEntropyOnly, kTurn, kEntropyWindow, kRandom, kFixed, kStable };
 
 // Columns of `tallies` [sequences, kTallies], float64: sums over a sequence's policy tokens.
 enum Tally { tTokens, tAbove, tInside, tSegments, tUnclosed, tSignal, tPositive, tWeightPositive, tNegative, tWeightNegative, kTallies };
 
-struct ScanOptions {
-  int normalizer = kReluMax, segmenter = kEntropySegments;
-  double quantile = 0.95, threshold = 0.1, ratio = 1.5, alpha = 0.2, floor = 0;
-  int64_t longest = 0;  // of a segment, in policy tokens; 0: no limit
-  int64_t fixed = 8, window = 8;
+struct ScanOptions {  // fields of methods.Scan; `level` is its value over the pack
+  int rule = kGear, normalizer = kNone, segmenter = kToken;
+  double a = 0, b = 0, c = 0, level = 1;
+  double quantile = 0.95, threshold = 0, ratio = 1, floor = 0;
+  int64_t longest = 0, window = 1;
   bool renormalize = false, stop_at_turn = false;
 };
 
 // T is float or double. Pointers [tokens] but for advantages [sequences] and bounds [sequences + 1].
 template <class T>
 struct Scan {
-  const T *signal = nullptr, *entropy = nullptr, *advantages = nullptr;
+  const T *signal = nullptr, *second = nullptr, *advantages = nullptr;  // null signal: zeros
   const bool* mask = nullptr;            // null: every token is the policy's
   const int64_t* turns = nullptr;        // null: no turns
   const int64_t* bounds = nullptr;
@@ -33,9 +34,9 @@ struct Scan {
   double* tallies = nullptr;
 };
 
-// -1, or the first packed token whose signal (or entropy) is NaN on a policy token.
+// -1, or the first packed token whose signal (or second row) is NaN on a policy token.
 struct Nan {
-  int64_t signal = -1, entropy = -1;
+  int64_t signal = -1, second = -1;
 };
 
 template <class T>
