@@ -198,21 +198,22 @@ def _triton_scan(pack: Pack, scan: Scan) -> Credit:
 
 
 def _windowed(pack: Pack, scan: Scan) -> torch.Tensor | None:
+    """The second row as the kernel wants it: [T]; for entropy_window [2 T], the row and then its window means."""
     second = pack.row(scan.second)
-    if scan.window == 1:
-        return second
-    function = reference.window_mean if scan.rule == "gear" else _least_within
+    if scan.segmenter == "entropy_window":
+        return torch.cat([second, _over_policy_tokens(reference.window_mean, second, pack, scan.window)])
+    return second if scan.window == 1 else _over_policy_tokens(reference.least_ahead, second, pack, scan.window - 1)
+
+
+def _over_policy_tokens(function, x: torch.Tensor, pack: Pack, reach: int) -> torch.Tensor:
+    """function(x, sequence, reach) as if the tokens outside the mask were not there; their own results mean nothing."""
     sequence = _sequence(pack)
     if pack.mask is None:
-        return function(second, sequence, scan.window)
+        return function(x, sequence, reach)
     # policy tokens to the front without a look at how many there are; the others are a trajectory of their own behind them
     order = (~pack.mask).byte().argsort(stable=True)
     sequence = torch.where(pack.mask, sequence, pack.cu_seqlens.numel())[order]
-    return torch.empty_like(second).index_copy_(0, order, function(second[order], sequence, scan.window))
-
-
-def _least_within(x: torch.Tensor, sequence: torch.Tensor, window: int) -> torch.Tensor:
-    return reference.least_ahead(x, sequence, window - 1)
+    return torch.empty_like(x).index_copy_(0, order, function(x[order], sequence, reach))
 
 
 # --- any other method -----------------------------------------------------------------------------------------------------

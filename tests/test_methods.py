@@ -7,8 +7,16 @@ import statistics
 import pytest
 import torch
 
+import gear_kernels
 from gear_kernels import GearKernelsError, credit_weights
-from gear_kernels.methods import METHODS, AmrSd, Egrsd, HighEntropy, Rlsd, ScGrpo, Sgcd
+from gear_kernels.methods import METHODS, AmrSd, Egrsd, Gigpo, HighEntropy, Rlsd, ScGrpo, Sgcd, Turn
+
+
+@pytest.fixture(params=("native", "reference", "triton"), autouse=True)
+def backend(request):
+    """Every test of this file runs on the compiled scan, the reference and the Triton scan (interpreted)."""
+    with gear_kernels.backend(request.param):
+        yield request.param
 
 
 def sign(x):
@@ -90,7 +98,50 @@ def slow_sgcd(m, trajectories):
     return out
 
 
+def runs(tokens):
+    """The turns of a trajectory: lists of tokens with equal turn ids, one after another."""
+    out = []
+    for t in tokens:
+        if out and out[-1][0]["turn"] == t["turn"]:
+            out[-1].append(t)
+        else:
+            out.append([t])
+    return out
+
+
+def relative(values, own, std):
+    mean = sum(values) / len(values)
+    if min(values) == max(values):
+        return 0.0
+    return (own - mean) / (statistics.stdev(values) + 1e-6 if std else 1)
+
+
+def slow_turns(m, trajectories, key, worth):
+    """A + weight * (a turn's worth relative to the turns of its group that share its key)."""
+    steps = [[(run, worth(all_runs, k)) for k, run in enumerate(all_runs)] for all_runs in map(runs, trajectories)]
+    found = {}
+    for own in steps:
+        for run, value in own:
+            found.setdefault((run[0]["group"], run[0][key]), []).append(value)
+    return [
+        [t["a"] + m.weight * relative(found[run[0]["group"], run[0][key]], value, m.std) for run, value in own for t in run]
+        for own in steps
+    ]
+
+
+def slow_turn(m, trajectories):
+    return slow_turns(m, trajectories, "turn", lambda all_runs, k: all_runs[k][0]["reward"])
+
+
+def slow_gigpo(m, trajectories):
+    return slow_turns(
+        m, trajectories, "anchor", lambda all_runs, k: sum(m.gamma**i * run[0]["reward"] for i, run in enumerate(all_runs[k:]))
+    )
+
+
 CASES = {
+    Turn: (slow_turn, lambda r: Turn(weight=r.random(), std=r.random() < 0.5)),
+    Gigpo: (slow_gigpo, lambda r: Gigpo(weight=r.random(), gamma=r.choice([0, 0.5, 0.95, 1]), std=r.random() < 0.5)),
     Rlsd: (slow_rlsd, lambda r: Rlsd(mix=r.random(), clip=r.uniform(0.05, 0.9))),
     Egrsd: (slow_egrsd, lambda r: Egrsd(slope=r.uniform(0, 2), floor=r.uniform(0.05, 1), look_ahead=r.choice([0, 1, 3, 100]))),
     ScGrpo: (slow_sc_grpo, lambda r: ScGrpo(quantile=r.uniform(0.1, 1))),
@@ -103,9 +154,20 @@ CASES = {
 }
 
 
-def random_pack(r):
+def random_turns(r, length):
+    """Turn ids that count up, each turn's anchor and reward at its tokens."""
+    turn, rows = 0, []
+    of_turn = {}
+    for _ in range(length):
+        turn += r.random() < 0.3
+        anchor, reward = of_turn.setdefault(turn, (r.randint(0, 2), r.choice([0.0, 1.0, r.random()])))
+        rows.append((turn, anchor, reward))
+    return rows
+
+
+def random_pack(r, short=False):
     """(call, trajectories of policy tokens, places of the policy tokens)."""
-    lengths = [r.choice([0, 1, 2, 5, 20]) for _ in range(r.randint(1, 6))]
+    lengths = [r.choice([0, 1, 2, 5, 9 if short else 20]) for _ in range(r.randint(1, 2 if short else 6))]
     total, bounds = sum(lengths), [0]
     for n in lengths:
         bounds.append(bounds[-1] + n)
@@ -116,53 +178,132 @@ def random_pack(r):
         "forward_kl": [r.expovariate(2) for _ in range(total)],
     }
     advantages = [r.choice([-1.0, 0.0, 2.0]) for _ in lengths]
+    groups = [r.choice([7, -3]) for _ in lengths]
+    turns = [row for n in lengths for row in random_turns(r, n)]
+    draw["turn_rewards"] = [reward for _, _, reward in turns]
     mask = [r.random() < 0.8 for _ in range(total)]
     call = {name: torch.tensor(values, dtype=torch.float64) for name, values in draw.items()}
     call |= {
         "advantages": torch.tensor(advantages, dtype=torch.float64),
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         "mask": torch.tensor(mask, dtype=torch.bool),
+        "groups": torch.tensor(groups),
+        "turn_ids": torch.tensor([turn for turn, _, _ in turns], dtype=torch.int32),
+        "anchors": torch.tensor([anchor for _, anchor, _ in turns], dtype=torch.int64),
     }
-    short = {"signal": "signal", "entropy": "h", "teacher_entropy": "ht", "forward_kl": "fkl"}
+    names = {"signal": "signal", "entropy": "h", "teacher_entropy": "ht", "forward_kl": "fkl", "turn_rewards": "reward"}
     trajectories, places = [], []
     for b, a in enumerate(advantages):
         own = [i for i in range(bounds[b], bounds[b + 1]) if mask[i]]
         places += own
-        trajectories.append([{"a": a} | {short[name]: values[i] for name, values in draw.items()} for i in own])
+        extra = [{"a": a, "group": groups[b], "turn": turns[i][0], "anchor": turns[i][1]} for i in own]
+        trajectories.append([x | {names[n]: values[i] for n, values in draw.items()} for x, i in zip(extra, own, strict=True)])
     return call, trajectories, places
 
 
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
-def test_equals_the_slow_transcription(kind):
+def test_equals_the_slow_transcription(kind, backend):
     slow, make = CASES[kind]
     for seed in range(500):
         r = random.Random(seed)
-        call, trajectories, places = random_pack(r)
+        call, trajectories, places = random_pack(r, short=backend == "triton")  # the interpreter takes 10 ms for a sequence
         method = make(r)
         got = credit_weights(**call, method=method)
+        got_values = got.token_advantages if kind in (Turn, Gigpo) else got.weights
         want = torch.zeros(len(call["signal"]), dtype=torch.float64)
         want[places] = torch.tensor([w for row in slow(method, trajectories) for w in row], dtype=torch.float64)
-        torch.testing.assert_close(got.weights, want, rtol=1e-12, atol=1e-12, msg=lambda m, s=seed, k=method: f"{s} {k}: {m}")
+        torch.testing.assert_close(got_values, want, rtol=1e-12, atol=1e-12, msg=lambda m, s=seed, k=method: f"{s} {k}: {m}")
         for value in got.diagnostics.values():
             assert value.isfinite()
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"random"}))
-def test_masked_tokens_and_order_of_sequences_change_nothing(name):
-    r = random.Random(name)
-    call, _, _ = random_pack(r)
-    call["turn_ids"] = torch.arange(len(call["signal"])) // 3
-    whole = credit_weights(**call, method=name)
-    noisy = dict(call)
-    for field in ("signal", "entropy", "teacher_entropy", "forward_kl"):
-        noisy[field] = torch.where(call["mask"], call[field], math.inf)
-    assert torch.equal(credit_weights(**noisy, method=name).weights, whole.weights)
-    parts = [slice(a, b) for a, b in zip(call["cu_seqlens"], call["cu_seqlens"][1:], strict=False)][::-1]
-    turned = {n: torch.cat([call[n][p] for p in parts]) for n in call if n not in ("advantages", "cu_seqlens")}
-    turned["advantages"] = call["advantages"].flip(0)
-    turned["cu_seqlens"] = torch.tensor([0, *(p.stop - p.start for p in parts)]).cumsum(0).int()
-    got = credit_weights(**turned, method=name).weights
-    torch.testing.assert_close(got, torch.cat([whole.weights[p] for p in parts]), rtol=1e-12, atol=1e-12)
+def parts_of(call, order):
+    """The sequences of a pack in another order, or some of them, and the places of their tokens in the pack."""
+    bounds = call["cu_seqlens"].tolist()
+    index = torch.tensor([i for b in order for i in range(bounds[b], bounds[b + 1])], dtype=torch.int64)
+    per_sequence = {n: call[n][torch.tensor(order, dtype=torch.int64)] for n in ("advantages", "groups")}
+    lengths = [bounds[b + 1] - bounds[b] for b in order]
+    rows = {n: x[index] for n, x in call.items() if n not in ("advantages", "groups", "cu_seqlens")}
+    return {**rows, **per_sequence, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int()}, index
+
+
+PACK_WIDE = {"egrsd", "cl_egrsd", "sc_grpo", "high_entropy"}  # they compare a token with the whole pack, as their papers do
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_invariances(name, backend):
+    """Noise on masked tokens, tokens added outside the mask, the order of sequences and a split of the pack change nothing."""
+    for seed in range(2 if backend == "triton" else 12):
+        r = random.Random(f"{name}{seed}")
+        call, _, _ = random_pack(r, short=backend == "triton")
+        whole, batch = credit_weights(**call, method=name), len(call["advantages"])
+        noisy = dict(call)
+        for field in ("signal", "entropy", "teacher_entropy", "forward_kl", "turn_rewards"):
+            noisy[field] = torch.where(call["mask"], call[field], math.nan)
+        noisy["turn_ids"] = torch.where(call["mask"], call["turn_ids"], -5)
+        assert torch.equal(credit_weights(**noisy, method=name).token_advantages, whole.token_advantages)
+        assert_policy_tokens_same(call, whole, name, r)
+        groups = sorted(set(call["groups"].tolist()))
+        of_group = [[b for b in range(batch) if call["groups"][b] == group] for group in groups]
+        orders = [r.sample(range(batch), batch)] + ([] if name in PACK_WIDE else of_group)
+        for order in orders:
+            part, index = parts_of(call, order)
+            got = credit_weights(**part, method=name)
+            for field in ("token_advantages", "weights", "signal", "credit"):
+                torch.testing.assert_close(getattr(got, field), getattr(whole, field)[index], rtol=1e-12, atol=1e-12)
+            assert torch.equal(got.segment_ids, whole.segment_ids[index]) and torch.equal(got.onsets, whole.onsets[index])
+
+
+def assert_policy_tokens_same(call, whole, name, r):
+    """The pack without its masked tokens gives the same on the others."""
+    keep = call["mask"]
+    counts = [int(keep[a:b].sum()) for a, b in zip(call["cu_seqlens"], call["cu_seqlens"][1:], strict=False)]
+    fewer = {
+        n: x[keep] if len(x) == len(keep) and n not in ("advantages", "groups", "cu_seqlens") else x for n, x in call.items()
+    }
+    fewer |= {"cu_seqlens": torch.tensor([0, *counts]).cumsum(0).int(), "mask": None if r.random() < 0.5 else fewer["mask"]}
+    got = credit_weights(**fewer, method=name)
+    torch.testing.assert_close(got.token_advantages, whole.token_advantages[keep], rtol=1e-12, atol=1e-12)
+    assert torch.equal(got.segment_ids, whole.segment_ids[keep])
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"turn", "gigpo"}))
+def test_no_weight_turns_an_advantage_round(name, backend):
+    """A-hat has A's sign (or is 0); A = 0 gives A-hat = 0, and W = 1 where the weight depends on A."""
+    for seed in range(3):
+        call, _, _ = random_pack(random.Random(f"{name}{seed}"), short=backend == "triton")
+        got = credit_weights(**call, method=name)
+        a = call["advantages"].repeat_interleave(call["cu_seqlens"].diff().long())
+        assert (got.weights >= 0).all() and (got.token_advantages * a >= 0).all()
+        flat = call["mask"] & (a == 0)
+        assert not got.token_advantages[flat].any()
+        if name in ("gear", "grpo", "rlsd", "token", "kl_only", "entropy_only", "entropy_window", "random", "fixed", "tool_call"):
+            assert (got.weights[flat] == 1).all()
+
+
+def test_turns_are_shown_as_segments():
+    call, _, _ = random_pack(random.Random(3))
+    got = credit_weights(**call, method="turn")
+    assert (got.segment_ids[call["mask"]] >= 0).all() and (got.weights[call["mask"]] == 1).all()
+    assert got.onsets.sum() == len({(s, i) for s, i in zip(*labels(call, got), strict=True) if i >= 0})
+
+
+def labels(call, got):
+    sequence = torch.arange(len(call["advantages"])).repeat_interleave(call["cu_seqlens"].diff().long())
+    return sequence.tolist(), got.segment_ids.tolist()
+
+
+def test_mt_grpo_rewards_the_tool_turn_and_the_outcome_apart():
+    """Two siblings, two turns each: the first call works and the answer is wrong, and the other way round."""
+    call = {
+        "advantages": torch.tensor([-1.0, 1.0]),
+        "cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32),
+        "turn_ids": torch.tensor([0, 0, 1, 0, 0, 1]),
+        "turn_rewards": torch.tensor([1.0, 1, 0, 0, 0, 0]),
+        "groups": torch.tensor([0, 0]),
+    }
+    got = credit_weights(None, None, **call, method=Turn(std=False))
+    assert got.token_advantages.tolist() == [-0.5, -0.5, -1.0, 0.5, 0.5, 1.0]
 
 
 def test_rlsd_decays_over_the_steps():
@@ -174,7 +315,8 @@ def test_rlsd_decays_over_the_steps():
 
 def test_missing_inputs_are_named():
     one = (torch.zeros(3), torch.zeros(3), torch.ones(1), torch.tensor([0, 3], dtype=torch.int32))
-    for name, missing in (("egrsd", "teacher_entropy"), ("sgcd", "teacher_entropy"), ("sc_grpo", "forward_kl")):
+    needs = {"egrsd": "teacher_entropy", "sgcd": "teacher_entropy", "sc_grpo": "forward_kl", "turn": "turn_rewards"}
+    for name, missing in (needs | {"gigpo": "turn_rewards"}).items():
         with pytest.raises(GearKernelsError, match=f"{missing}: given None"):
             credit_weights(*one, method=name)
     with pytest.raises(GearKernelsError, match="forward_kl: given NaN at sequence 0, position 1"):
@@ -185,8 +327,10 @@ def test_infinite_divergences_stay_finite():
     inf = torch.tensor([0.0, math.inf, 1.0])
     call = {"teacher_entropy": torch.ones(3), "forward_kl": inf}
     for name in ("sc_grpo", "sgcd", "rlsd", "amr_sd", "egrsd"):
-        got = credit_weights(inf, None, torch.tensor([-1.0]), torch.tensor([0, 3], dtype=torch.int32), method=name, **call)
-        assert got.weights.isfinite().all(), name
+        for advantage in (-1.0, 0.0, 1.0):
+            bounds = torch.tensor([0, 3], dtype=torch.int32)
+            got = credit_weights(inf, None, torch.tensor([advantage]), bounds, method=name, **call)
+            assert got.weights.isfinite().all(), name
 
 
 BAD = [
@@ -198,6 +342,9 @@ BAD = [
     (lambda: AmrSd(bound=-1), "AmrSd.bound: given -1"),
     (lambda: HighEntropy(share=0), "HighEntropy.share: given 0"),
     (lambda: Sgcd(cap=0.5), "Sgcd.cap: given 0.5"),
+    (lambda: Turn(weight=-1), "Turn.weight: given -1"),
+    (lambda: Turn(std=1), "Turn.std: given 1"),
+    (lambda: Gigpo(gamma=1.5), "Gigpo.gamma: given 1.5"),
 ]
 
 

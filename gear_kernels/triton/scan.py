@@ -1,0 +1,498 @@
+"""The credit scan: a program takes one packed sequence through normalise, segment, weigh and the step's sums. One launch.
+
+GEAR's rule jumps from an onset to the segment's end, so a program jumps too: within a block of tokens it finds the next onset and
+then the first token that ends the segment, each by one reduction over the block, and carries an open segment into the next block.
+A block costs two reductions for every segment in it (segments of two tokens: one reduction a token, the worst case) instead of a
+step for every token. Blocks are read twice, once for the normaliser; the per-sequence quantile is a radix search over the bits of
+the values, 11 counts (21 in float64) instead of a sort.
+
+Computed in the dtype of the rows, float32 or float64, without fused multiply-adds: what decides (g above the threshold, entropy
+above its limit) is bitwise reference.py's. Names and numbers of rules, normalisers and segmenters are those of methods.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..methods import NORMALIZERS, RULES, SCAN_SEGMENTERS, Scan
+from .stats import INTERPRETED, Config
+
+_constant = (lambda x: x) if INTERPRETED else tl.constexpr
+_INTERPRETER = _constant(INTERPRETED)
+fp64 = tl.float64  # the annotation of a kernel's float64 argument is this very word
+_GEAR, _RATIO, _GATED_RATIO, _SHARE, _MARGIN, _AT_LEAST, _LIFT = (_constant(i) for i in range(len(RULES)))
+_RELU_MAX, _MAX, _MINMAX, _ABS_MAX, _QUANTILE, _NONE = (_constant(i) for i in range(len(NORMALIZERS)))
+_ENTROPY, _TOKEN, _KL_ONLY, _ENTROPY_ONLY, _TURN, _WINDOW, _RANDOM, _FIXED, _STABLE = (
+    _constant(i) for i in range(len(SCAN_SEGMENTERS))
+)
+_BIG32, _BIG64 = (_constant(torch.finfo(dtype).max / 4) for dtype in (torch.float32, torch.float64))
+_TALLIES = _constant(10)
+
+
+class ScanRows(NamedTuple):
+    """Inputs; members that are None disappear at compile time. Floating rows share one dtype."""
+
+    signal: Any  # [T]
+    second: Any  # [T]; for entropy_window [2 T], its window means behind it
+    advantages: Any  # [B]
+    mask: Any  # [T] bool
+    turns: Any  # [T] integer
+    bounds: Any  # [B + 1] integer
+    level: Any  # [1]
+
+
+class ScanOutputs(NamedTuple):
+    """As in Credit; tallies [B, 10] float64 in the order of credit.TALLIES."""
+
+    token_advantages: Any
+    weights: Any
+    signal: Any
+    credit: Any
+    segment_ids: Any
+    onsets: Any
+    tallies: Any
+
+
+# --- device functions -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _as(number, like):
+    """A float64 kernel argument in the dtype of `like`, as torch takes a Python number (which the interpreter hands over)."""
+    if _INTERPRETER:
+        value = number + like * 0
+    else:
+        value = number.to(like.dtype)
+    return value
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.where(b < a, b, a)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.where(b > a, b, a)
+
+
+@triton.jit
+def _clip(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def _bounded(x):
+    if x.dtype == tl.float64:
+        y = _clip(x, -_BIG64, _BIG64)
+    else:
+        y = _clip(x, -_BIG32, _BIG32)
+    return y
+
+
+@triton.jit
+def _divide(x, y):
+    """Rounded to nearest: `/` on float32 is not, and g stands against a threshold."""
+    if x.dtype == tl.float64:
+        z = x / y
+    else:
+        z = tl.div_rn(x, y)
+    return z
+
+
+@triton.jit
+def _policy(ROWS, at, inside):
+    """Which tokens of a block are the policy's."""
+    if ROWS.mask is not None:
+        inside = inside & (tl.load(ROWS.mask + at, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def _signal(ROWS, at, mask, like):
+    if ROWS.signal is not None:
+        x = _bounded(tl.load(ROWS.signal + at, mask=mask, other=0.0))
+    else:
+        x = like * tl.where(mask, 0.0, 0.0)
+    return x
+
+
+@triton.jit
+def _raw(x, low, NORMALIZER: tl.constexpr):
+    """The signal before it is divided by its scale."""
+    if NORMALIZER == _MINMAX:
+        v = x - low
+    elif NORMALIZER == _ABS_MAX:
+        v = tl.abs(x)
+    else:
+        v = tl.where(x <= 0, 0.0, x)  # <=: no -0.0, whose bits would be the largest
+    return v
+
+
+@triton.jit
+def _clipped(ROWS, at, end, like):
+    """(max(signal, 0), which tokens are the policy's) of a block."""
+    mask = _policy(ROWS, at, at < end)
+    return _raw(_signal(ROWS, at, mask, like), like, _RELU_MAX), mask
+
+
+@triton.jit
+def _quantile(ROWS, start, end, count, q, like, BLOCK: tl.constexpr):
+    """Linear between the two nearest order statistics of max(x, 0), as reference.linear_quantile.
+
+    The lower one is found digit by digit, three bits a round: values that are not negative order as their bits do.
+    """
+    position = (q + tl.zeros((), tl.float64)) * (_larger(count, 1) - 1).to(tl.float64)
+    rank = position.to(tl.int64)
+    WIDE: tl.constexpr = like.dtype == tl.float64
+    ROUNDS: tl.constexpr = 21 if WIDE else 11
+    digits = tl.arange(0, 8).to(tl.uint64)
+    found = tl.zeros((), tl.uint64)
+    for i in range(ROUNDS):
+        shift = (ROUNDS - 1 - i) * 3
+        candidates = found + (digits << shift)
+        below = tl.zeros((8,), tl.int32)
+        for base in range(start, end, BLOCK):
+            v, mask = _clipped(ROWS, base + tl.arange(0, BLOCK), end, like)
+            if WIDE:
+                bits = v.to(tl.uint64, bitcast=True)
+            else:
+                bits = v.to(tl.uint32, bitcast=True).to(tl.uint64)
+            below += tl.sum((mask[:, None] & (bits[:, None] < candidates[None, :])).to(tl.int32), 0)
+        digit = tl.sum(((below <= rank) & (tl.arange(0, 8) > 0)).to(tl.int32), 0)
+        found += digit.to(tl.uint64) << shift
+    if WIDE:
+        a = found.to(tl.float64, bitcast=True)
+    else:
+        a = found.to(tl.uint32).to(tl.float32, bitcast=True)
+    upto = tl.zeros((), tl.int64)
+    above = like + float("inf")
+    for base in range(start, end, BLOCK):
+        v, mask = _clipped(ROWS, base + tl.arange(0, BLOCK), end, like)
+        upto += tl.sum((mask & (v <= a)).to(tl.int32), 0)
+        above = _smaller(above, tl.min(tl.where(mask & (v > a), v, float("inf")), 0))
+    b = tl.where((upto > rank + 1) | (above == float("inf")), a, above)
+    return a + (position - rank.to(tl.float64)).to(like.dtype) * (b - a)
+
+
+@triton.jit
+def _scale(ROWS, start, end, q, like, NORMALIZER: tl.constexpr, BLOCK: tl.constexpr):
+    """(low, scale) of a sequence: g = min(raw / scale, 1); scale 0 where every g is 0."""
+    low, high = like * 0 + float("inf"), like * 0 - float("inf")
+    count = tl.zeros((), tl.int64)
+    for base in range(start, end, BLOCK):
+        at = base + tl.arange(0, BLOCK)
+        mask = _policy(ROWS, at, at < end)
+        x = _signal(ROWS, at, mask, like)
+        low = _smaller(low, tl.min(tl.where(mask, x, float("inf")), 0))
+        high = _larger(high, tl.max(tl.where(mask, x, -float("inf")), 0))
+        count += tl.sum(mask.to(tl.int32), 0)
+    if NORMALIZER == _MINMAX:
+        scale = high - low
+    elif NORMALIZER == _ABS_MAX:
+        scale = _larger(-low, high)
+    elif NORMALIZER == _NONE:
+        scale = like * 0 + 1.0
+    elif NORMALIZER == _QUANTILE:
+        scale = _quantile(ROWS, start, end, count, q, like, BLOCK)
+        scale = tl.where(scale > 0, scale, high)
+    else:
+        scale = high
+    return low, tl.where((low < high) & (scale > 0), scale, 0.0)
+
+
+@triton.jit
+def _normalised(x, low, scale, NORMALIZER: tl.constexpr):
+    g = _divide(_raw(x, low, NORMALIZER), tl.where(scale > 0, scale, 1.0) + x * 0)
+    return tl.where(scale > 0, _smaller(g, 1.0), 0.0)
+
+
+@triton.jit
+def _second(ROWS, at, mask, like):
+    if ROWS.second is not None:
+        e = tl.load(ROWS.second + at, mask=mask, other=0.0)
+    else:
+        e = like * tl.where(mask, 0.0, 0.0)
+    return e
+
+
+@triton.jit
+def _turn(ROWS, at, mask):
+    if ROWS.turns is not None:
+        turn = tl.load(ROWS.turns + at, mask=mask, other=0).to(tl.int64)
+    else:
+        turn = tl.where(mask, 0, 0).to(tl.int64)
+    return turn
+
+
+@triton.jit
+def _ratio(x, sign, by):
+    return _clip(tl.exp(-x * sign), 1 - by, 1 + by)
+
+
+@triton.jit
+def _weight(RULE: tl.constexpr, credit, x, e, sign, level, a, b, c, ratio):
+    """(weight, the quantity shown as signal and credit) of the rules without segments, and the weight of the others."""
+    shown = credit
+    if RULE == _GEAR:
+        weight = 1 + a * (0.5 + (0.5 - credit) * sign - 0.5)
+    elif RULE == _LIFT:
+        weight = _clip(1 + a * credit, 1.0, b)
+    elif RULE == _RATIO:
+        shown = _ratio(x, sign, b)
+        weight = 1 - a + a * shown
+    elif RULE == _GATED_RATIO:
+        shown = _clip(1 - b * _divide(e, level + e * 0), c, 1.0)
+        weight = _ratio(x, sign, a) * shown
+    elif RULE == _SHARE:
+        shown = _divide(_bounded(e), _bounded(e) + level)
+        weight = shown
+    elif RULE == _MARGIN:
+        shown = _clip(-x, -ratio, ratio)
+        up, down = a * _larger(shown - c, 0.0), b * _larger(-shown - c, 0.0)
+        weight = 1 + tl.where(sign < 0, down, up)
+    else:
+        shown = tl.where(e >= level, 1.0, 0.0) + e * 0
+        weight = shown
+    return weight, shown
+
+
+# --- the scan ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["total", "longest"])
+def _scan_kernel(
+    ROWS,
+    OUT,
+    total,
+    longest,
+    quantile: fp64,
+    threshold: fp64,
+    ratio: fp64,
+    floor: fp64,
+    a: fp64,
+    b: fp64,
+    c: fp64,
+    RULE: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    SEGMENTER: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    STOP_AT_TURN: tl.constexpr,
+    LIMITED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program b: sequence b of the pack. LIMITED: `longest` counts."""
+    SEGMENTED: tl.constexpr = (RULE == _GEAR) or (RULE == _LIFT)
+    COVERS: tl.constexpr = (SEGMENTER == _ENTROPY_ONLY) or (SEGMENTER == _TURN) or (SEGMENTER == _FIXED)
+    BY_ENTROPY: tl.constexpr = (SEGMENTER == _ENTROPY) or (SEGMENTER == _ENTROPY_ONLY) or (SEGMENTER == _WINDOW)
+    BY_TURN: tl.constexpr = (SEGMENTER == _TURN) or STOP_AT_TURN
+    row = tl.program_id(0).to(tl.int64)
+    start = _clip(tl.load(ROWS.bounds + row).to(tl.int64), 0, total)
+    end = _clip(tl.load(ROWS.bounds + row + 1).to(tl.int64), 0, total)
+    advantage = tl.load(ROWS.advantages + row)
+    sign = tl.where(advantage > 0, 1.0, tl.where(advantage < 0, -1.0, 0.0)).to(advantage.dtype)
+    like = tl.zeros((), advantage.dtype)  # 0 in the dtype of the rows
+    a, b, c, ratio, floor, threshold = (
+        _as(a, like),
+        _as(b, like),
+        _as(c, like),
+        _as(ratio, like),
+        _as(floor, like),
+        _as(threshold, like),
+    )
+    level = like + 1.0
+    if ROWS.level is not None:
+        level = tl.load(ROWS.level)
+    low, scale = like, like
+    if SEGMENTED:
+        low, scale = _scale(ROWS, start, end, quantile, like, NORMALIZER, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    # an open segment, carried from block to block: its first token's g, limit (or entropy) and turn, and its last rank
+    is_open, held, limit = tl.zeros((), tl.int32), like, like
+    own_turn, last_rank, seen = tl.zeros((), tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    segments, above, inside = tl.zeros((), tl.int32), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    weights, signals = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
+    for base in range(start, end, BLOCK):
+        at = base + lanes
+        mask = _policy(ROWS, at, at < end)
+        x = _signal(ROWS, at, mask, like)
+        e = _second(ROWS, at, mask, like)
+        credit = x * 0
+        g = credit
+        ids = tl.full((BLOCK,), -1, tl.int32)
+        first = ids > 0
+        if SEGMENTED:
+            g = _normalised(x, low, scale, NORMALIZER)
+            over = mask & (g > threshold)
+            above += tl.sum(over.to(tl.int32), 0)
+            if RULE == _GEAR:
+                credit = g
+            if SEGMENTER != _TOKEN:
+                onsets = over
+                if COVERS:
+                    onsets = mask
+                tested = e
+                if SEGMENTER == _WINDOW:
+                    tested = tl.load(ROWS.second + total + at, mask=mask, other=0.0)
+                if BY_TURN:
+                    turns = _turn(ROWS, at, mask)
+                if LIMITED:
+                    ranks = seen + tl.cumsum(mask.to(tl.int32), 0).to(tl.int64) - 1
+                pos = tl.zeros((), tl.int32)
+                while pos < BLOCK:
+                    free = tl.min(tl.where(onsets & (lanes >= pos), lanes, BLOCK), 0)
+                    opens = (is_open == 0) & (free < BLOCK)
+                    begin = tl.where(opens, free, pos)
+                    # scalars of the onset, from the cache: reductions over the block would cost as much as the search
+                    here = base + begin
+                    held = tl.where(opens, _normalised(_signal(ROWS, here, opens, like), low, scale, NORMALIZER), held)
+                    if BY_ENTROPY:
+                        limit = tl.where(opens, ratio * _larger(_second(ROWS, here, opens, like), floor), limit)
+                    if SEGMENTER == _STABLE:
+                        limit = tl.where(opens, _second(ROWS, here, opens, like), limit)
+                    if BY_TURN:
+                        own_turn = tl.where(opens, _turn(ROWS, here, opens), own_turn)
+                    if LIMITED:
+                        rank = seen + tl.sum((mask & (lanes < begin)).to(tl.int32), 0)
+                        last_rank = tl.where(opens, rank + longest - 1, last_rank)
+                    running = opens | (is_open != 0)
+                    later = mask & (lanes >= tl.where(opens, begin + 1, pos))
+                    # `ending` is the segment's last token, `breaking` the first one that it may not have
+                    ending = tl.full((), BLOCK, tl.int32)
+                    breaking = ending
+                    if BY_ENTROPY:
+                        ending = tl.min(tl.where(later & (tested > limit), lanes, BLOCK), 0)
+                    breaks = later & (lanes < 0)
+                    if SEGMENTER == _KL_ONLY:
+                        breaks = later & over
+                    if SEGMENTER == _STABLE:
+                        breaks = later & ((limit > ratio * e) | (e > ratio * limit))
+                    if BY_TURN:
+                        breaks = breaks | (later & (turns != own_turn))
+                    if LIMITED:
+                        breaks = breaks | (later & (ranks > last_rank))
+                    if BY_TURN or LIMITED or (SEGMENTER == _KL_ONLY) or (SEGMENTER == _STABLE):
+                        breaking = tl.min(tl.where(breaks, lanes, BLOCK), 0)
+                    ended = running & ((ending < BLOCK) | (breaking < BLOCK))
+                    stop = tl.where(ended, tl.where(breaking <= ending, breaking, ending + 1), BLOCK)
+                    segments += opens.to(tl.int32)
+                    covered = running & mask & (lanes >= begin) & (lanes < stop)
+                    credit = tl.where(covered, held, credit)
+                    ids = tl.where(covered, segments - 1, ids)
+                    first = first | (opens & (lanes == begin))
+                    is_open = (running & (ended == 0)).to(tl.int32)
+                    pos = tl.where(running, stop, BLOCK)
+                inside += tl.sum((mask & (ids >= 0)).to(tl.int32), 0)
+        weight, shown = _weight(RULE, credit, x, e, sign, level, a, b, c, ratio)
+        if not SEGMENTED:
+            g, credit = shown, shown
+        here_too = at < end
+        weight = tl.where(mask, weight, 0.0)
+        tl.store(OUT.token_advantages + at, tl.where(mask, weight * advantage, 0.0), mask=here_too)
+        tl.store(OUT.weights + at, weight, mask=here_too)
+        tl.store(OUT.signal + at, tl.where(mask, g, 0.0), mask=here_too)
+        tl.store(OUT.credit + at, tl.where(mask, credit, 0.0), mask=here_too)
+        tl.store(OUT.segment_ids + at, ids, mask=here_too)
+        tl.store(OUT.onsets + at, first, mask=here_too)
+        seen += tl.sum(mask.to(tl.int32), 0)
+        weights += tl.sum(weight.to(tl.float64), 0)
+        signals += tl.sum(tl.where(mask, x, 0.0).to(tl.float64), 0)
+    if RENORMALIZE:
+        mean = weights / _larger(seen, 1).to(tl.float64)
+        weights = tl.zeros((), tl.float64)
+        tl.debug_barrier()  # other threads of the program may have stored what is read here
+        for base in range(start, end, BLOCK):
+            at = base + lanes
+            mask = _policy(ROWS, at, at < end)
+            weight = tl.load(OUT.weights + at, mask=mask, other=0.0)
+            weight = (weight.to(tl.float64) / mean).to(advantage.dtype)
+            tl.store(OUT.weights + at, weight, mask=mask)
+            tl.store(OUT.token_advantages + at, weight * advantage, mask=mask)
+            weights += tl.sum(tl.where(mask, weight, 0.0).to(tl.float64), 0)
+    if (SEGMENTER == _TURN) or (SEGMENTER == _FIXED):
+        is_open = is_open * 0  # the end of the trajectory closes these
+    up, down = (advantage > 0).to(tl.float64), (advantage < 0).to(tl.float64)
+    tokens = seen.to(tl.float64)
+    tallies = (
+        *(tokens, above.to(tl.float64), inside.to(tl.float64), segments.to(tl.float64), is_open.to(tl.float64)),
+        *(signals, up * tokens, tl.where(advantage > 0, weights, 0.0), down * tokens, tl.where(advantage < 0, weights, 0.0)),
+    )
+    for i in tl.static_range(_TALLIES):
+        tl.store(OUT.tallies + row * _TALLIES + i, tallies[i])
+
+
+@triton.jit
+def _column(sums, columns, i: tl.constexpr):
+    return tl.sum(tl.where(columns == i, sums, 0.0), 0)
+
+
+@triton.jit
+def _mean(total, count, empty):
+    return tl.where(count > 0, total / _larger(count, 1.0), empty)
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def _tally_kernel(TALLIES, OUT, sequences, ROWS: tl.constexpr):
+    """One program: TALLIES [B, 10] -> OUT [8] float32, as credit._diagnostics."""
+    columns = tl.arange(0, 16)
+    sums = tl.zeros((16,), tl.float64)
+    trajectories = tl.zeros((16,), tl.float64)
+    for base in range(0, sequences, ROWS):
+        rows = base + tl.arange(0, ROWS)
+        mask = (rows < sequences)[:, None] & (columns < _TALLIES)[None, :]
+        block = tl.load(TALLIES + rows.to(tl.int64)[:, None] * _TALLIES + columns[None, :], mask=mask, other=0.0)
+        sums += tl.sum(block, 0)
+        trajectories += tl.sum(tl.where(block > 0, 1.0, 0.0).to(tl.float64), 0)
+    tokens, segments = _column(sums, columns, 0), _column(sums, columns, 3)
+    inside = _column(sums, columns, 2)
+    means = (
+        _mean(_column(sums, columns, 1), tokens, 0.0),
+        _mean(inside, tokens, 0.0),
+        _mean(segments, _column(trajectories, columns, 0), 0.0),
+        _mean(inside, segments, 0.0),
+        _mean(_column(sums, columns, 4), segments, 0.0),
+        _mean(_column(sums, columns, 5), tokens, 0.0),
+        _mean(_column(sums, columns, 7), _column(sums, columns, 6), 1.0),
+        _mean(_column(sums, columns, 9), _column(sums, columns, 8), 1.0),
+    )
+    for i in tl.static_range(8):
+        tl.store(OUT + i, means[i].to(tl.float32))
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+_LANES = 256  # tokens to a warp
+
+
+def config(tokens: int, sequences: int) -> Config:
+    """From the shape alone: a block about as long as the mean sequence. Not yet measured on a GPU."""
+    longest, least = (32768, 16) if INTERPRETED else (4096, 256)
+    block = min(longest, max(least, triton.next_power_of_2(-(-tokens // max(sequences, 1)))))
+    return Config(block, 1 if INTERPRETED else block // _LANES)
+
+
+def scan(rows: ScanRows, out: ScanOutputs, what: Scan, total: int) -> tuple[torch.Tensor, ...]:
+    """Fills `out`; returns the eight diagnostics, 0-d float32 each."""
+    sequences = rows.advantages.numel()
+    chosen = config(total, sequences)
+    if sequences:
+        _scan_kernel[(sequences,)](
+            *(rows, out, total, what.longest),
+            *(what.quantile, what.threshold, what.ratio, what.floor, what.a, what.b, what.c),
+            RULE=RULES.index(what.rule),
+            NORMALIZER=NORMALIZERS.index(what.normalizer),
+            SEGMENTER=SCAN_SEGMENTERS.index(what.segmenter),
+            RENORMALIZE=what.renormalize,
+            STOP_AT_TURN=what.stop_at_turn,
+            LIMITED=what.longest > 0,
+            BLOCK=chosen.block,
+            num_warps=chosen.num_warps,
+            enable_fp_fusion=False,
+        )
+    diagnostics = torch.empty(8, dtype=torch.float32, device=rows.advantages.device)
+    _tally_kernel[(1,)](out.tallies, diagnostics, sequences, ROWS=64, num_warps=4)
+    return diagnostics.unbind(0)
