@@ -156,10 +156,23 @@ def build_engine(cfg: Config, model_path: str):
     config = deepspeed_config(cfg)
     lm, keep_alive = load_partitioned(cfg, model_path, config)
     if cfg.model.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_layers(lm)
     engine, *_ = deepspeed.initialize(model=Policy(lm), config=config, model_parameters=list(lm.parameters()))
     engine.hf_deepspeed_config = keep_alive
     return engine
+
+
+def _checkpoint_layers(lm: nn.Module) -> None:
+    """HF recomputes only layers in training mode, and from_pretrained leaves all in evaluation mode: switch on these alone.
+
+    What is inside them stays in evaluation mode: dropout would make the update's log-probs differ from the scored ones.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in lm.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def load_partitioned(cfg: Config, model_path: str, config: dict[str, Any]) -> tuple[nn.Module, Any]:
