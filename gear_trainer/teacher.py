@@ -17,7 +17,7 @@ from gear_trainer.model import deepspeed_config, hidden_states, load_partitioned
 from gear_trainer.sync import gathered
 
 # Where a parameter is not just one shard a rank in memory; a copy that follows the policy shard by shard would go stale.
-_UNFOLLOWED = ("zero_hpz_partition_size", "zero_quantized_nontrainable_weights", "mics_shard_size")
+_UNFOLLOWED = {"zero_hpz_partition_size": 1, "zero_quantized_nontrainable_weights": False, "mics_shard_size": -1}  # and off
 
 
 def has_own_weights(cfg: Config, method: Any) -> bool:
@@ -30,7 +30,7 @@ def check_teacher(cfg: Config) -> None:
     if cfg.teacher.weights not in ("ema", "synced"):
         return
     zero = deepspeed_config(cfg)["zero_optimization"]
-    found = [name for name in _UNFOLLOWED if zero.get(name, 0) not in (0, 1, -1, False)]
+    found = [name for name, off in _UNFOLLOWED.items() if zero.get(name, off) != off]
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         found.append("offload_param.device=nvme")
     if found:

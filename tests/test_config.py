@@ -88,6 +88,10 @@ def test_missing_and_broken_files(tmp_path):
             ["teacher.weights=synced", "deepspeed={zero_optimization: {offload_param: {device: nvme}}}"],
             "zero_optimization.offload_param.device=nvme",
         ),
+        (
+            ["teacher.weights=ema", "deepspeed={zero_optimization: {zero_quantized_nontrainable_weights: true}}"],
+            "zero_optimization.zero_quantized_nontrainable_weights",
+        ),
         (["credit_args={alpa: 1}"], "credit_args.alpa: unknown; gear takes alpha"),
         (["credit_args={alpha: 3}"], "alpha"),
         (["model.path=./nowhere"], r"model.path=./nowhere: no such directory"),

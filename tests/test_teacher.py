@@ -65,7 +65,7 @@ def test_teacher_rows_keep_no_activations(result):
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_teachers_weights_follow_their_rule(result, name):
     got = result["policies"][name]
-    assert got["weights"] == 0 and got["kept"] < 1e-7, "each step, against the rule on whole weights"
+    assert got["weights"] < 1e-6 and got["kept"] < 1e-7, "each step, against the rule on whole weights"
     assert (got["moved"] > 0) == (name != "initial") and got["behind"] > 0, "a teacher that is neither end of the rule"
 
 
