@@ -45,6 +45,7 @@ class FusedHead(nn.Linear):
         targets: torch.Tensor | None = None,
         teacher_hidden: torch.Tensor | None = None,
         *,
+        teacher_head: Head | torch.Tensor | None = None,
         temperature: float | torch.Tensor = 1.0,
         ignore_index: int = -100,
         stats: Sequence[str] | None = None,
@@ -55,7 +56,8 @@ class FusedHead(nn.Linear):
         otherwise TokenStats of shape [...], see `linear_token_stats`.
 
         stats=None asks for entropy, with targets for logprobs, with teacher_hidden for reverse_kl. The teacher's hidden states
-        go through this same head, as constants.
+        go through this same head as constants, or through teacher_head where another model's weights are the teacher: whole
+        tensors, that must stay whole until the backward pass is done (gather them around both, or pass a detached alias).
         """
         if targets is None and stats is None and teacher_hidden is None:
             return super().forward(hidden)
@@ -67,6 +69,7 @@ class FusedHead(nn.Linear):
             Head(self.weight, self.bias, self.softcap, self.scale),
             targets,
             teacher_hidden,
+            teacher_head=teacher_head,
             temperature=temperature,
             ignore_index=ignore_index,
             stats=stats,

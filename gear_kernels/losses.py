@@ -62,12 +62,11 @@ def policy_gradient_loss(
     return loss, metrics | {"dual_clip_fraction": (bounded & used).sum() / metrics["tokens"].clamp_min(1)}
 
 
-def _check_shapes(logprobs: torch.Tensor, others: dict[str, torch.Tensor]) -> None:
+def _check_shapes(first: torch.Tensor, others: dict[str, torch.Tensor], owner: str = "logprobs'") -> None:
     for name, tensor in others.items():
-        if tensor.shape != logprobs.shape:
-            raise bad_input(
-                f"{name} has shape {tuple(tensor.shape)}", f"logprobs' {tuple(logprobs.shape)}", "align token by token"
-            )
+        if tensor.shape != first.shape:
+            given, wanted = f"{name} has shape {tuple(tensor.shape)}", f"{owner} {tuple(first.shape)}"
+            raise bad_input(given, wanted, "align token by token")
 
 
 def _policy_metrics(log_ratio: torch.Tensor, used: torch.Tensor, clipped: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -124,26 +123,91 @@ def distillation_loss(
     Returns the loss and the detached mean over tokens of weight other than 0, `divergence` (nats). Raises GearKernelsError on
     beta outside [0, 1], on shapes, and as `linear_token_stats`.
     """
+    name, jsd_beta = divergence_stat(beta)
+    if token_weights.shape != student_hidden.shape[:-1]:
+        given = f"token_weights has shape {tuple(token_weights.shape)}"
+        raise bad_input(given, f"one weight per row, {tuple(student_hidden.shape[:-1])}", "align token by token")
+    targets = torch.where(token_weights != 0, 0, -100)  # no log-prob is asked for: they only mark the rows to skip
+    call = {"temperature": temperature, "stats": (name,), "jsd_beta": jsd_beta, "workspace_bytes": workspace_bytes}
+    call["teacher_head"] = teacher_head
+    if isinstance(head, nn.Module):
+        out = head(student_hidden, targets, teacher_hidden, **call)
+    else:
+        out = linear_token_stats(student_hidden, head, targets, teacher_hidden, **call)
+    return divergence_loss(getattr(out, name), token_weights)
+
+
+def divergence_stat(beta: float) -> tuple[str, float]:
+    """The divergence of `distillation_loss` as (TokenStats field, jsd_beta to ask for it with).
+
+    reverse_kl at beta 1, forward_kl at 0, jsd between. Raises GearKernelsError on beta outside [0, 1].
+    """
     if not 0 <= beta <= 1:
         raise bad_input(
             f"beta is {beta}", "a number from 0 (forward KL) to 1 (reverse KL)", "0.5 is the Jensen-Shannon divergence"
         )
-    if token_weights.shape != student_hidden.shape[:-1]:
-        given = f"token_weights has shape {tuple(token_weights.shape)}"
-        raise bad_input(given, f"one weight per row, {tuple(student_hidden.shape[:-1])}", "align token by token")
-    name = "reverse_kl" if beta == 1 else "forward_kl" if beta == 0 else "jsd"
+    return {0: ("forward_kl", 0.5), 1: ("reverse_kl", 0.5)}.get(beta, ("jsd", float(beta)))  # 0.5: unread at the two ends
+
+
+def divergence_loss(divergence: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """sum of token_weights * divergence [...], nats: `distillation_loss` where the statistics were already taken.
+
+    Differentiated in `divergence`, in its dtype. Returns the loss and the detached mean over tokens of weight other than 0,
+    `divergence` (nats, 0 without such tokens). Raises GearKernelsError where shapes differ.
+    """
+    _check_shapes(divergence, {"token_weights": token_weights}, "the divergence's")
     used = token_weights != 0
-    targets = torch.where(used, 0, -100)  # no log-prob is asked for: they only mark the rows to skip
-    call = {"temperature": temperature, "stats": (name,), "workspace_bytes": workspace_bytes}
-    call["jsd_beta"] = beta if name == "jsd" else 0.5
-    if isinstance(head, nn.Module):
-        if teacher_head is not None:
-            raise bad_input("teacher_head was given with a module as head", "a teacher that shares it", "pass a Head instead")
-        out = head(student_hidden, targets, teacher_hidden, **call)
-    else:
-        out = linear_token_stats(student_hidden, head, targets, teacher_hidden, teacher_head=teacher_head, **call)
-    value = getattr(out, name)
+    value = torch.where(used, divergence, 0)
     return (token_weights.detach() * value).sum(), {"divergence": value.detach().sum() / used.sum().clamp_min(1)}
+
+
+def sampled_distillation_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, token_weights: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Reverse KL(policy || teacher) from the sampled tokens alone, as a policy gradient: their reward is lpT - lpS.
+
+    -sum of token_weights * r * (lpT - lpS), r = exp(logprobs - old_logprobs), lpT - lpS held constant: on policy (r = 1) the
+    gradient is -token_weights * (lpT - lpS) in logprobs, on average that of the full KL, and the loss is its k1 estimate. (The
+    estimate's own gradient would be 0 on average: see `reference_kl_loss`.) All arguments have one shape, nats, any floating
+    dtype. Only `logprobs` is differentiated.
+
+    Returns the loss and the detached mean of lpS - lpT over tokens of weight other than 0, `divergence` (nats; noisy, may be
+    negative). Raises GearKernelsError where shapes differ.
+    """
+    used, gap = _teacher_gap(logprobs, teacher_logprobs, token_weights, old_logprobs=old_logprobs)
+    ratio = torch.where(used, logprobs - old_logprobs.detach(), 0).exp()
+    return -(token_weights.detach() * ratio * gap.detach()).sum(), _gap_metrics(gap, used)
+
+
+def sdar_loss(
+    logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, token_weights: torch.Tensor, *, sharpness: float = 5.0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """sum of token_weights * sigmoid(sharpness * d) * d, d = lpT - lpS: SDAR's distillation term (arXiv 2605.15155).
+
+    The gate is held constant (the paper's "detached signals") and the gradient goes through lpS alone, so it is
+    -token_weights * sigmoid(sharpness * d): minimising raises every sampled token, those that the teacher prefers by nearly
+    their whole weight, those that it rejects by nearly nothing. Over samples of the policy that is a policy gradient with
+    sigmoid(sharpness * d) as the reward: it moves the policy towards the teacher, though the loss itself is no divergence and
+    may be negative. The paper weighs the term by 0.01. All arguments have one shape, nats, any floating dtype.
+
+    Returns the loss and detached means over tokens of weight other than 0: `divergence` (lpS - lpT, nats) and `gate`. Raises
+    GearKernelsError where shapes differ.
+    """
+    used, gap = _teacher_gap(logprobs, teacher_logprobs, token_weights)
+    gate = torch.sigmoid(sharpness * gap.detach())
+    metrics = _gap_metrics(gap, used) | {"gate": torch.where(used, gate, 0).sum() / used.sum().clamp_min(1)}
+    return (token_weights.detach() * gate * gap).sum(), metrics
+
+
+def _teacher_gap(logprobs, teacher_logprobs, token_weights, **others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens count, and lpT - lpS on them (0 elsewhere), differentiable in lpS."""
+    _check_shapes(logprobs, {"teacher_logprobs": teacher_logprobs, "token_weights": token_weights, **others})
+    used = token_weights != 0
+    return used, torch.where(used, teacher_logprobs.detach() - logprobs, 0)
+
+
+def _gap_metrics(gap: torch.Tensor, used: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"divergence": -gap.detach().sum() / used.sum().clamp_min(1)}
 
 
 def aggregation_weights(

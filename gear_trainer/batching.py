@@ -27,6 +27,15 @@ class MicroBatch:
         teacher = None if self.teacher_index is None else self.teacher_index.to(device)
         return MicroBatch(self.input_ids.to(device), self.student_index.to(device), teacher, self.targets.to(device), self.rows)
 
+    def split(self) -> tuple[MicroBatch, MicroBatch]:
+        """The students' rows alone and the teachers' alone, for two forwards; `student_index` of each is its own."""
+        student, teacher = self.input_ids.chunk(2)
+        places = self.teacher_index - student.numel()
+        return (
+            MicroBatch(student, self.student_index, None, self.targets, self.rows),
+            MicroBatch(teacher, places, None, self.targets, self.rows),
+        )
+
 
 def _longest(rollout: Rollout, teacher: bool) -> int:
     prompt = max(len(rollout.prompt_ids), len(rollout.teacher_prompt_ids)) if teacher else len(rollout.prompt_ids)

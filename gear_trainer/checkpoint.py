@@ -1,7 +1,7 @@
 """Checkpoints that resume exactly, and the export in HF format.
 
-A checkpoint holds ZeRO-3's shards (parameters, float32 masters, Adam's moments). Nothing else has state: problems, sampling
-seeds and the learning rate are functions of (seed, step).
+A checkpoint holds ZeRO-3's shards (parameters, float32 masters, Adam's moments) and those of a teacher that follows the policy.
+Nothing else has state: problems, sampling seeds and the learning rate are functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.sync import whole_state_dict
+from gear_trainer.teacher import Teacher
 
 
-def save(engine: Any, cfg: Config, step: int) -> None:
+def save(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) -> None:
     """Write `checkpoints/step-N`, then point `latest` at it in one rename: a kill between leaves the one before. Collective."""
     root = cfg.run_dir / "checkpoints"
     engine.save_checkpoint(str(root), tag=f"step-{step}", client_state={"step": step}, save_latest=False)
+    if teacher is not None and teacher.follows:
+        torch.save(teacher.state(), _teacher_file(root, step))
     dist.barrier()
     if dist.get_rank() == 0:
         partial = root / "latest.partial"
@@ -36,8 +40,8 @@ def latest_step(cfg: Config) -> int:
     return _step(Path(pointer.read_text())) if pointer.is_file() else 0
 
 
-def load(engine: Any, cfg: Config, step: int) -> None:
-    """Collective. Raises ConfigError where the checkpoint was written by another number of ranks."""
+def load(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) -> None:
+    """Collective. Raises ConfigError where the checkpoint was written by another number of ranks, or for another teacher."""
     root = cfg.run_dir / "checkpoints"
     ranks = len(list((root / f"step-{step}").glob("*zero_pp_rank_*_optim_states.pt")))
     if ranks != dist.get_world_size():
@@ -45,6 +49,15 @@ def load(engine: Any, cfg: Config, step: int) -> None:
     path, _ = engine.load_checkpoint(str(root), tag=f"step-{step}")
     if path is None:
         raise ConfigError(f"{root}/step-{step}: DeepSpeed could not load it; remove it and set `latest` to an earlier step")
+    if teacher is not None and teacher.follows:
+        own = _teacher_file(root, step)
+        if not own.is_file():
+            raise ConfigError(f"{own} is missing: the run had no teacher.weights={cfg.teacher.weights}; resume as it was started")
+        teacher.load_state(torch.load(own, weights_only=True))
+
+
+def _teacher_file(root: Path, step: int) -> Path:
+    return root / f"step-{step}" / f"teacher_rank{dist.get_rank()}.pt"
 
 
 def export(engine: Any, cfg: Config, tokenizer: Any) -> None:

@@ -65,6 +65,28 @@ class TrainConfig(Section):
     tokens_per_micro_batch: int = Field(16384, ge=16, description="padded tokens (student and teacher rows) in one forward")
 
 
+class TeacherConfig(Section):
+    weights: Literal["rollout", "initial", "ema", "synced"] = Field(
+        "rollout",
+        description="whose: the policy's own (no second copy; in the update pass those of the moment), the starting model's, "
+        "their moving average, or the policy's at the last sync",
+    )
+    ema_rate: float = Field(0.01, gt=0, le=1, description="of ema: share of the policy mixed in after each step")
+    sync_every: int = Field(10, ge=1, description="of synced: steps between copies of the policy")
+
+
+class DistillConfig(Section):
+    variant: Literal["full", "sampled"] = Field(
+        "full", description="of opsd: divergence over the whole vocabulary, or policy gradient of the sampled tokens' log ratio"
+    )
+    beta: float = Field(
+        0.5, ge=0, le=1, description="of opsd, full: 0 is KL(teacher || student), 1 KL(student || teacher), between them JSD"
+    )
+    coefficient: float | None = Field(
+        None, gt=0, description="of the distillation loss; null: 1 for opsd alone, 0.1 beside a credit method, 0.01 for sdar"
+    )
+
+
 class EvalConfig(Section):
     every: int = Field(20, ge=0, description="steps between held-out evaluations; before and after training always; 0: none")
     prompts: int = Field(200, ge=1)
@@ -87,13 +109,17 @@ class Config(Section):
     task: str = Field(description="mathapi, sums, gsm8k, math, or module:Class")
     task_args: dict[str, Any] = Field(default_factory=dict)
     chat_template_args: dict[str, Any] = Field(default_factory=dict, description="for example enable_thinking: false")
-    credit: str = Field("gear", description="grpo, gear, or one of GEAR's ablations and controls")
+    credit: str = Field(
+        "gear", description="a credit method such as gear or grpo, a distillation loss (opsd, sdar), or both: opsd+gear"
+    )
     credit_args: dict[str, Any] = Field(default_factory=dict, description="fields of the method, for example alpha: 0.4")
     signal: Literal["k1", "reverse_kl"] | None = Field(
         None, description="sampled-token log ratio, or the full-vocabulary KL; null is the method's own (k1 but for sgcd)"
     )
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_logprob_gap: float = Field(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gear_kernels import FusedHead, TokenStats
+from gear_kernels import FusedHead, Head, TokenStats
 from gear_trainer.batching import MicroBatch
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.tasks.base import Task
@@ -80,13 +80,38 @@ class Policy(nn.Module):
             scale=_logit_scale(config),
         )
 
-    def forward(self, batch: MicroBatch, temperature: float, stats: tuple[str, ...]) -> TokenStats:
-        """Statistics of the batch's n policy tokens, each [n] float32 (None where not asked for)."""
-        hidden = self.lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)  # [R * L, D]
-        teacher = None if batch.teacher_index is None else hidden[batch.teacher_index]
-        head = self.lm.get_output_embeddings()
-        return head(hidden[batch.student_index], batch.targets, teacher, temperature=temperature, stats=stats)
+    def forward(
+        self,
+        batch: MicroBatch,
+        temperature: float,
+        stats: tuple[str, ...],
+        teacher: tuple[torch.Tensor, Head] | None = None,
+        jsd_beta: float = 0.5,
+    ) -> TokenStats:
+        """Statistics of the batch's n policy tokens, each [n] float32 (None where not asked for).
+
+        teacher: hidden states [n, D] and the head of a model with other weights. None: this model on the batch's teacher rows,
+        if it has any, as constants.
+        """
+        student, taught = self._hidden(batch)
+        taught, own_head = teacher or (taught, None)
+        options = {"teacher_head": own_head, "temperature": temperature, "stats": stats, "jsd_beta": jsd_beta}
+        return self.lm.get_output_embeddings()(student, batch.targets, taught, **options)
+
+    def _hidden(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[n, D] of the student's and of the teacher's rows. With gradients these run apart: the teacher keeps no activations."""
+        if batch.teacher_index is not None and torch.is_grad_enabled():
+            batch, teacher = batch.split()
+            with torch.no_grad():
+                taught = hidden_states(self.lm, teacher.input_ids)[teacher.student_index]
+            return hidden_states(self.lm, batch.input_ids)[batch.student_index], taught
+        hidden = hidden_states(self.lm, batch.input_ids)
+        return hidden[batch.student_index], None if batch.teacher_index is None else hidden[batch.teacher_index]
+
+
+def hidden_states(lm: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """input_ids [R, L] -> the last hidden states [R * L, D] of an HF causal LM, without its head."""
+    return lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def _logit_scale(config: Any) -> float | None:
@@ -127,19 +152,39 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def build_engine(cfg: Config, model_path: str):
     """Load the policy partitioned (each rank reads, none holds the whole) and wrap it in a ZeRO-3 engine. Collective."""
     import deepspeed
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
 
     config = deepspeed_config(cfg)
-    keep_alive = HfDeepSpeedConfig(config)  # from_pretrained partitions only while this object lives
-    lm = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=getattr(torch, cfg.model.dtype), attn_implementation=cfg.model.attn_implementation
-    )
+    lm, keep_alive = load_partitioned(cfg, model_path, config)
     if cfg.model.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_layers(lm)
     engine, *_ = deepspeed.initialize(model=Policy(lm), config=config, model_parameters=list(lm.parameters()))
     engine.hf_deepspeed_config = keep_alive
     return engine
+
+
+def _checkpoint_layers(lm: nn.Module) -> None:
+    """HF recomputes only layers in training mode, and from_pretrained leaves all in evaluation mode: switch on these alone.
+
+    What is inside them stays in evaluation mode: dropout would make the update's log-probs differ from the scored ones.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in lm.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def load_partitioned(cfg: Config, model_path: str, config: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """The HF model, partitioned as `config` (DeepSpeed's) says, and an object to keep as long as its engine. Collective."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep_alive = HfDeepSpeedConfig(config)  # from_pretrained partitions only while this object lives
+    dtype = getattr(torch, cfg.model.dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=dtype, attn_implementation=cfg.model.attn_implementation
+    ), keep_alive
 
 
 def learning_rate(cfg: Config, step: int) -> float:

@@ -10,15 +10,18 @@ from gear_kernels import Gear, GearKernelsError
 from gear_kernels.methods import METHODS, signals_of
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
+from gear_trainer.distill import make_distillation, parse_credit
 from gear_trainer.model import check_model_path, deepspeed_config
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Task
+from gear_trainer.teacher import check_teacher, has_own_weights
 
 
 def check(cfg: Config) -> tuple[Task, Any]:
     """The run's task and credit method. Raises ConfigError, TaskError or GearKernelsError."""
     method = make_method(cfg)
+    check_teacher(cfg)
     check_model_path(cfg.model.path)
     task = make_task(cfg.task, cfg.seed, cfg.task_args)
     if cfg.model.path == "builtin:tiny-qwen3" and not hasattr(task, "demonstrate"):
@@ -29,16 +32,16 @@ def check(cfg: Config) -> tuple[Task, Any]:
 
 
 def make_method(cfg: Config) -> Any:
-    if cfg.credit not in METHODS:
-        raise ConfigError(f"credit={cfg.credit}: known are {', '.join(METHODS)}")
-    method = METHODS[cfg.credit]
+    """The credit method of `credit`, W = 1 where it names a distillation loss alone. Raises ConfigError."""
+    name, _ = parse_credit(cfg.credit)
+    method = METHODS[name]
     allowed = signals_of(method)
     if cfg.signal is not None and cfg.signal not in allowed:
-        raise ConfigError(f"signal={cfg.signal}: {cfg.credit} reads {' or '.join(allowed)}; leave signal out")
-    fields = {name: getattr(method, name) for name in method.__dataclass_fields__}
+        raise ConfigError(f"signal={cfg.signal}: {name} reads {' or '.join(allowed)}; leave signal out")
+    fields = {field: getattr(method, field) for field in method.__dataclass_fields__}
     unknown = sorted(set(cfg.credit_args) - set(fields))
     if unknown:
-        raise ConfigError(f"credit_args.{unknown[0]}: unknown; {cfg.credit} takes {', '.join(sorted(fields)) or 'none'}")
+        raise ConfigError(f"credit_args.{unknown[0]}: unknown; {name} takes {', '.join(sorted(fields)) or 'none'}")
     if isinstance(method, Gear) and cfg.signal == "reverse_kl":
         fields["normalizer"] = "max"  # the full KL is never negative: there is nothing below 0 to clip
     try:
@@ -91,7 +94,7 @@ def geometry(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> list[t
     ]
 
 
-def memory_plan(cfg: Config, hf_config: Any) -> list[tuple[str, str]]:
+def memory_plan(cfg: Config, hf_config: Any, method: Any) -> list[tuple[str, str]]:
     """GiB per rank, from the model's configuration: what ZeRO-3, vLLM and the fused head hold."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -103,11 +106,16 @@ def memory_plan(cfg: Config, hf_config: Any) -> list[tuple[str, str]]:
     states = n * 16 / cfg.world_size  # bf16: 2 + 2 and masters, moments 12; float32: 4 + 4 and moments 8
     head = lm.get_output_embeddings().weight.numel() * bytes_each
     gib = 1 / 2**30
+    own = has_own_weights(cfg, method)
+    wide = cfg.teacher.weights == "ema" and bytes_each == 2
+    teacher = n * (bytes_each + 4 * wide) / cfg.world_size
+    shadow = " and their float32 average" if wide else ""
     return [
         ("parameters", f"{n / 1e9:.2f} B"),
         ("ZeRO-3 states", f"{states * gib:.2f} GiB a rank (weights, gradients, float32 masters and moments)"),
         ("vLLM weights", f"{n * bytes_each * gib:.2f} GiB a rank"),
-        ("gathered head", f"{head * gib:.2f} GiB, only around its own use"),
+        *([("teacher", f"{teacher * gib:.2f} GiB a rank ({cfg.teacher.weights} weights{shadow})")] if own else []),
+        ("gathered head", f"{head * (1 + own) * gib:.2f} GiB, only around its own use{', with the teacher' if own else ''}"),
     ]
 
 
@@ -120,6 +128,8 @@ def print_plan(cfg: Config, task: Task, method: Any) -> None:
     out = Console(highlight=False)
     out.print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), markup=False)
     out.print(f"credit method: {method}", markup=False)
+    if distillation := make_distillation(cfg):
+        out.print(f"distillation: {distillation}", markup=False)
     prompts = None
     tables = []
     if Path(cfg.model.path).is_dir():
@@ -128,7 +138,7 @@ def print_plan(cfg: Config, task: Task, method: Any) -> None:
         prompts = check_prompts(
             cfg, task, Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args)
         )
-        tables.append(("memory", memory_plan(cfg, AutoConfig.from_pretrained(cfg.model.path))))
+        tables.append(("memory", memory_plan(cfg, AutoConfig.from_pretrained(cfg.model.path), method)))
     tables.insert(0, ("step geometry", geometry(cfg, task, prompts)))
     for title, rows in tables:
         table = Table(title=title, title_justify="left", show_header=False, box=None)

@@ -111,6 +111,7 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
     from gear_trainer.model import build_engine
     from gear_trainer.plan import check_prompts
     from gear_trainer.rollout.vllm_colocated import ColocatedVllm
+    from gear_trainer.teacher import Teacher, has_own_weights
     from gear_trainer.trainer import Trainer
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -129,9 +130,10 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
     sampler = ColocatedVllm(cfg, model_path)
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
     engine = build_engine(cfg, model_path)
+    teacher = Teacher(cfg, engine, model_path) if has_own_weights(cfg, method) else None
     if start:
-        checkpoint.load(engine, cfg, start)
-    return Trainer(cfg, task, chat, method, engine, sampler), start
+        checkpoint.load(engine, cfg, start, teacher)
+    return Trainer(cfg, task, chat, method, engine, sampler, teacher), start
 
 
 def _prepare_run_dir(cfg: Config, resume: bool, start: int) -> None:

@@ -39,7 +39,7 @@ def gathered_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     named = [(_WRAPPERS.sub("", n), p) for n, p in model.named_parameters()]
     alias = tied_head(model)
     for bucket in buckets(named):
-        with _gather([p for _, p in bucket]):
+        with gathered([p for _, p in bucket]):
             for name, p in bucket:
                 yield name, p.data
                 if alias and name == alias[1]:
@@ -55,7 +55,8 @@ def tied_head(model: nn.Module) -> tuple[str, str] | None:
     return names[id(head)] + ".weight", names[id(embedding)] + ".weight"
 
 
-def _gather(params: list[nn.Parameter]):
+def gathered(params: list[nn.Parameter]):
+    """A context in which the parameters are whole, for reading; without ZeRO-3 it does nothing. Collective."""
     if not any(hasattr(p, "ds_id") for p in params):
         from contextlib import nullcontext
 

@@ -18,18 +18,17 @@ from gear_trainer.batching import MicroBatch, micro_batch, padding_micro_batch, 
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config
 from gear_trainer.console import Console
+from gear_trainer.distill import TEACHER_ROWS, make_distillation
 from gear_trainer.metrics import Phases, RunFiles, Sums
 from gear_trainer.model import learning_rate
 from gear_trainer.rollout import Limits, Rollout, Sampler, roll_out
 from gear_trainer.sync import gathered_weights
 from gear_trainer.tasks.base import Problem, Task
+from gear_trainer.teacher import Teacher
 
 
 class SyncError(RuntimeError):
     """vLLM does not hold the trainer's weights."""
-
-
-TEACHER_ROWS = ("teacher_entropy", "forward_kl")  # what some methods read beside the signal
 
 
 @dataclass
@@ -69,15 +68,20 @@ def group_advantages(rollouts: list[Rollout], divide_by_std: bool, eps: float = 
 
 
 class Trainer:
-    def __init__(self, cfg: Config, task: Task, chat: Chat, method: Any, engine: Any, sampler: Sampler):
+    def __init__(
+        self, cfg: Config, task: Task, chat: Chat, method: Any, engine: Any, sampler: Sampler, teacher: Teacher | None = None
+    ):
+        """teacher: None where the policy itself is the teacher, or where nothing reads one."""
         self.cfg, self.task, self.chat, self.method = cfg, task, chat, method
-        self.engine, self.sampler = engine, sampler
+        self.engine, self.sampler, self.teacher = engine, sampler, teacher
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device
         self.phases, self.stop_asked, self.gap_checked = Phases(), False, False
         r = cfg.rollout
         self.limits = Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len)
         self.needs_teacher = bool({"signal", *TEACHER_ROWS} & set(method.needs))
         self.signal = cfg.signal or signals_of(method)[0]
+        self.distill = make_distillation(cfg)
+        self.distill_scored = self.distill is not None and not self.distill.full  # from the scoring pass, every trajectory
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -95,7 +99,7 @@ class Trainer:
                 self._report(files, console, self.step(step, files))
                 stop = self._stop_agreed()
                 if step % cfg.checkpoint.every == 0 or step == cfg.train.steps or stop:
-                    checkpoint.save(self.engine, cfg, step)
+                    checkpoint.save(self.engine, cfg, step, self.teacher)
                 if stop:
                     return step
         return cfg.train.steps
@@ -113,6 +117,8 @@ class Trainer:
         self._check_gap(step, sums)
         with self.phases("update"):
             self.update(step, rollouts, credit, scores, sums)
+            if self.teacher:
+                self.teacher.follow(step)
         with self.phases("push"):
             self.push()
         held_out = None
@@ -135,16 +141,27 @@ class Trainer:
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def score(self, rollouts: list[Rollout], advantages: list[float]) -> Scores:
-        """One no-grad pass: student everywhere; the teacher (same weights, prompt with the ground truth) where A is not 0."""
+        """One no-grad pass: student everywhere; the teacher (prompt with the ground truth) where A is not 0 or a loss asks."""
         n = len(rollouts)
         scores = Scores([_sampled(r) for r in rollouts], *([None] * n for _ in range(6)))
-        for teacher in (True, False) if self.needs_teacher else (False,):
-            rows = [i for i in range(n) if (self.needs_teacher and advantages[i] != 0) == teacher]
-            for batch in self._micro_batches(rollouts, rows, teacher):
+        taught = [self.distill_scored or (self.needs_teacher and a != 0) for a in advantages]
+        for teacher in (True, False) if self.needs_teacher or self.distill_scored else (False,):
+            for batch in self._micro_batches(rollouts, [i for i in range(n) if taught[i] == teacher], teacher):
                 with torch.no_grad():
-                    out = self.engine(batch.to(self.device), self.limits.temperature, self._score_stats(teacher))
+                    out = self._forward(batch, self._score_stats(teacher))
                 _spread(scores, out, batch, rollouts, self.signal)
         return scores
+
+    def _forward(self, batch: MicroBatch, stats: tuple[str, ...]) -> Any:
+        """The engine's statistics of a micro-batch; its teacher rows, if any, under the teacher's weights. Collective."""
+        batch, temperature = batch.to(self.device), self.limits.temperature
+        options = {"jsd_beta": self.distill.jsd_beta} if self.distill else {}
+        if self.teacher is None or batch.teacher_index is None:
+            return self.engine(batch, temperature, stats, **options)
+        students, teachers = batch.split()
+        hidden = self.teacher.hidden(teachers)
+        with self.teacher.head() as head:
+            return self.engine(students, temperature, stats, (hidden, head), **options)
 
     def _score_stats(self, teacher: bool) -> tuple[str, ...]:
         student = ("logprobs", "entropy")
@@ -192,30 +209,57 @@ class Trainer:
     def _update_once(self, part: range, rollouts: list[Rollout], credit: TokenCredit, scores: Scores, sums: Sums) -> None:
         token_weights = self._token_weights([len(scores.logprobs[i]) for i in part])
         weight_of = dict(zip(part, token_weights, strict=True))
-        rows = [i for i in part if credit.advantages[i].any()]  # the rest has no gradient; it is counted in the means above
-        ran = False
-        for name in ("clip_fraction", "dual_clip_fraction", "approx_kl", "grad_norm"):
+        rows = [i for i in part if self.distill or credit.advantages[i].any()]  # the rest has no gradient; the means count it
+        ran, distill = False, self.distill
+        stats = ("logprobs", *(distill.stats if distill else ()))
+        for name in ("clip_fraction", "dual_clip_fraction", "approx_kl", "grad_norm", *(("divergence",) if distill else ())):
             sums.add(name, 0.0, 0)
-        for batch in self._micro_batches(rollouts, rows, teacher=False):
-            out = self.engine(batch.to(self.device), self.limits.temperature, ("logprobs",))
-            loss, parts = policy_gradient_loss(
-                out.logprobs,
-                *self._loss_inputs(batch, [scores.logprobs, credit.advantages, weight_of], out.logprobs),
-                clip_low=self.cfg.train.clip_low,
-                clip_high=self.cfg.train.clip_high,
-                dual_clip=self.cfg.train.dual_clip,
-                importance_weights=self._importance_weights(batch, scores),
-            )
+        for batch in self._micro_batches(rollouts, rows, teacher=bool(distill and distill.full)):
+            out = self._forward(batch, stats)
+            inputs = self._loss_inputs(batch, [scores.logprobs, credit.advantages, weight_of], out.logprobs)
+            loss, parts = self._policy_loss(batch, out.logprobs, inputs, scores)
+            if distill:
+                added, parts["divergence"] = self._distillation(batch, out, inputs, scores)
+                loss = loss + added
             ran = True
             self.engine.backward(loss * self.world)  # DeepSpeed averages over ranks; the weights already are global means
             n = len(batch.targets) if batch.rows else 0
-            for name in ("clip_fraction", "dual_clip_fraction", "approx_kl"):
-                sums.add(name, parts[name].item() * n, n)
+            for name, value in parts.items():
+                sums.add(name, value.item() * n, n)
             sums.add("loss", loss.item() * self.world, 0)
         sums.add("loss", 0.0, 1)
         if ran:  # on every rank or on none; with all rewards of every group alike there is nothing to step on
             self.engine.step()
             sums.add("grad_norm", float(self.engine.get_global_grad_norm() or 0.0))
+
+    def _policy_loss(
+        self, batch: MicroBatch, logprobs: torch.Tensor, inputs: list[torch.Tensor], scores: Scores
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The clipped surrogate and the numbers to log; inputs: old log-probs, advantages, token weights."""
+        if self.distill and self.distill.alone:
+            return logprobs.new_zeros(()), {}
+        t = self.cfg.train
+        loss, parts = policy_gradient_loss(
+            logprobs,
+            *inputs,
+            clip_low=t.clip_low,
+            clip_high=t.clip_high,
+            dual_clip=t.dual_clip,
+            importance_weights=self._importance_weights(batch, scores),
+        )
+        return loss, {name: parts[name] for name in ("clip_fraction", "dual_clip_fraction", "approx_kl")}
+
+    def _distillation(
+        self, batch: MicroBatch, out: Any, inputs: list[torch.Tensor], scores: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The distillation loss of a micro-batch and its mean divergence; a sampled one is corrected as the surrogate is."""
+        old, _, weights = inputs
+        if self.distill.full:
+            return self.distill.loss(out, old, None, weights)
+        factors = self._importance_weights(batch, scores)
+        weights = weights if factors is None else weights * factors
+        (teacher,) = self._loss_inputs(batch, [scores.teacher_logprobs], old)
+        return self.distill.loss(out, old, teacher, weights)
 
     def push(self) -> None:
         """Hand the policy's weights to vLLM, layer by layer. Collective."""

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from gear_kernels import Gear, Grpo
+from gear_kernels.methods import Rlsd
 from gear_trainer.config import ConfigError, changes, load_config
+from gear_trainer.distill import make_distillation
 from gear_trainer.model import check_model_path, deepspeed_config, learning_rate
-from gear_trainer.plan import check, check_launch, make_method
+from gear_trainer.plan import check, check_launch, make_method, memory_plan
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
+from gear_trainer.teacher import has_own_weights
 
 CONFIGS = Path(__file__).parents[1] / "gear_trainer" / "configs"
 DEMO = CONFIGS / "mathapi_cpu.yaml"
@@ -31,6 +35,12 @@ def test_shipped_configs_are_valid(path):
         (["train.lr=fast"], r"train.lr='fast': .*number"),
         (["train.lr=-1"], r"train.lr=-1: .*greater than 0"),
         (["rollout.group_size=1"], r"rollout.group_size=1: .*greater than or equal to 2"),
+        (["teacher.weights=best"], r"teacher.weights='best': .*'rollout', 'initial', 'ema' or 'synced'"),
+        (["teacher.ema_rate=0"], r"teacher.ema_rate=0: .*greater than 0"),
+        (["teacher.sync_every=0"], r"teacher.sync_every=0: .*greater than or equal to 1"),
+        (["distill.beta=1.5"], r"distill.beta=1.5: .*less than or equal to 1"),
+        (["distill.variant=half"], r"distill.variant='half': .*'full' or 'sampled'"),
+        (["distill.coefficient=0"], r"distill.coefficient=0: .*greater than 0"),
         (["signal=k9"], r"signal='k9': .*'k1' or 'reverse_kl'"),
         (["rollout.prompts_per_step=7"], r"does not split over world_size=2: .* make it a multiple"),
         (["train.updates_per_step=3"], r"updates_per_step=3 does not divide the 8 prompts"),
@@ -65,6 +75,23 @@ def test_missing_and_broken_files(tmp_path):
     "overrides, message",
     [
         (["credit=magic"], "credit=magic: known are gear, grpo"),
+        (["credit=opsd+magic"], "credit=opsd\\+magic: 'magic' is unknown; known are gear, .* opsd, sdar, or a \\+ of two"),
+        (["credit=opsd+"], "'' is unknown"),
+        (["credit=gear+grpo"], "give one credit method and at most one of opsd and sdar"),
+        (["credit=opsd+sdar"], "give one credit method and at most one of opsd and sdar"),
+        (["credit=opsd", "credit_args={alpha: 1}"], "credit_args.alpha: unknown; grpo takes none"),
+        (
+            ["teacher.weights=ema", "deepspeed={zero_optimization: {zero_hpz_partition_size: 2}}"],
+            "teacher.weights=ema: does not go with deepspeed.zero_optimization.zero_hpz_partition_size; leave it out",
+        ),
+        (
+            ["teacher.weights=synced", "deepspeed={zero_optimization: {offload_param: {device: nvme}}}"],
+            "zero_optimization.offload_param.device=nvme",
+        ),
+        (
+            ["teacher.weights=ema", "deepspeed={zero_optimization: {zero_quantized_nontrainable_weights: true}}"],
+            "zero_optimization.zero_quantized_nontrainable_weights",
+        ),
         (["credit_args={alpa: 1}"], "credit_args.alpa: unknown; gear takes alpha"),
         (["credit_args={alpha: 3}"], "alpha"),
         (["model.path=./nowhere"], r"model.path=./nowhere: no such directory"),
@@ -77,6 +104,42 @@ def test_missing_and_broken_files(tmp_path):
 def test_what_cannot_work_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         check(load_config(DEMO, overrides))
+
+
+def test_credit_names_a_method_a_distillation_loss_or_both():
+    def made(*overrides):
+        cfg = load_config(DEMO, list(overrides))
+        method, distillation = make_method(cfg), make_distillation(cfg)
+        return type(method), distillation and (distillation.name, distillation.full, distillation.coefficient, distillation.alone)
+
+    assert made() == (Gear, None) and made("credit=grpo") == (Grpo, None)
+    assert made("credit=opsd") == (Grpo, ("opsd", True, 1.0, True))
+    assert made("credit=opsd+gear") == made("credit=gear+opsd") == (Gear, ("opsd", True, 0.1, False))
+    assert made("credit=opsd + grpo", "distill.variant=sampled") == (Grpo, ("opsd", False, 0.1, False))
+    assert made("credit=sdar") == made("credit=sdar+grpo") == (Grpo, ("sdar", False, 0.01, False))
+    assert made("credit=sdar+rlsd", "distill.coefficient=0.5") == (Rlsd, ("sdar", False, 0.5, False))
+    stats = [make_distillation(load_config(DEMO, ["credit=opsd", f"distill.beta={b}"])).stats for b in (0, 0.3, 1)]
+    assert stats == [("forward_kl",), ("jsd",), ("reverse_kl",)]
+
+
+def test_a_second_copy_only_where_it_is_read():
+    def own(*overrides):
+        cfg = load_config(DEMO, list(overrides))
+        return has_own_weights(cfg, make_method(cfg))
+
+    assert not own() and own("teacher.weights=ema") and own("teacher.weights=initial", "credit=opsd+grpo")
+    assert not own("teacher.weights=ema", "credit=grpo")
+
+
+def test_memory_plan_lists_the_teacher(qwen3_8b):
+    from transformers import AutoConfig
+
+    cfg = load_config(CONFIGS / "qwen3_8b.yaml", [*qwen3_8b, "teacher.weights=ema"])
+    rows = dict(memory_plan(cfg, AutoConfig.from_pretrained(cfg.model.path), make_method(cfg)))
+    assert rows["teacher"] == "5.72 GiB a rank (ema weights and their float32 average)"  # 8.19 B * 6 bytes / 8 ranks
+    assert rows["gathered head"].startswith("2.32 GiB")
+    cfg = load_config(CONFIGS / "qwen3_8b.yaml", qwen3_8b)
+    assert "teacher" not in dict(memory_plan(cfg, AutoConfig.from_pretrained(cfg.model.path), make_method(cfg)))
 
 
 def test_changes_between_two_configurations_are_named():

@@ -10,8 +10,12 @@ from gear_kernels.losses import (
     AGGREGATIONS,
     aggregation_weights,
     distillation_loss,
+    divergence_loss,
+    divergence_stat,
     policy_gradient_loss,
     reference_kl_loss,
+    sampled_distillation_loss,
+    sdar_loss,
 )
 
 
@@ -205,11 +209,125 @@ def test_distillation_loss_skips_weightless_rows_and_takes_a_module():
         assert got.item() == want.item() and metrics["divergence"].isfinite()
 
 
+def test_distillation_from_another_models_head():
+    student, teacher, weight, weights = distillation_case()
+    other = weight.roll(1, 0) * 0.5
+    want = (weights.double() * literal_divergence(student, weight, teacher @ other.T, 0.3)).sum()
+    head = FusedHead(6, 90, bias=False)
+    head.weight.data = weight
+    for given in (Head(weight), head):
+        got, _ = distillation_loss(student, given, teacher, weights, beta=0.3, teacher_head=other)
+        assert got.item() == pytest.approx(want.item(), abs=2e-6)
+
+
+def test_divergence_loss_is_the_weighted_sum():
+    values = torch.tensor([0.5, float("inf"), 2.0], requires_grad=True)
+    loss, metrics = divergence_loss(values, torch.tensor([2.0, 0.0, 1.0]))
+    loss.backward()
+    assert loss.item() == 3.0 and values.grad.tolist() == [2, 0, 1] and metrics["divergence"].item() == 1.25
+    assert [divergence_stat(b) for b in (0, 0.25, 1.0)] == [("forward_kl", 0.5), ("jsd", 0.25), ("reverse_kl", 0.5)]
+
+
+# --- distillation from sampled tokens ---------------------------------------------------------------------------------------
+
+
+def sampled_case(n=40):
+    g = torch.Generator().manual_seed(3)
+    logprobs, old, teacher = -2 * torch.rand(3, n, generator=g, dtype=torch.float64)
+    return logprobs.requires_grad_(), old, teacher, torch.rand(n, generator=g, dtype=torch.float64) * (torch.arange(n) % 5 != 0)
+
+
+def test_sdar_is_the_literal_sum():
+    logprobs, _, teacher, weights = sampled_case()
+    loss, metrics = sdar_loss(logprobs, teacher, weights)
+    total, slopes = 0.0, []
+    for lp, t, w in zip(logprobs.tolist(), teacher.tolist(), weights.tolist(), strict=True):
+        gate = 1 / (1 + math.exp(-5 * (t - lp)))
+        total += w * gate * (t - lp)
+        slopes.append(-w * gate)
+    assert loss.item() == pytest.approx(total, rel=1e-12)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor(slopes, dtype=torch.float64), rtol=1e-12, atol=0)
+    gap = (logprobs.detach() - teacher)[weights != 0]
+    assert metrics["divergence"].item() == pytest.approx(gap.mean().item()) and 0 < metrics["gate"] < 1
+
+
+def test_sampled_distillation_is_the_literal_sum():
+    logprobs, old, teacher, weights = sampled_case()
+    loss, metrics = sampled_distillation_loss(logprobs, old, teacher, weights)
+    total, slopes = 0.0, []
+    for lp, o, t, w in zip(*(x.tolist() for x in (logprobs, old, teacher, weights)), strict=True):
+        total -= w * math.exp(lp - o) * (t - lp)
+        slopes.append(-w * math.exp(lp - o) * (t - lp))  # d ratio / d lp = ratio
+    assert loss.item() == pytest.approx(total, rel=1e-12)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor(slopes, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert metrics["divergence"].item() == pytest.approx((logprobs.detach() - teacher)[weights != 0].mean().item())
+
+
+def test_sampled_losses_pass_gradcheck_where_they_hold_their_constants():
+    """The gate and the reward are constants: with them fixed beforehand the autograd gradient is that of the plain product."""
+    logprobs, old, teacher, weights = sampled_case(12)
+    gap = (teacher - logprobs).detach()
+    gate = torch.sigmoid(5 * gap)
+    for loss, plain in (
+        (lambda x: sdar_loss(x, teacher, weights)[0], lambda x: (weights * gate * (teacher - x)).sum()),
+        (lambda x: sampled_distillation_loss(x, old, teacher, weights)[0], lambda x: -(weights * (x - old).exp() * gap).sum()),
+    ):
+        assert torch.autograd.gradcheck(plain, (logprobs,))
+        (got,), (want,) = torch.autograd.grad(loss(logprobs), logprobs), torch.autograd.grad(plain(logprobs), logprobs)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(lambda x: divergence_loss(x.square(), weights)[0], (logprobs,))
+
+
+@pytest.mark.parametrize("name", ("sdar", "sampled"))
+def test_sampled_losses_move_the_policy_towards_the_teacher(name):
+    """Exact expectation over a vocabulary of 30, descended: KL(policy || teacher) falls; sampled has that KL's gradient."""
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 30, generator=g, dtype=torch.float64)
+    logits.requires_grad_()
+    teacher = target.log_softmax(-1)
+
+    def kl():
+        logp = logits.log_softmax(-1)
+        return (logp.exp() * (logp - teacher)).sum()
+
+    def loss():
+        logp = logits.log_softmax(-1)
+        sampled = sampled_distillation_loss(logp, logp.detach(), teacher, logp.exp().detach())
+        return (sdar_loss(logp, teacher, logp.exp().detach()) if name == "sdar" else sampled)[0]
+
+    (first,), (exact,) = torch.autograd.grad(loss(), logits), torch.autograd.grad(kl(), logits)
+    if name == "sampled":
+        torch.testing.assert_close(first, exact, rtol=1e-9, atol=1e-14)
+    assert torch.dot(first, exact) > 0
+    before = kl().item()
+    for _ in range(20):
+        (slope,) = torch.autograd.grad(loss(), logits)
+        logits.data -= 0.5 * slope
+    assert kl().item() < 0.9 * before
+
+
+def test_sampled_losses_skip_weightless_tokens():
+    weights = torch.tensor([1.0, 0.0])
+    for call in (
+        lambda x: sdar_loss(x, torch.tensor([-1.0, float("inf")]), weights),
+        lambda x: sampled_distillation_loss(x, torch.tensor([-2.0, 0.0]), torch.tensor([-1.0, float("nan")]), weights),
+    ):
+        logprobs = torch.tensor([-2.0, float("nan")], requires_grad=True)
+        loss, metrics = call(logprobs)
+        loss.backward()
+        assert loss.isfinite() and logprobs.grad[1] == 0 and metrics["divergence"].item() == -1
+
+
 S, E = torch.zeros(3, 4), torch.zeros(5, 4)
 BAD = {
     "beta is 1.5; expected a number from 0": lambda: distillation_loss(S, E, S, torch.ones(3), beta=1.5),
     r"token_weights has shape \(2,\); expected one weight per row, \(3,\)": lambda: distillation_loss(S, E, S, torch.ones(2)),
-    "teacher_head was given with a module": lambda: distillation_loss(S, FusedHead(4, 5), S, torch.ones(3), teacher_head=E),
+    "the divergence's": lambda: divergence_loss(torch.zeros(3), torch.ones(2)),
+    r"teacher_logprobs has shape \(2,\); expected logprobs' \(3,\)": lambda: sdar_loss(torch.zeros(3), *torch.ones(2, 2)),
+    r"old_logprobs has shape \(2,\)": lambda: sampled_distillation_loss(torch.zeros(3), torch.zeros(2), *torch.zeros(2, 3)),
+    "beta is -1": lambda: divergence_stat(-1),
     "estimator is 'k4'": lambda: reference_kl_loss(torch.zeros(3), torch.zeros(3), torch.ones(3), estimator="k4"),
     r"reference_logprobs has shape \(2,\)": lambda: reference_kl_loss(torch.zeros(3), torch.zeros(2), torch.ones(3)),
     "dual_clip is 1.0; expected a number above 1": lambda: policy_gradient_loss(*[torch.zeros(3)] * 4, dual_clip=1.0),

@@ -47,6 +47,16 @@ def test_micro_batch_indices_predict_the_policy_tokens():
     assert flat[batch.student_index].tolist() == [22, 9, 23] and flat[batch.teacher_index].tolist() == [44, 9, 45]
 
 
+def test_split_micro_batch_points_at_the_same_tokens():
+    rollouts = [_rollout(3, 5, (7, 8, 9, 10), (1, 0, 0, 1)), _rollout(4, 6, (5,), (1,))]
+    for batch in (micro_batch(rollouts, [0, 1], teacher=True), padding_micro_batch(teacher=True)):
+        student, teacher = batch.split()
+        whole = batch.input_ids.flatten()
+        assert student.teacher_index is teacher.teacher_index is None
+        assert torch.equal(student.input_ids.flatten()[student.student_index], whole[batch.student_index])
+        assert torch.equal(teacher.input_ids.flatten()[teacher.student_index], whole[batch.teacher_index])
+
+
 @pytest.mark.parametrize("teacher", [False, True])
 def test_micro_batches_keep_the_budget_and_every_row_once(teacher):
     rng = random.Random(0)

@@ -1,0 +1,137 @@
+"""A teacher with weights of its own: a second, frozen, ZeRO-3 partitioned copy of the model beside the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gear_kernels import Head
+from gear_trainer.batching import MicroBatch
+from gear_trainer.config import Config, ConfigError
+from gear_trainer.distill import reads_teacher
+from gear_trainer.model import deepspeed_config, hidden_states, load_partitioned
+from gear_trainer.sync import gathered
+
+# Where a parameter is not just one shard a rank in memory; a copy that follows the policy shard by shard would go stale.
+_UNFOLLOWED = {"zero_hpz_partition_size": 1, "zero_quantized_nontrainable_weights": False, "mics_shard_size": -1}  # and off
+
+
+def has_own_weights(cfg: Config, method: Any) -> bool:
+    """Whether the run keeps a second copy of the model for its teacher."""
+    return cfg.teacher.weights != "rollout" and reads_teacher(cfg, method)
+
+
+def check_teacher(cfg: Config) -> None:
+    """Raises ConfigError where a teacher that follows the policy does not go with the run's DeepSpeed options."""
+    if cfg.teacher.weights not in ("ema", "synced"):
+        return
+    zero = deepspeed_config(cfg)["zero_optimization"]
+    found = [name for name, off in _UNFOLLOWED.items() if zero.get(name, off) != off]
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        found.append("offload_param.device=nvme")
+    if found:
+        raise ConfigError(
+            f"teacher.weights={cfg.teacher.weights}: does not go with deepspeed.zero_optimization.{found[0]}; "
+            "leave it out, or use teacher.weights=rollout or initial"
+        )
+
+
+class _Backbone(nn.Module):
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        return hidden_states(self.lm, batch.input_ids)[batch.student_index]
+
+
+class Teacher:
+    """Scores in the policy's place. Its weights follow the policy shard by shard: no rank ever needs more than its own part.
+
+    The state that follows is `kept`: the teacher's own shards, or float32 ones beside them for the average of bfloat16 weights
+    (a small rate would be lost to rounding). Build it after the policy's engine, with the same ranks. Collective.
+    """
+
+    def __init__(self, cfg: Config, policy: Any, model_path: str):
+        self.cfg, self.policy = cfg.teacher, policy
+        self.engine = _frozen_engine(cfg, model_path)
+        self.params = list(self.engine.module.lm.parameters())
+        own = [p.ds_tensor for p in self.params]
+        wide = self.cfg.weights == "ema" and cfg.model.dtype != "float32"
+        self.kept = [t.float() for t in own] if wide else own
+
+    # --- scoring ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def hidden(self, rows: MicroBatch) -> torch.Tensor:
+        """Hidden states [n, D] that predict the n policy tokens of the teachers' rows (`MicroBatch.split`). Collective."""
+        return self.engine(rows)
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        """The teacher's own head, whole while the context lasts (and as long as a backward pass holds on to it). Collective."""
+        layer, like = self.engine.module.lm.get_output_embeddings(), self.policy.module.lm.get_output_embeddings()
+        with gathered([p for p in (layer.weight, layer.bias) if p is not None]):
+            bias = None if layer.bias is None else layer.bias.detach()
+            yield Head(layer.weight.detach(), bias, like.softcap, like.scale)
+
+    # --- following the policy ---------------------------------------------------------------------------------------
+
+    @property
+    def follows(self) -> bool:
+        """Whether there is state to save: the starting model is read again instead."""
+        return self.cfg.weights != "initial"
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """After the update of the 1-based step: mix the policy in, or copy it where a sync is due."""
+        synced = self.cfg.weights == "synced"
+        if not self.follows or (synced and step % self.cfg.sync_every):
+            return
+        for kept, policy in zip(self.kept, self.policy.module.lm.parameters(), strict=True):
+            new = policy.ds_tensor.to(kept)
+            kept.copy_(new) if synced else kept.lerp_(new, self.cfg.ema_rate)
+        self._publish()
+
+    def state(self) -> list[torch.Tensor]:
+        """This rank's shards of what follows, in the order of the model's parameters, on the CPU."""
+        return [t.to("cpu", copy=True) for t in self.kept]
+
+    @torch.no_grad()
+    def load_state(self, state: list[torch.Tensor]) -> None:
+        """Raises ConfigError where the shards are another model's or another rule's."""
+        have, want = ([(t.shape, t.dtype) for t in tensors] for tensors in (state, self.kept))
+        if have != want:
+            raise ConfigError(
+                f"teacher.weights={self.cfg.weights}: the checkpoint's teacher has other shards; "
+                "resume with the model.dtype, teacher.weights and model that it was written with"
+            )
+        for kept, saved in zip(self.kept, state, strict=True):
+            kept.copy_(saved)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let the next forward see `kept`. ZeRO-3 holds small parameters whole between forwards: those copies are dropped."""
+        for p, kept in zip(self.params, self.kept, strict=True):
+            if kept is not p.ds_tensor:
+                p.ds_tensor.copy_(kept)
+        self.engine.optimizer.partition_all_parameters()
+
+
+def _frozen_engine(cfg: Config, model_path: str) -> Any:
+    import deepspeed
+
+    config = deepspeed_config(cfg)
+    for key in ("optimizer", "scheduler"):
+        config.pop(key, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    lm, keep_alive = load_partitioned(cfg, model_path, config)
+    lm.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=_Backbone(lm), config=config)
+    engine.eval()
+    engine.hf_deepspeed_config = keep_alive
+    return engine
