@@ -52,9 +52,10 @@ _PROCESSES = 2  # a compile keeps one core busy
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel, compiled. registers: per thread (AMD: vector registers).  spills: bytes stored per thread (AMD: spilled vector
-    and scalar registers).  shared: bytes per program.  load_bits, store_bits: of one access to global memory by a
-    thread: the widest vector, or where there is none the most frequent single value (16 or 32 then: not vectorised).
+    """One kernel, compiled. registers: per thread (AMD: vector registers).  spills: bytes of memory per thread (AMD: scratch;
+    scalar registers that run out are kept in lanes of vector ones, which are counted).  shared: bytes per program.
+    load_bits, store_bits: of one access to global memory by a thread: the widest vector, or where there is none the most
+    frequent single value (16 or 32 then: not vectorised).
     """
 
     target: str
@@ -207,7 +208,40 @@ def _mixture(module: ModuleType, case: Case) -> None:
     module.mixture(*_pair(case), _task(case.stats, case.masked), _meta(_ROWS, 9), _meta(1, _ROWS, 2, dtype=torch.float64))
 
 
-FAMILIES = (Family("gear_kernels.triton.stats", statistics_launches),)
+def scan_launches(module: ModuleType) -> list[Launch]:
+    """The scan for every rule, normaliser and segmenter, masked or not, at 1024 tokens a sequence; other block sizes for GEAR."""
+    from gear_kernels.methods import METHODS, NORMALIZERS, Gear
+
+    cases = {name: METHODS[name] for name in METHODS if hasattr(METHODS[name], "scan") and METHODS[name].scan() is not None}
+    cases |= {f"gear, {name}": Gear(normalizer=name) for name in NORMALIZERS if name != "relu_max"}
+    cases["gear, caps"] = Gear(max_segment_len=64, stop_at_turn=True, renormalize=True)
+    found = [
+        Launch(f"{name}{', masked' * masked}", lambda m=m, masked=masked: _scan(module, m.scan(), masked))
+        for name, m in cases.items()
+        for masked in (False, True)
+    ]
+    sizes = ((1, "1"), (131072, "131072"))
+    found += [Launch(f"gear, {n} tokens", lambda size=size: _scan(module, Gear().scan(), False, size)) for size, n in sizes]
+    return [*found, Launch("gear, float64", lambda: _scan(module, Gear().scan(), False, dtype=torch.float64))]
+
+
+def _scan(module: ModuleType, what, masked: bool, tokens: int = 1024, dtype: torch.dtype = _F32) -> None:
+    def row(kind: torch.dtype, length: int = tokens) -> torch.Tensor:
+        return _meta(length, dtype=kind)
+
+    second = None if what.second is None else row(dtype, 2 * tokens if what.segmenter == "entropy_window" else tokens)
+    turns = row(torch.int64) if what.segmenter == "turn" or what.stop_at_turn else None
+    bounds = row(torch.int32, 2)
+    level = None if what.level is None else row(dtype, 1)
+    rows = (row(dtype), second, row(dtype, 1), row(torch.bool) if masked else None, turns, bounds, level)
+    out = (*(row(dtype) for _ in range(4)), row(torch.int32), row(torch.bool), _meta(1, 10, dtype=torch.float64))
+    module.scan(module.ScanRows(*rows), module.ScanOutputs(*out), what, tokens)
+
+
+FAMILIES = (
+    Family("gear_kernels.triton.stats", statistics_launches),
+    Family("gear_kernels.triton.scan", scan_launches),
+)
 
 
 # --- one target, in its own process -----------------------------------------------------------------------------------------
@@ -262,10 +296,14 @@ def worker(target: str, only: str, config: tuple[int, int] | None) -> None:
     compiled: list = []
     chosen = [(kernel, launch) for kernel, launch in _launches(compiled, config) if re.search(only, launch.case)]
     print(json.dumps(len(chosen)), flush=True)
+    seen = set()
     for _, launch in chosen:
         compiled.clear()
         launch.call()
         for one in compiled:
+            if one[0] in seen:  # the scan's launches share the kernel of the diagnostics
+                continue
+            seen.add(one[0])
             print(json.dumps(asdict(_row(target, launch.case, *one))), flush=True)
 
 
@@ -324,7 +362,7 @@ def _amd(compiled, _: str) -> dict[str, int]:
 
     return {
         "registers": _number(r"\.vgpr_count:\s*(\d+)", text),
-        "spills": _number(r"\.vgpr_spill_count:\s*(\d+)", text) + _number(r"\.sgpr_spill_count:\s*(\d+)", text),
+        "spills": _number(r"\.private_segment_fixed_size:\s*(\d+)", text),
         "load_bits": width("load"),
         "store_bits": width("store"),
     }

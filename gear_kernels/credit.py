@@ -188,7 +188,7 @@ def _triton_scan(pack: Pack, scan: Scan) -> Credit:
     module = backends.load_scan()
     floats, ids, onsets, tallies = _outputs(pack)
     second = _windowed(pack, scan)
-    level = None if scan.level is None else scan.level(second, pack.mask).view(1)
+    level = None if scan.level is None else scan.level(pack.row(scan.second), pack.mask).view(1)
     rows = module.ScanRows(
         *(pack.row("signal"), second, pack.advantages.detach().to(pack.dtype).contiguous()),
         *(pack.mask, pack.rows["turn_ids"], pack.cu_seqlens, level),

@@ -212,7 +212,8 @@ def test_equals_the_slow_transcription(kind, backend):
         got_values = got.token_advantages if kind in (Turn, Gigpo) else got.weights
         want = torch.zeros(len(call["signal"]), dtype=torch.float64)
         want[places] = torch.tensor([w for row in slow(method, trajectories) for w in row], dtype=torch.float64)
-        torch.testing.assert_close(got_values, want, rtol=1e-12, atol=1e-12, msg=lambda m, s=seed, k=method: f"{s} {k}: {m}")
+        near = 1e-9 if kind in (Turn, Gigpo) else 1e-12  # equal returns may differ by a rounding, over a deviation of 0 + 1e-6
+        torch.testing.assert_close(got_values, want, rtol=1e-12, atol=near, msg=lambda m, s=seed, k=method: f"{s} {k}: {m}")
         for value in got.diagnostics.values():
             assert value.isfinite()
 

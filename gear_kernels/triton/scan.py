@@ -417,10 +417,9 @@ def _scan_kernel(
         is_open = is_open * 0  # the end of the trajectory closes these
     up, down = (advantage > 0).to(tl.float64), (advantage < 0).to(tl.float64)
     tokens = seen.to(tl.float64)
-    tallies = (
-        *(tokens, above.to(tl.float64), inside.to(tl.float64), segments.to(tl.float64), is_open.to(tl.float64)),
-        *(signals, up * tokens, tl.where(advantage > 0, weights, 0.0), down * tokens, tl.where(advantage < 0, weights, 0.0)),
-    )
+    up_weights, down_weights = tl.where(advantage > 0, weights, 0.0), tl.where(advantage < 0, weights, 0.0)
+    counts = (tokens, above.to(tl.float64), inside.to(tl.float64), segments.to(tl.float64), is_open.to(tl.float64))
+    tallies = counts + (signals, up * tokens, up_weights, down * tokens, down_weights)
     for i in tl.static_range(_TALLIES):
         tl.store(OUT.tallies + row * _TALLIES + i, tallies[i])
 
@@ -465,20 +464,25 @@ def _tally_kernel(TALLIES, OUT, sequences, ROWS: tl.constexpr):
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
-_LANES = 256  # tokens to a warp
+_LANES = {True: 256, False: 128}  # tokens to a warp of 32, with segments or without: there 8 rounded divisions a thread spilled
 
 
-def config(tokens: int, sequences: int) -> Config:
-    """From the shape alone: a block about as long as the mean sequence. Not yet measured on a GPU."""
-    longest, least = (32768, 16) if INTERPRETED else (4096, 256)
+def config(tokens: int, sequences: int, segmented: bool) -> Config:
+    """From the shape alone. 1024 tokens at 160 registers leave room for three programs on a streaming multiprocessor; few long
+    sequences take blocks of 2048 (4096 spilled), many short ones blocks of their mean length. Not yet measured on a GPU.
+    """
+    if INTERPRETED:
+        longest, least = 32768, 16
+    else:
+        longest, least = 512 if not segmented else 2048 if tokens > 16384 * sequences else 1024, 128
     block = min(longest, max(least, triton.next_power_of_2(-(-tokens // max(sequences, 1)))))
-    return Config(block, 1 if INTERPRETED else block // _LANES)
+    return Config(block, 1 if INTERPRETED else max(1, block // _LANES[segmented]))
 
 
 def scan(rows: ScanRows, out: ScanOutputs, what: Scan, total: int) -> tuple[torch.Tensor, ...]:
     """Fills `out`; returns the eight diagnostics, 0-d float32 each."""
     sequences = rows.advantages.numel()
-    chosen = config(total, sequences)
+    chosen = config(total, sequences, what.segmented)
     if sequences:
         _scan_kernel[(sequences,)](
             *(rows, out, total, what.longest),
