@@ -46,6 +46,8 @@ def _line(m: dict[str, Any], steps: int) -> str:
         f"{m['tokens_per_second']:.0f} tok/s",
         f"{m['seconds']['step']:.1f} s",
     ]
+    if m.get("references_failed"):
+        parts.append(f"[yellow]{m['references_failed']:.0f} group(s) without a reference[/]")
     if "held_out_success" in m:
         parts.append(f"[bold]held-out success {m['held_out_success']:.3f}[/]")
     return " | ".join(parts)

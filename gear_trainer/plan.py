@@ -8,17 +8,22 @@ from typing import Any
 
 from gear_kernels import Gear, GearKernelsError
 from gear_kernels.methods import METHODS, signals_of
+from gear_trainer import endpoint
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.model import check_model_path, deepspeed_config
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Task
+from gear_trainer.writer import Writer, check_room, templates
+
+INPUTS = ("signal", "entropy", "teacher_entropy", "forward_kl", "turn_ids")  # what the trainer makes for methods to read
 
 
 def check(cfg: Config) -> tuple[Task, Any]:
     """The run's task and credit method. Raises ConfigError, TaskError or GearKernelsError."""
     method = make_method(cfg)
+    check_inputs(cfg, method)
     check_model_path(cfg.model.path)
     task = make_task(cfg.task, cfg.seed, cfg.task_args)
     if cfg.model.path == "builtin:tiny-qwen3" and not hasattr(task, "demonstrate"):
@@ -47,6 +52,18 @@ def make_method(cfg: Config) -> Any:
         raise ConfigError(f"credit_args: {error}") from None
 
 
+def check_inputs(cfg: Config, method: Any) -> None:
+    """Everything that the method reads is at hand. Raises ConfigError."""
+    missing = [name for name in method.needs if name not in INPUTS]
+    if missing:
+        raise ConfigError(f"credit={cfg.credit} reads {', '.join(missing)}, which this trainer does not make: choose another")
+    if cfg.writes_references:
+        if not {"signal", "teacher_entropy", "forward_kl"} & set(method.needs):
+            raise ConfigError(f"writer.enabled: credit={cfg.credit} asks no teacher, so nobody would read references: drop it")
+        endpoint.check_settings(cfg.writer)
+        templates(cfg.writer)
+
+
 def check_launch(cfg: Config) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != cfg.world_size or "RANK" not in os.environ:
@@ -56,8 +73,9 @@ def check_launch(cfg: Config) -> None:
         )
 
 
-def check_prompts(cfg: Config, task: Task, chat: Chat, sample: int = 64) -> tuple[int, int]:
-    """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one."""
+def check_prompts(cfg: Config, task: Task, chat: Chat, writer_context: int | None = None, sample: int = 64) -> tuple[int, int]:
+    """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one, or no
+    attempts into the writer's prompt (`writer_context`: an endpoint's tokens)."""
     problems = [task.train_problem(i) for i in range(sample)]
     student = max(len(chat.prompt_ids(p.messages)) for p in problems)
     teacher = max(len(chat.prompt_ids(p.teacher_messages)) for p in problems)
@@ -66,6 +84,11 @@ def check_prompts(cfg: Config, task: Task, chat: Chat, sample: int = 64) -> tupl
             f"rollout.max_model_len={cfg.rollout.max_model_len}: a prompt has {student} tokens; set it to "
             f"{student + task.max_turns * cfg.rollout.max_new_tokens} or more"
         )
+    if cfg.writes_references:
+        writer = Writer(cfg, chat, None, writer_context or cfg.writer.max_model_len or cfg.rollout.max_model_len)
+        longest = max(problems, key=lambda p: len(chat.prompt_ids(p.messages)))
+        check_room(writer, longest, cfg.rollout.max_new_tokens)
+        teacher = writer.longest_teacher_prompt(longest)
     return student, teacher
 
 
@@ -79,15 +102,18 @@ def geometry(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> list[t
     wide = max(student, teacher) + response
     at_once = max(1, t.tokens_per_micro_batch // (2 * wide))
     alone = max(1, t.tokens_per_micro_batch // (student + response))
+    again = f"; up to {cfg.gen_batches} batches for mixed groups" if cfg.gen_batches > 1 else ""
+    writer = cfg.writer.url or "the policy itself"
     measured = "" if prompts else " (tokenizer not at hand: bound by max_model_len)"
     return [
         ("ranks", f"{cfg.world_size}, one vLLM engine each"),
-        ("prompts x group", f"{r.prompts_per_step} x {r.group_size} = {rollouts} rollouts a step, {per_rank} a rank"),
+        ("prompts x group", f"{r.prompts_per_step} x {r.group_size} = {rollouts} rollouts a step, {per_rank} a rank{again}"),
         ("prompt tokens", f"student <= {student}, teacher <= {teacher}{measured}"),
         ("response tokens", f"<= {response} in {task.max_turns} turn(s)"),
         ("tokens a step", f"<= {rollouts * (student + response):,} student, {rollouts * wide:,} teacher"),
         ("micro-batches a rank", f"<= {-(-per_rank // at_once)} to score, {-(-per_rank // alone)} to train"),
         ("optimizer steps", f"{t.updates_per_step} a step, {t.steps * t.updates_per_step} in all"),
+        *([("references", f"<= {cfg.writer.max_tokens} tokens, by {writer}")] if cfg.writes_references else []),
     ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from gear_trainer.config import Config
 from gear_trainer.console import Console
 from gear_trainer.metrics import Phases, RunFiles, Sums
 from gear_trainer.model import learning_rate
-from gear_trainer.rollout import Limits, Rollout, Sampler, roll_out
+from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out
 from gear_trainer.sync import gathered_weights
 from gear_trainer.tasks.base import Problem, Task
+from gear_trainer.writer import Writer
 
 
 class SyncError(RuntimeError):
@@ -58,7 +58,7 @@ class TokenCredit:
 def group_advantages(rollouts: list[Rollout], divide_by_std: bool, eps: float = 1e-6) -> list[float]:
     """A_k = (R_k - mean) / (std + eps) within each group of rollouts of one prompt (GRPO); exactly 0 where all rewards agree."""
     out: list[float] = []
-    for _, group in groupby(rollouts, key=lambda r: r.group):
+    for group in groups_of(rollouts):
         rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
         if (rewards == rewards[0]).all():
             out += [0.0] * len(rewards)
@@ -69,9 +69,11 @@ def group_advantages(rollouts: list[Rollout], divide_by_std: bool, eps: float = 
 
 
 class Trainer:
-    def __init__(self, cfg: Config, task: Task, chat: Chat, method: Any, engine: Any, sampler: Sampler):
+    def __init__(
+        self, cfg: Config, task: Task, chat: Chat, method: Any, engine: Any, sampler: Sampler, writer: Writer | None = None
+    ):
         self.cfg, self.task, self.chat, self.method = cfg, task, chat, method
-        self.engine, self.sampler = engine, sampler
+        self.engine, self.sampler, self.writer = engine, sampler, writer
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device
         self.phases, self.stop_asked, self.gap_checked = Phases(), False, False
         r = cfg.rollout
@@ -103,12 +105,19 @@ class Trainer:
     def step(self, step: int, files: RunFiles | None) -> dict[str, Any]:
         cfg, sums = self.cfg, Sums()
         with self.phases("rollout"):
-            rollouts = self._roll_out(self._problems(step), self.limits, (cfg.seed, step))
+            rollouts = self._sample(step, sums)
+        with self.phases("write"):
+            self._write_references(step, rollouts, sums)
+        with self.phases("rollout"):
+            self.sampler.sleep()
         advantages = group_advantages(rollouts, cfg.train.std_advantages)
+        taught = [0.0 if self.writer and r.reference is None else a for r, a in zip(rollouts, advantages, strict=True)]
         with self.phases("score"):
-            scores = self.score(rollouts, advantages)
+            scores = self.score(rollouts, taught)
         with self.phases("credit"):
-            credit = self.credit(step, rollouts, advantages, scores, sums)
+            credit = self.credit(step, rollouts, taught, scores, sums)
+        for i, (a, t) in enumerate(zip(advantages, taught, strict=True)):
+            credit.advantages[i] = credit.advantages[i] + (a - t)  # a group without a reference keeps its A: W = 1
         _count(sums, rollouts, advantages, scores)
         self._check_gap(step, sums)
         with self.phases("update"):
@@ -122,15 +131,32 @@ class Trainer:
         self._write_rollouts(files, step, rollouts, advantages, scores, credit)
         return self._metrics(step, sums, held_out)
 
-    def _problems(self, step: int) -> list[tuple[int, Problem]]:
-        first = (step - 1) * self.cfg.rollout.prompts_per_step + self.rank * self.cfg.prompts_per_rank
-        return [(i, self.task.train_problem(i)) for i in range(first, first + self.cfg.prompts_per_rank)]
-
-    def _roll_out(self, problems: list[tuple[int, Problem]], limits: Limits, key: tuple[object, ...]) -> list[Rollout]:
+    def _sample(self, step: int, sums: Sums) -> list[Rollout]:
+        """The step's rollouts. Ranks may sample different numbers of batches, so nothing in here is a collective."""
+        cfg = self.cfg
         self.sampler.wake()
-        rollouts = roll_out(self.sampler, self.chat, self.task, problems, limits, key)
-        self.sampler.sleep()
+
+        def sample(batch: int, slots: list[int]) -> list[Rollout]:
+            problems = self._problems(step, batch, slots)
+            return roll_out(self.sampler, self.chat, self.task, problems, self.limits, (cfg.seed, step))
+
+        rollouts, counts = mixed_groups(sample, cfg.prompts_per_rank, cfg.gen_batches)
+        if cfg.gen_batches > 1:
+            sums.add("mixed_groups", counts["mixed_groups"], cfg.prompts_per_rank)
+            sums.add("resampled_groups", counts["resampled_groups"], 1 / self.world)
         return rollouts
+
+    def _problems(self, step: int, batch: int, slots: list[int]) -> list[tuple[int, Problem]]:
+        """Fresh problems for some of the rank's places in a step. Every step owns the indices of all batches that it may sample,
+        so what an index holds never depends on what was sampled before."""
+        cfg = self.cfg
+        first = ((step - 1) * cfg.gen_batches + batch) * cfg.rollout.prompts_per_step + self.rank * cfg.prompts_per_rank
+        return [(first + slot, self.task.train_problem(first + slot)) for slot in slots]
+
+    def _write_references(self, step: int, rollouts: list[Rollout], sums: Sums) -> None:
+        if self.writer:
+            for name, count in self.writer.write(rollouts, (self.cfg.seed, step)).items():
+                sums.add(name, count, 1 / self.world)
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
@@ -227,7 +253,8 @@ class Trainer:
         problems = self.task.held_out(cfg.eval.prompts)
         mine = [(i, p) for i, p in enumerate(problems) if i % self.world == self.rank]
         limits = Limits(1, cfg.eval.temperature, cfg.rollout.max_new_tokens, cfg.rollout.max_model_len)
-        rollouts = self._roll_out(mine, limits, (cfg.seed, "held-out"))
+        self.sampler.wake()  # and stays so: the next step samples from these weights
+        rollouts = roll_out(self.sampler, self.chat, self.task, mine, limits, (cfg.seed, "held-out"))
         sums = Sums()
         sums.add("success", sum(r.success for r in rollouts), len(rollouts))
         return sums.means(self.device)["success"]
@@ -394,6 +421,7 @@ def _record(chat: Chat, r: Rollout, advantage: float, scores: Scores, credit: To
         "prompt": chat.tokenizer.decode(r.prompt_ids),
         "response": chat.tokenizer.decode(r.ids),
         "answer": r.problem.answer,
+        "reference": r.reference,
         "prompt_ids": r.prompt_ids,
         "ids": r.ids,
         "tokens": [chat.tokenizer.decode([t]) for t in r.ids],
