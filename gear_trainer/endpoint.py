@@ -78,11 +78,11 @@ def connect(cfg: WriterConfig, context: int) -> Endpoint:
 
 
 def check_settings(cfg: WriterConfig) -> None:
-    """What is wrong without asking the endpoint. Raises ConfigError."""
+    """What is wrong, without asking the endpoint. Raises ConfigError."""
     if not cfg.url:
         return
     if not cfg.url.startswith(("http://", "https://")):
-        raise ConfigError(f"writer.url={cfg.url}: not an http address; give the base URL, for example http://127.0.0.1:8000/v1")
+        raise ConfigError(f"writer.url={cfg.url}: not an http address; give the base URL, as http://127.0.0.1:8000/v1")
     api_key(cfg)
     _package()
 
@@ -91,9 +91,9 @@ def api_key(cfg: WriterConfig) -> str:
     if cfg.api_key_env is None:
         return "EMPTY"  # never the client's own default, OPENAI_API_KEY: it would be sent to whatever server the url names
     if not cfg.api_key_env.isidentifier():
-        raise ConfigError("writer.api_key_env: give the name of the environment variable that holds the key, not the key itself")
+        raise ConfigError("writer.api_key_env: give the name of the environment variable with the key, not the key itself")
     if not os.environ.get(cfg.api_key_env):
-        raise ConfigError(f"writer.api_key_env={cfg.api_key_env}: this environment variable is not set; export it on every node")
+        raise ConfigError(f"writer.api_key_env={cfg.api_key_env}: no such environment variable; export it on every node")
     return os.environ[cfg.api_key_env]
 
 
@@ -101,7 +101,7 @@ def _package() -> Any:
     try:
         import openai
     except ImportError as error:
-        raise ConfigError(f"writer.url needs the package openai ({error}): pip install openai, or leave writer.url out") from None
+        raise ConfigError(f"writer.url needs the package openai ({error}): pip install openai, or drop writer.url") from None
     return openai
 
 
@@ -110,7 +110,7 @@ def _model_name(cfg: WriterConfig, served: list[str]) -> str:
     if cfg.model is None:
         if len(served) == 1:
             return served[0]
-        raise ConfigError(f"writer.model is missing: {cfg.url} serves {listed or 'models that it does not list'}; name one")
+        raise ConfigError(f"writer.model is missing: {cfg.url} serves {listed or 'what it does not list'}; name one")
     if served and cfg.model not in served:
         raise ConfigError(f"writer.model={cfg.model}: {cfg.url} serves {listed}; name one of these")
     return cfg.model
@@ -118,8 +118,8 @@ def _model_name(cfg: WriterConfig, served: list[str]) -> str:
 
 def _refusal(cfg: WriterConfig, error: Exception, openai: Any) -> ConfigError:
     if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-        where = f"the key in {cfg.api_key_env}" if cfg.api_key_env else "a request without a key"
-        return ConfigError(f"writer.url={cfg.url}: it refuses {where} ({_short(error)}); set writer.api_key_env to the right one")
+        what = f"the key in {cfg.api_key_env}" if cfg.api_key_env else "a request without a key"
+        return ConfigError(f"writer.url={cfg.url}: it refuses {what} ({_short(error)}); set writer.api_key_env")
     if isinstance(error, openai.APIConnectionError):
         return ConfigError(f"writer.url={cfg.url}: not reachable ({_short(error)}); start the server or correct the address")
     if isinstance(error, openai.NotFoundError):

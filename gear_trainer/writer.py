@@ -160,7 +160,7 @@ def check_room(writer: Writer, problem: Problem, max_new_tokens: int) -> None:
     least = bare + LEAST + max_new_tokens
     if least > writer.max_model_len:
         raise ConfigError(
-            f"rollout.max_model_len={writer.max_model_len}: the teacher's prompt has {bare} tokens before a reference is in it; "
+            f"rollout.max_model_len={writer.max_model_len}: the teacher's prompt has {bare} tokens without its reference; "
             f"set it to {least} or more"
         )
 

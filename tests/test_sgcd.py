@@ -172,8 +172,8 @@ def test_the_writer_reads_every_attempt_with_its_verdict(chat):
     said = [("wrong: 7", False), ("<tool_call>add</tool_call>", True), ("right: 12", True), ("8", False)]
     counts = writer(chat, model).write(group(chat, said, number=5), (0, 1))
     (prompt,) = model.prompts
-    wanted = ["1. (success)\n<tool_call>add</tool_call>", "2. (failure)\nwrong: 7", "3. (success)\nright: 12", "4. (failure)\n8"]
-    assert "\n".join(wanted) in prompt and "What is 3 + 9?" in prompt and "Be brief." in prompt
+    wanted = "1. (success)\n<tool_call>add</tool_call>\n2. (failure)\nwrong: 7\n3. (success)\nright: 12\n4. (failure)\n8"
+    assert wanted in prompt and "What is 3 + 9?" in prompt and "Be brief." in prompt
     assert counts == {"references_written": 1, "references_failed": 0, "reference_masks": 0}
 
 
@@ -333,7 +333,7 @@ def test_endpoint_problems_are_named_before_the_run(monkeypatch):
         (["credit=gear", "writer.url=http://x/v1"], "writer.url is set, but credit=gear has no references written"),
         (["credit=grpo", "writer.enabled=true"], "writer.enabled: credit=grpo asks no teacher"),
         (["writer.url=localhost:8000"], "writer.url=localhost:8000: not an http address"),
-        (["writer.url=http://x/v1", "writer.api_key_env=NO_SUCH_KEY"], "NO_SUCH_KEY: this environment variable is not set"),
+        (["writer.url=http://x/v1", "writer.api_key_env=NO_SUCH_KEY"], "NO_SUCH_KEY: no such environment variable"),
         (["writer.url=http://x/v1", "writer.api_key_env=sk-123"], "give the name of the environment variable .*, not the key"),
         (["rollout.max_num_gen_batches=0"], "rollout.max_num_gen_batches=0: .*greater than or equal to 1"),
         (["writer.modl=x"], "unknown key writer.modl: did you mean 'model'"),

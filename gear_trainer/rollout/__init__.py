@@ -121,8 +121,8 @@ def mixed_groups(
 ) -> tuple[list[Rollout], dict[str, int]]:
     """`slots` groups; those that are not mixed make way for fresh ones, `sample(batch, slots)`, until `batches` were sampled.
 
-    DAPO's dynamic sampling with a cap: what is not mixed in the last batch stays. Also returns the counts `mixed_groups` (of the
-    first batch) and `resampled_groups`.
+    DAPO's dynamic sampling with a cap: what is not mixed in the last batch stays. Also returns the counts `mixed_groups` (of
+    the first batch) and `resampled_groups`.
     """
     groups: dict[int, list[Rollout]] = {}
     wanted, left = list(range(slots)), []
