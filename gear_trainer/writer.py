@@ -154,7 +154,8 @@ def check_room(writer: Writer, problem: Problem, max_new_tokens: int) -> None:
     if room < 2 * LEAST:
         raise ConfigError(
             f"writer: its prompt leaves {room} tokens for a group's attempts, at least {2 * LEAST} are needed: raise "
-            f"rollout.max_model_len (with a url, writer.max_model_len) or lower writer.max_tokens={writer.max_tokens}"
+            f"rollout.max_model_len (with a url, writer.max_model_len) by {2 * LEAST - room}, or lower "
+            f"writer.max_tokens={writer.max_tokens}"
         )
     bare = len(writer.chat.prompt_ids(writer.teacher_messages(problem, "")))
     least = bare + LEAST + max_new_tokens
