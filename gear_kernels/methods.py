@@ -532,6 +532,7 @@ class Gigpo:
         require(isinstance(self.std, bool), f"Gigpo.std: given {self.std!r}", "a bool", "pass True or False")
 
     needs = ("turn_rewards", "turn_ids", "anchors", "groups")
+    outcome_in_last_turn = True  # a trainer adds the outcome's reward to the last turn's
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         first = reference.turn_onsets(tokens.turn_ids, tokens.sequence)

@@ -17,6 +17,9 @@ class ConfigError(ValueError):
     """A run that cannot start. The message names the file and the key (or line), and says how to mend it."""
 
 
+REFERENCED = ("sgcd",)  # methods whose teacher reads credit references, on mixed groups, unless the config says otherwise
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
 
@@ -41,6 +44,32 @@ class RolloutConfig(Section):
     kv_cache_mib: int | None = Field(None, ge=1, description="size of the KV cache instead of a share; needed on a CPU")
     sleep_level: Literal[0, 1, 2] = Field(0, description="GPU: 1 offloads, 2 drops vLLM's weights while the trainer works")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="anything else for vLLM's LLM(...)")
+    filter_groups: bool | None = Field(
+        None, description="sample again for groups that all succeed or all fail (DAPO); null is the method's own (on for sgcd)"
+    )
+    max_num_gen_batches: int = Field(
+        3, ge=1, description="of filter_groups: batches sampled for one step at most, the first included; then such groups stay"
+    )
+
+
+class WriterConfig(Section):
+    enabled: bool | None = Field(
+        None, description="write credit references and show them to the teacher; null is the method's own (on for sgcd)"
+    )
+    url: str | None = Field(
+        None, description="base URL of an OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1; null: the policy itself"
+    )
+    model: str | None = Field(None, description="the endpoint's name of it; may be left out where it serves one model")
+    api_key_env: str | None = Field(None, description="the environment variable that holds the endpoint's key")
+    max_tokens: int = Field(512, ge=1, description="of a reference")
+    temperature: float = Field(1.0, ge=0)
+    max_model_len: int | None = Field(
+        None, ge=8, description="the endpoint's context; null: what it reports, else rollout.max_model_len"
+    )
+    template: str | None = Field(None, description="text file with {question} and {attempts} in place of the shipped prompt")
+    teacher_template: str | None = Field(None, description="text file with {question} and {reference}")
+    timeout: float = Field(60.0, gt=0, description="seconds, of one request to the endpoint")
+    max_retries: int = Field(2, ge=0, description="of a request, with growing pauses; then its group goes without a reference")
 
 
 class TrainConfig(Section):
@@ -117,6 +146,7 @@ class Config(Section):
         None, description="sampled-token log ratio, or the full-vocabulary KL; null is the method's own (k1 but for sgcd)"
     )
     rollout: RolloutConfig = RolloutConfig()
+    writer: WriterConfig = WriterConfig()
     train: TrainConfig = TrainConfig()
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillConfig = DistillConfig()
@@ -134,6 +164,16 @@ class Config(Section):
     @property
     def prompts_per_rank(self) -> int:
         return self.rollout.prompts_per_step // self.world_size
+
+    @property
+    def gen_batches(self) -> int:
+        """Batches that a step may sample: 1 without the mixed-group filter."""
+        wanted = self.rollout.filter_groups
+        return self.rollout.max_num_gen_batches if wanted or (wanted is None and self.credit in REFERENCED) else 1
+
+    @property
+    def writes_references(self) -> bool:
+        return self.credit in REFERENCED if self.writer.enabled is None else self.writer.enabled
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
@@ -160,6 +200,10 @@ class Config(Section):
             )
         if self.credit == "grpo" and self.credit_args:
             raise ValueError("credit=grpo takes no credit_args: drop them, or choose credit=gear")
+        if self.writer.url and not self.writes_references:
+            raise ValueError(
+                f"writer.url is set, but credit={self.credit} has no references written: drop it, or set writer.enabled=true"
+            )
         return self
 
 

@@ -48,6 +48,8 @@ def _line(m: dict[str, Any], steps: int) -> str:
     ]
     if m.get("divergence") is not None:
         parts.insert(3, f"divergence {m['divergence']:.3f}")
+    if m.get("references_failed"):
+        parts.append(f"[yellow]{m['references_failed']:.0f} group(s) without a reference[/]")
     if "held_out_success" in m:
         parts.append(f"[bold]held-out success {m['held_out_success']:.3f}[/]")
     return " | ".join(parts)

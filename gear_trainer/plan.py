@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gear_kernels import Gear, GearKernelsError
-from gear_kernels.methods import METHODS, signals_of
+from gear_kernels.methods import INPUTS, METHODS, signals_of
+from gear_trainer import endpoint
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import make_distillation, parse_credit
@@ -16,18 +17,21 @@ from gear_trainer.rollout.vllm_colocated import engine_kwargs
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Task
 from gear_trainer.teacher import check_teacher, has_own_weights
+from gear_trainer.writer import Writer, check_room, templates
 
 
 def check(cfg: Config) -> tuple[Task, Any]:
     """The run's task and credit method. Raises ConfigError, TaskError or GearKernelsError."""
     method = make_method(cfg)
     check_teacher(cfg)
+    check_inputs(cfg, method)
     check_model_path(cfg.model.path)
     task = make_task(cfg.task, cfg.seed, cfg.task_args)
     if cfg.model.path == "builtin:tiny-qwen3" and not hasattr(task, "demonstrate"):
         raise ConfigError(
             f"model.path=builtin:tiny-qwen3: task {cfg.task} has no demonstrations to warm it up with; use task=mathapi"
         )
+    check_turns(cfg, method, task)
     return task, method
 
 
@@ -50,6 +54,28 @@ def make_method(cfg: Config) -> Any:
         raise ConfigError(f"credit_args: {error}") from None
 
 
+def check_inputs(cfg: Config, method: Any) -> None:
+    """Everything that the method reads is at hand. Raises ConfigError."""
+    missing = [name for name in method.needs if name not in INPUTS]
+    if missing:
+        raise ConfigError(f"credit={cfg.credit} reads {', '.join(missing)}, which this trainer does not make: choose another")
+    if cfg.writes_references:
+        if not {"signal", "teacher_entropy", "forward_kl"} & set(method.needs):
+            raise ConfigError(f"writer.enabled: credit={cfg.credit} asks no teacher, so nobody would read references: drop it")
+        endpoint.check_settings(cfg.writer)
+        templates(cfg.writer)
+
+
+def check_turns(cfg: Config, method: Any, task: Task) -> None:
+    """A method of turn rewards needs turns, and rewards for them or the outcome at the last one. Raises ConfigError."""
+    if "turn_rewards" not in method.needs:
+        return
+    if task.max_turns < 2:
+        raise ConfigError(f"credit={cfg.credit} tells turns apart, and task={cfg.task} has one: choose another method")
+    if not (task.turn_rewards or getattr(method, "outcome_in_last_turn", False)):
+        raise ConfigError(f"credit={cfg.credit} reads turn rewards, and task={cfg.task} gives none: choose another method")
+
+
 def check_launch(cfg: Config) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != cfg.world_size or "RANK" not in os.environ:
@@ -59,8 +85,9 @@ def check_launch(cfg: Config) -> None:
         )
 
 
-def check_prompts(cfg: Config, task: Task, chat: Chat, sample: int = 64) -> tuple[int, int]:
-    """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one."""
+def check_prompts(cfg: Config, task: Task, chat: Chat, writer_context: int | None = None, sample: int = 64) -> tuple[int, int]:
+    """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one, or no
+    attempts into the writer's prompt (`writer_context`: an endpoint's tokens)."""
     problems = [task.train_problem(i) for i in range(sample)]
     student = max(len(chat.prompt_ids(p.messages)) for p in problems)
     teacher = max(len(chat.prompt_ids(p.teacher_messages)) for p in problems)
@@ -69,6 +96,11 @@ def check_prompts(cfg: Config, task: Task, chat: Chat, sample: int = 64) -> tupl
             f"rollout.max_model_len={cfg.rollout.max_model_len}: a prompt has {student} tokens; set it to "
             f"{student + task.max_turns * cfg.rollout.max_new_tokens} or more"
         )
+    if cfg.writes_references:
+        writer = Writer(cfg, chat, None, writer_context or cfg.writer.max_model_len or cfg.rollout.max_model_len)
+        longest = max(problems, key=lambda p: len(chat.prompt_ids(p.messages)))
+        check_room(writer, longest, cfg.rollout.max_new_tokens)
+        teacher = writer.longest_teacher_prompt(longest)
     return student, teacher
 
 
@@ -82,15 +114,18 @@ def geometry(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> list[t
     wide = max(student, teacher) + response
     at_once = max(1, t.tokens_per_micro_batch // (2 * wide))
     alone = max(1, t.tokens_per_micro_batch // (student + response))
+    again = f"; up to {cfg.gen_batches} batches for mixed groups" if cfg.gen_batches > 1 else ""
+    writer = cfg.writer.url or "the policy itself"
     measured = "" if prompts else " (tokenizer not at hand: bound by max_model_len)"
     return [
         ("ranks", f"{cfg.world_size}, one vLLM engine each"),
-        ("prompts x group", f"{r.prompts_per_step} x {r.group_size} = {rollouts} rollouts a step, {per_rank} a rank"),
+        ("prompts x group", f"{r.prompts_per_step} x {r.group_size} = {rollouts} rollouts a step, {per_rank} a rank{again}"),
         ("prompt tokens", f"student <= {student}, teacher <= {teacher}{measured}"),
         ("response tokens", f"<= {response} in {task.max_turns} turn(s)"),
         ("tokens a step", f"<= {rollouts * (student + response):,} student, {rollouts * wide:,} teacher"),
         ("micro-batches a rank", f"<= {-(-per_rank // at_once)} to score, {-(-per_rank // alone)} to train"),
         ("optimizer steps", f"{t.updates_per_step} a step, {t.steps * t.updates_per_step} in all"),
+        *([("references", f"<= {cfg.writer.max_tokens} tokens, by {writer}")] if cfg.writes_references else []),
     ]
 
 

@@ -75,11 +75,14 @@ def _train(cfg: Config, resume: bool) -> int:
     check_launch(cfg)
     task, method = check(cfg)
     _set_environment()
+    from gear_trainer.endpoint import connect
     from gear_trainer.model import check_hub_model, resolve_model_path
 
     check_hub_model(cfg.model.path)
+    # every rank asks for itself, as it will during the run
+    endpoint = connect(cfg.writer, cfg.rollout.max_model_len) if cfg.writes_references and cfg.writer.url else None
     model_path = resolve_model_path(cfg, task)  # before the process group: a warm start outlasts a collective's patience
-    trainer, start = _build(cfg, task, method, model_path, resume)
+    trainer, start = _build(cfg, task, method, model_path, endpoint, resume)
     done = trainer.train(start)
     return _finish(cfg, trainer, done)
 
@@ -95,7 +98,7 @@ def _set_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _build(cfg: Config, task, method, model_path: str, resume: bool):
+def _build(cfg: Config, task, method, model_path: str, endpoint, resume: bool):
     """Process group, then vLLM (it would make a group of its own), then the ZeRO-3 engine."""
     import logging
 
@@ -113,6 +116,7 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
     from gear_trainer.rollout.vllm_colocated import ColocatedVllm
     from gear_trainer.teacher import Teacher, has_own_weights
     from gear_trainer.trainer import Trainer
+    from gear_trainer.writer import PolicyWriter, Writer
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
@@ -121,7 +125,7 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     chat = Chat(AutoTokenizer.from_pretrained(model_path), task.tools, cfg.chat_template_args)
-    check_prompts(cfg, task, chat)
+    check_prompts(cfg, task, chat, endpoint and endpoint.context)
     start = checkpoint.latest_step(cfg) if resume else 0
     if dist.get_rank() == 0:
         _prepare_run_dir(cfg, resume, start)
@@ -133,7 +137,9 @@ def _build(cfg: Config, task, method, model_path: str, resume: bool):
     teacher = Teacher(cfg, engine, model_path) if has_own_weights(cfg, method) else None
     if start:
         checkpoint.load(engine, cfg, start, teacher)
-    return Trainer(cfg, task, chat, method, engine, sampler, teacher), start
+    model = endpoint or PolicyWriter(cfg, chat, sampler)
+    writer = Writer(cfg, chat, model, model.context) if cfg.writes_references else None
+    return Trainer(cfg, task, chat, method, engine, sampler, teacher, writer), start
 
 
 def _prepare_run_dir(cfg: Config, resume: bool, start: int) -> None:

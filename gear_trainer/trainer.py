@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from gear_trainer.console import Console
 from gear_trainer.distill import TEACHER_ROWS, make_distillation
 from gear_trainer.metrics import Phases, RunFiles, Sums
 from gear_trainer.model import learning_rate
-from gear_trainer.rollout import Limits, Rollout, Sampler, roll_out
+from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out
 from gear_trainer.sync import gathered_weights
 from gear_trainer.tasks.base import Problem, Task
 from gear_trainer.teacher import Teacher
+from gear_trainer.writer import Writer
 
 
 class SyncError(RuntimeError):
@@ -57,7 +57,7 @@ class TokenCredit:
 def group_advantages(rollouts: list[Rollout], divide_by_std: bool, eps: float = 1e-6) -> list[float]:
     """A_k = (R_k - mean) / (std + eps) within each group of rollouts of one prompt (GRPO); exactly 0 where all rewards agree."""
     out: list[float] = []
-    for _, group in groupby(rollouts, key=lambda r: r.group):
+    for group in groups_of(rollouts):
         rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
         if (rewards == rewards[0]).all():
             out += [0.0] * len(rewards)
@@ -69,11 +69,19 @@ def group_advantages(rollouts: list[Rollout], divide_by_std: bool, eps: float = 
 
 class Trainer:
     def __init__(
-        self, cfg: Config, task: Task, chat: Chat, method: Any, engine: Any, sampler: Sampler, teacher: Teacher | None = None
+        self,
+        cfg: Config,
+        task: Task,
+        chat: Chat,
+        method: Any,
+        engine: Any,
+        sampler: Sampler,
+        teacher: Teacher | None = None,
+        writer: Writer | None = None,
     ):
-        """teacher: None where the policy itself is the teacher, or where nothing reads one."""
+        """teacher: None where the policy itself is the teacher, or where nothing reads one. writer: of SGCD's references."""
         self.cfg, self.task, self.chat, self.method = cfg, task, chat, method
-        self.engine, self.sampler, self.teacher = engine, sampler, teacher
+        self.engine, self.sampler, self.teacher, self.writer = engine, sampler, teacher, writer
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device
         self.phases, self.stop_asked, self.gap_checked = Phases(), False, False
         r = cfg.rollout
@@ -107,12 +115,19 @@ class Trainer:
     def step(self, step: int, files: RunFiles | None) -> dict[str, Any]:
         cfg, sums = self.cfg, Sums()
         with self.phases("rollout"):
-            rollouts = self._roll_out(self._problems(step), self.limits, (cfg.seed, step))
+            rollouts = self._sample(step, sums)
+        with self.phases("write"):
+            self._write_references(step, rollouts, sums)
+        with self.phases("rollout"):
+            self.sampler.sleep()
         advantages = group_advantages(rollouts, cfg.train.std_advantages)
+        taught = [0.0 if self.writer and r.reference is None else a for r, a in zip(rollouts, advantages, strict=True)]
         with self.phases("score"):
-            scores = self.score(rollouts, advantages)
+            scores = self.score(rollouts, taught)
         with self.phases("credit"):
-            credit = self.credit(step, rollouts, advantages, scores, sums)
+            credit = self.credit(step, rollouts, taught, scores, sums)
+        for i, (a, t) in enumerate(zip(advantages, taught, strict=True)):
+            credit.advantages[i] = credit.advantages[i] + (a - t)  # a group without a reference keeps its A: W = 1
         _count(sums, rollouts, advantages, scores)
         self._check_gap(step, sums)
         with self.phases("update"):
@@ -128,15 +143,32 @@ class Trainer:
         self._write_rollouts(files, step, rollouts, advantages, scores, credit)
         return self._metrics(step, sums, held_out)
 
-    def _problems(self, step: int) -> list[tuple[int, Problem]]:
-        first = (step - 1) * self.cfg.rollout.prompts_per_step + self.rank * self.cfg.prompts_per_rank
-        return [(i, self.task.train_problem(i)) for i in range(first, first + self.cfg.prompts_per_rank)]
-
-    def _roll_out(self, problems: list[tuple[int, Problem]], limits: Limits, key: tuple[object, ...]) -> list[Rollout]:
+    def _sample(self, step: int, sums: Sums) -> list[Rollout]:
+        """The step's rollouts. Ranks may sample different numbers of batches, so nothing in here is a collective."""
+        cfg = self.cfg
         self.sampler.wake()
-        rollouts = roll_out(self.sampler, self.chat, self.task, problems, limits, key)
-        self.sampler.sleep()
+
+        def sample(batch: int, slots: list[int]) -> list[Rollout]:
+            problems = self._problems(step, batch, slots)
+            return roll_out(self.sampler, self.chat, self.task, problems, self.limits, (cfg.seed, step))
+
+        rollouts, counts = mixed_groups(sample, cfg.prompts_per_rank, cfg.gen_batches)
+        if cfg.gen_batches > 1:
+            sums.add("mixed_groups", counts["mixed_groups"], cfg.prompts_per_rank)
+            sums.add("resampled_groups", counts["resampled_groups"], 1 / self.world)
         return rollouts
+
+    def _problems(self, step: int, batch: int, slots: list[int]) -> list[tuple[int, Problem]]:
+        """Fresh problems for some of the rank's places in a step. Every step owns the indices of all batches that it may sample,
+        so what an index holds never depends on what was sampled before."""
+        cfg = self.cfg
+        first = ((step - 1) * cfg.gen_batches + batch) * cfg.rollout.prompts_per_step + self.rank * cfg.prompts_per_rank
+        return [(first + slot, self.task.train_problem(first + slot)) for slot in slots]
+
+    def _write_references(self, step: int, rollouts: list[Rollout], sums: Sums) -> None:
+        if self.writer:
+            for name, count in self.writer.write(rollouts, (self.cfg.seed, step)).items():
+                sums.add(name, count, 1 / self.world)
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
@@ -170,12 +202,13 @@ class Trainer:
         return student + (("teacher_logprobs",) + full + rows if teacher else ())
 
     def credit(self, step: int, rollouts: list[Rollout], advantages: list[float], scores: Scores, sums: Sums) -> TokenCredit:
-        """Weights for the trajectories that teach (A not 0); the others keep W = 1 and A-hat = 0."""
+        """Weights for the trajectories that teach (A not 0, or turn rewards); the others keep W = 1 and A-hat = 0."""
         ones = [torch.ones_like(x) for x in scores.logprobs]
         zeros = [torch.zeros_like(x) for x in scores.logprobs]
         none = [torch.full_like(x, -1, dtype=torch.int32) for x in scores.logprobs]
         out = TokenCredit(list(zeros), list(ones), list(zeros), list(none))
-        rows = [i for i, a in enumerate(advantages) if a != 0]
+        by_turn = "turn_rewards" in self.method.needs
+        rows = [i for i, a in enumerate(advantages) if by_turn or a != 0]
         lengths = [len(scores.logprobs[i]) for i in rows]
         turns = [rollouts[i].turn_ids[p] for i in rows for p in rollouts[i].policy_positions]
         credit = credit_weights(
@@ -185,6 +218,7 @@ class Trainer:
             torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
             method=self.method.at(step) if hasattr(self.method, "at") else self.method,
             **{name: _cat([getattr(scores, name)[i] for i in rows]) for name in TEACHER_ROWS if name in self.method.needs},
+            **(self._turn_inputs([rollouts[i] for i in rows]) if by_turn else {}),
             turn_ids=torch.tensor(turns, dtype=torch.int64),
         )
         for name, values in zip(
@@ -197,6 +231,22 @@ class Trainer:
         for name, value in credit.diagnostics.items():
             sums.add(name, value.item() * len(rows), len(rows))  # a rank that has no such trajectory counts for nothing
         return out
+
+    def _turn_inputs(self, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
+        """Of each policy token its turn's reward and anchor, of each rollout its group."""
+        rewards, anchors = [], []
+        for r in rollouts:
+            own = list(r.turn_rewards)
+            if getattr(self.method, "outcome_in_last_turn", False):
+                own[-1] += r.reward
+            turns = [r.turn_ids[p] for p in r.policy_positions]
+            rewards += [own[t] for t in turns]
+            anchors += [r.anchors[t] for t in turns]
+        return {
+            "turn_rewards": torch.tensor(rewards, dtype=torch.float32),
+            "anchors": torch.tensor(anchors, dtype=torch.int64),
+            "groups": torch.tensor([r.group for r in rollouts], dtype=torch.int64),
+        }
 
     def update(self, step: int, rollouts: list[Rollout], credit: TokenCredit, scores: Scores, sums: Sums) -> None:
         """`updates_per_step` optimizer steps, each over whole groups, normalised by the global count of its trajectories."""
@@ -271,7 +321,8 @@ class Trainer:
         problems = self.task.held_out(cfg.eval.prompts)
         mine = [(i, p) for i, p in enumerate(problems) if i % self.world == self.rank]
         limits = Limits(1, cfg.eval.temperature, cfg.rollout.max_new_tokens, cfg.rollout.max_model_len)
-        rollouts = self._roll_out(mine, limits, (cfg.seed, "held-out"))
+        self.sampler.wake()  # and stays so: the next step samples from these weights
+        rollouts = roll_out(self.sampler, self.chat, self.task, mine, limits, (cfg.seed, "held-out"))
         sums = Sums()
         sums.add("success", sum(r.success for r in rollouts), len(rollouts))
         return sums.means(self.device)["success"]
@@ -438,6 +489,7 @@ def _record(chat: Chat, r: Rollout, advantage: float, scores: Scores, credit: To
         "prompt": chat.tokenizer.decode(r.prompt_ids),
         "response": chat.tokenizer.decode(r.ids),
         "answer": r.problem.answer,
+        "reference": r.reference,
         "prompt_ids": r.prompt_ids,
         "ids": r.ids,
         "tokens": [chat.tokenizer.decode([t]) for t in r.ids],

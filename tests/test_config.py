@@ -44,7 +44,7 @@ def test_shipped_configs_are_valid(path):
         (["signal=k9"], r"signal='k9': .*'k1' or 'reverse_kl'"),
         (["rollout.prompts_per_step=7"], r"does not split over world_size=2: .* make it a multiple"),
         (["train.updates_per_step=3"], r"updates_per_step=3 does not divide the 8 prompts"),
-        (["rollout.max_new_tokens=400"], r"leaves no room for a prompt .* raise max_model_len"),
+        (["rollout.max_new_tokens=2000"], r"leaves no room for a prompt .* raise max_model_len"),
         (["train.tokens_per_micro_batch=100"], r"less than one sequence .* raise it"),
         (["credit=grpo", "credit_args={alpha: 0.1}"], r"credit=grpo takes no credit_args: drop them"),
         (["train.lr"], r"override 'train.lr': expected key=value"),

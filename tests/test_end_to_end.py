@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_openai import fake_openai
 
 from gear_trainer.metrics import read_metrics
 
@@ -109,6 +110,27 @@ def test_without_the_push_vllm_falls_behind(out):
     gaps = [m["logprob_gap_max"] for m in metrics]
     assert max(gaps[:3]) < 1e-4, "steps 1 to 3 sample from pushed weights"
     assert min(gaps[3:]) > 1e-2 and metrics[-1]["logprob_gap_mean"] > 10 * metrics[0]["logprob_gap_mean"], gaps
+
+
+def test_sgcd_with_both_writers(out, monkeypatch):
+    """Filter, references, masking and splice in a run; an endpoint that fails costs references only."""
+    with fake_openai(behave=lambda body: 500 if body["seed"] % 3 == 0 else "Attempt 1: call the tool, then copy.") as server:
+        monkeypatch.setenv("WRITER_URL", server.url)
+        small = ["credit=sgcd", "train.steps=4", "eval.every=0", "rollout.prompts_per_step=8", "checkpoint.export=false"]
+        metrics = _finish(_start(["tests/sgcd_ranks.py"], "sgcd", out, *small, launcher=TORCHRUN), "sgcd", out)
+    seeds = [body["seed"] for body in server.requests if body["max_tokens"] > 1]
+    assert sum(m["references_failed"] for m in metrics[2:]) == sum(seed % 3 == 0 for seed in seeds) > 0
+    assert sum(m["references_written"] for m in metrics[2:]) == sum(seed % 3 != 0 for seed in seeds) > 0
+    assert all(m["references_written"] > 0 and m["seconds"]["write"] > 0 for m in metrics)
+    for m in metrics:
+        path = out / "sgcd" / "rollouts" / f"step-{m['step']:05d}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len({r["group"] for r in rows if r["reference"]}) == m["references_written"]
+        for r in rows:
+            weights = [w for w in r["weight"] if w is not None]
+            assert all(1 <= w <= 2 for w in weights) and (r["reference"] is None) == (r["teacher_logprobs"] is None)
+            assert r["reference"] or set(weights) == {1.0}, "no reference: plain advantages"
+    assert {r["reference"] for r in rows} <= {None, "[masked]: call the tool, then copy."}
 
 
 def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(out):

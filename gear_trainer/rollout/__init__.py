@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -61,6 +62,12 @@ class Rollout:
     truncated: bool = False
     reward: float = 0.0
     success: bool = False
+    turn_rewards: list[float] = field(default_factory=list)  # the environment's, of each turn by itself
+    anchors: list[int] = field(default_factory=list)  # names what each turn answers: the prompt, then the last tool replies
+    reference: str | None = None  # what the teacher reads beside the question, where a credit reference was written
+
+    def __post_init__(self) -> None:
+        self.anchors = self.anchors or [seed_of(self.prompt_ids)]
 
     def append(self, ids: list[int], logprobs: list[float] | None) -> None:
         self.ids += ids
@@ -104,6 +111,36 @@ def roll_out(
     return rollouts
 
 
+def groups_of(rollouts: list[Rollout]) -> list[list[Rollout]]:
+    """Rollouts that stand in a row and are of one group."""
+    return [list(group) for _, group in groupby(rollouts, key=lambda r: r.group)]
+
+
+def is_mixed(group: list[Rollout]) -> bool:
+    """Whether some succeeded and some failed: such a group shows what made the difference."""
+    return 0 < sum(r.success for r in group) < len(group)
+
+
+def mixed_groups(
+    sample: Callable[[int, list[int]], list[Rollout]], slots: int, batches: int
+) -> tuple[list[Rollout], dict[str, int]]:
+    """`slots` groups; those that are not mixed make way for fresh ones, `sample(batch, slots)`, until `batches` were sampled.
+
+    DAPO's dynamic sampling with a cap: what is not mixed in the last batch stays. Also returns the counts `mixed_groups` (of
+    the first batch) and `resampled_groups`.
+    """
+    groups: dict[int, list[Rollout]] = {}
+    wanted, left = list(range(slots)), []
+    for batch in range(batches):
+        groups |= zip(wanted, groups_of(sample(batch, wanted)), strict=True)
+        wanted = [slot for slot in wanted if not is_mixed(groups[slot])]
+        left.append(len(wanted))
+        if not wanted:
+            break
+    counts = {"mixed_groups": slots - left[0], "resampled_groups": sum(left[:-1])}
+    return [r for slot in range(slots) for r in groups[slot]], counts
+
+
 @dataclass(frozen=True)
 class Limits:
     group_size: int
@@ -121,12 +158,16 @@ def _take_turn(rollout: Rollout, episode: Episode, completion: Completion, chat:
     rollout.append(completion.ids, completion.logprobs)
     if not completion.ended:
         rollout.truncated = True
+        rollout.turn_rewards.append(0.0)
         return False
     reply = episode.step(chat.tokenizer.decode(completion.ids[:-1]))
+    rollout.turn_rewards.append(reply.reward)
     rollout.calls += reply.calls
     rollout.errors += reply.errors
     rollout.turns += 1
     if not reply.observations or last_turn:
         return False
-    rollout.append(chat.observation_ids(reply.observations), None)
+    observation = chat.observation_ids(reply.observations)
+    rollout.append(observation, None)
+    rollout.anchors.append(seed_of(observation))
     return True

@@ -24,11 +24,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reply:
-    """The environment's answer to one assistant turn: one text per tool call; none means that the episode is over."""
+    """The environment's answer to one assistant turn: one text per tool call; none means that the episode is over.
+
+    reward: what the turn earned by itself, for methods with turn rewards; the outcome is not in it.
+    """
 
     observations: list[str] = field(default_factory=list)
     calls: int = 0
     errors: int = 0
+    reward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Task(ABC):
 
     tools: list[dict[str, Any]] | None = None  # JSON schemas, rendered by the chat template
     max_turns: int = 1
+    turn_rewards: bool = False  # whether its replies reward turns by themselves
 
     @abstractmethod
     def train_problem(self, index: int) -> Problem:

@@ -25,12 +25,12 @@ def same_number(text: str | None, truth: str) -> bool:
 
 
 def load_template(path: str | None, default: str, placeholders: Iterable[str]) -> str:
-    """A teacher template: the user's file, or the shipped one of that name; every placeholder must occur in it."""
+    """A prompt template: the user's file, or the shipped one of that name; every placeholder must occur in it."""
     file = Path(path) if path else TEMPLATES / default
     try:
         text = file.read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"teacher_template: cannot read {file} ({error}): give the path of a UTF-8 text file") from error
+        raise TaskError(f"template: cannot read {file} ({error}): give the path of a UTF-8 text file") from error
     missing = [f"{{{name}}}" for name in placeholders if f"{{{name}}}" not in text]
     if missing:
         raise TaskError(f"{file}: the placeholder {missing[0]} is missing: write it where its text shall stand")

@@ -134,7 +134,9 @@ class MathApiEpisode(Episode):
         dropped = len(calls) - len(replies)
         if dropped:
             observations.append(json.dumps({"error": f"at most {MAX_CALLS} calls a turn"}))
-        return Reply(observations, calls=len(calls), errors=dropped + sum(not ok for _, ok in replies))
+        found = [ok and same_number(last_number(text), self.truth) for text, ok in replies]
+        errors = dropped + sum(not ok for _, ok in replies)
+        return Reply(observations, calls=len(calls), errors=errors, reward=float(any(found)))
 
     def outcome(self) -> Outcome:
         """1 where the last ended turn is an answer and its last number is the truth."""
@@ -153,6 +155,7 @@ class MathApiTask(Task):
     max_operand: int = 99
     teacher_template: str | None = None
     max_turns = 2
+    turn_rewards = True  # 1 for a turn whose calls bring the answer
 
     def __post_init__(self) -> None:
         if not 9 <= self.max_operand <= 999_999:
