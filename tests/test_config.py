@@ -249,3 +249,11 @@ def test_errors_end_with_code_2_and_one_line(tmp_path):
 def _run(*args):
     command = [sys.executable, "-m", "gear_trainer.run", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("credit", ["turn", "gigpo"])
+def test_turn_methods_need_a_task_with_turns(credit):
+    with pytest.raises(ConfigError, match=f"credit={credit} tells turns apart, and task=sums has one"):
+        check(load_config(DEMO, [f"credit={credit}", "task=sums", "model.path=builtin:smollm2"]))
+    task, method = check(load_config(DEMO, [f"credit={credit}"]))
+    assert task.turn_rewards and "turn_rewards" in method.needs

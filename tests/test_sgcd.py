@@ -15,7 +15,7 @@ from gear_trainer.metrics import Sums
 from gear_trainer.plan import check, check_prompts, geometry
 from gear_trainer.rollout import Completion, Limits, Rollout, is_mixed, mixed_groups, roll_out
 from gear_trainer.tasks import TaskError, make_task
-from gear_trainer.tasks.base import Problem
+from gear_trainer.tasks.base import Problem, Reply
 from gear_trainer.tokenizer import subset_tokenizer
 from gear_trainer.trainer import Trainer
 from gear_trainer.writer import PolicyWriter, Writer
@@ -94,7 +94,7 @@ class Indexed:
     def episode(self, problem):
         sample = self.seen[problem.id] = self.seen.get(problem.id, -1) + 1
         success = sample % self.size < self.solved(int(problem.id))
-        reply = SimpleNamespace(observations=[], calls=0, errors=0)
+        reply = Reply()
         return SimpleNamespace(step=lambda _: reply, outcome=lambda: SimpleNamespace(reward=float(success), success=success))
 
 
@@ -353,12 +353,12 @@ def test_a_template_without_its_placeholder_is_refused(tmp_path):
 
 def test_a_method_whose_input_nobody_makes_is_refused(monkeypatch):
     monkeypatch.setitem(__import__("gear_kernels.methods").methods.METHODS, "other", type("Other", (Other,), {})())
-    with pytest.raises(ConfigError, match="credit=other reads turn_rewards, which this trainer does not make"):
+    with pytest.raises(ConfigError, match="credit=other reads weather, which this trainer does not make"):
         check(demo("credit=other"))
 
 
 class Other:
-    needs = ("turn_rewards",)
+    needs = ("weather",)
     __dataclass_fields__ = {}
 
 

@@ -288,3 +288,11 @@ def test_gold_answers_of_the_real_sets_score_1(name, ext):
         episode = task.episode(problem)
         episode.step(f"{problem.data['solution']}\nThe answer is \\boxed{{{problem.answer}}}.")
         assert episode.outcome().success, (problem.id, problem.answer)
+
+
+def test_a_turn_is_rewarded_where_its_call_brings_the_answer(mathapi):
+    problem = mathapi.train_problem(0)
+    tool, a, b = (problem.data[name] for name in ("tool", "a", "b"))
+    assert mathapi.episode(problem).step(call_turn(tool, a, b)).reward == 1
+    assert mathapi.episode(problem).step(call_turn(tool, a, b + 1)).reward == 0
+    assert mathapi.episode(problem).step(problem.answer).reward == 0  # the outcome is another matter

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gear_kernels import Gear, Grpo
+from gear_kernels.methods import Gigpo, Turn
 from gear_trainer.batching import micro_batch, padding_micro_batch, split_rows
 from gear_trainer.chat import Chat
 from gear_trainer.checkpoint import next_free
@@ -151,6 +152,30 @@ def test_no_room_in_the_context_stops_the_turn_loop(chat):
     length = len(chat.prompt_ids(problem.messages)) + len(chat.encode(call)) + 1
     rollout, _ = roll_out(Scripted(chat, [(call, True)]), chat, task, [(0, problem)], Limits(2, 1.0, 99, length), ())
     assert rollout.turns == 1 and rollout.reward == 0
+
+
+def test_turns_are_rewarded_and_anchored(chat):
+    """Two siblings: the tool's call and the answer; a wrong call, then a cut turn. The first turns answer the same prompt."""
+    chat, task = chat
+    problem = task.train_problem(1)
+    good, bad = (task.demonstrate(problem, kind, random.Random(0)) for kind in ("right", "wrong_tool"))
+    one, two = (Limits(1, 1.0, 60, 400) for _ in range(2))
+    right = roll_out(Scripted(chat, [(good[0], True), (good[1], True)]), chat, task, [(0, problem)], one, ())[0]
+    wrong = roll_out(Scripted(chat, [(bad[0], True), ("99999", False)]), chat, task, [(0, problem)], two, ())[0]
+    assert right.turn_rewards == [1.0, 0.0] and wrong.turn_rewards == [0.0, 0.0] and wrong.truncated
+    assert right.anchors[0] == wrong.anchors[0] and right.anchors[1] != wrong.anchors[1]
+    lengths = [len(r.policy_positions) for r in (right, wrong)]
+    split = [sum(r.turn_ids[p] == 0 for p in r.policy_positions) for r in (right, wrong)]
+    trainer = Trainer.__new__(Trainer)
+    trainer.needs_teacher = False
+    rows = [torch.ones(n) for n in lengths]
+    none = [None] * 2
+    for method, first in ((Turn(std=False), 0.5), (Gigpo(gamma=1.0), 1.0)):
+        trainer.method = method
+        credit = trainer.credit(1, [right, wrong], [0.7, -0.7], Scores(rows, rows, rows, *[none] * 4), Sums())
+        for own, n, cut, sign in zip(credit.advantages, lengths, split, (1, -1), strict=True):
+            want = [sign * (0.7 + first)] * cut + [sign * 0.7] * (n - cut)
+            assert own.tolist() == pytest.approx(want, abs=1e-6), method
 
 
 def test_seeds_are_stable():
