@@ -41,11 +41,14 @@ from pathlib import Path
 import torch
 
 import gear_kernels
-from gear_kernels import Head, backends, linear_token_stats, reference, stats, tiling, token_stats
-from gear_kernels.backends import version
+from gear_kernels import Gear, Head, backends, linear_token_stats, reference, stats, tiling, token_stats
+from gear_kernels.backends import backend, version
+from gear_kernels.methods import METHODS, NORMALIZERS
 from gear_kernels.reference import GRADIENT_NAMES, STAT_NAMES
 
 from .cases import Case, make_case, plain
+from .credit_report import inputs_of as credit_inputs
+from .credit_report import packs as credit_packs
 from .measure import MIB, ReadBandwidth, elapsed_ms, extra_memory
 from .peers import ALL as DEFAULT
 from .peers import OURS, Peer, PeerMissing, _trl, eager_stats, peers
@@ -298,7 +301,7 @@ def check(given: Problem, names: Sequence[str] = STAT_NAMES, atol: float = 2e-6)
 
 def correctness_items(setting: Setting) -> list[Item]:
     """Every kernel, on shapes and inputs that have broken kernels."""
-    return [*_shape_items(setting), *_edge_items(setting), *linear_items(setting), *_graph_items(setting)]
+    return [*_shape_items(setting), *_edge_items(setting), *linear_items(setting), *_graph_items(setting), *credit_items(setting)]
 
 
 def _shape_items(setting: Setting) -> list[Item]:
@@ -670,6 +673,59 @@ def _stream(setting: Setting, name: str) -> dict:
     return {}
 
 
+# --- credit ---------------------------------------------------------------------------------------------------------------
+
+
+def credit_items(setting: Setting) -> list[Item]:
+    """Every method on packs of every kind against the reference back end on the CPU, then how the scan runs."""
+    tokens = setting.pick(1 << 16, 1 << 10)
+    methods = {**METHODS, "gear, caps": Gear(max_segment_len=5, stop_at_turn=True, renormalize=True)}
+    methods |= {f"gear, {name}": Gear(normalizer=name) for name in NORMALIZERS}
+    found = [Item(f"credit {name}", lambda m=method: _credit_same(setting, m, tokens)) for name, method in methods.items()]
+    gpu = "CUDA's profiler and sync debug mode"
+    return [*found, Item("credit, launches and synchronisations", lambda: _credit_launches(setting), gpu_only=gpu)]
+
+
+def _credit_same(setting: Setting, method: object, tokens: int) -> dict:
+    """Segments equal to the reference's, weights within a few roundings; twice the same bits."""
+    worst = 0.0
+    for p in credit_packs(tokens).values():
+        more = credit_inputs(method, p)
+        with backend("reference"):
+            want = p.credit(method, **more)
+        there = {name: x.to(setting.device) for name, x in more.items()}
+        got, again = (p.to(setting.device).credit(method, **there) for _ in range(2))
+        _same(got[:6], again[:6], "from the first call")
+        _same([got.segment_ids.cpu(), got.onsets.cpu()], [want.segment_ids, want.onsets], "from the reference")
+        for a, b in zip(got[:4], want[:4], strict=True):
+            worst = max(worst, (a.cpu() - b).abs().max().item() if a.numel() else 0.0)
+        for name, value in got.diagnostics.items():
+            assert abs(value.item() - want.diagnostics[name].item()) <= 1e-4 * (1 + abs(value.item())), name
+    assert worst <= 2e-6, f"off by {worst:.3g}"
+    return {"error": worst}
+
+
+def _credit_launches(setting: Setting) -> dict:
+    p = credit_packs(1 << 16)["typical, 512 sequences"].to(setting.device)
+    p.credit()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            p.credit()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    names = [event.key for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("_scan_kernel" in name for name in names) == 1 and len(names) <= 3, names
+    return {"kernels": len(names)}
+
+
+def _credit_speed(setting: Setting, name: str) -> dict:
+    p = credit_packs(setting.pick(1 << 20, 1 << 12))[name].to(setting.device)
+    floor = {"floor_bytes": 29 * p.signal.numel()}  # two rows read, four floats, an id and a flag written
+    return {**_spread(_times(p.credit, setting)), **floor}
+
+
 # --- speed ------------------------------------------------------------------------------------------------------------------
 
 
@@ -681,6 +737,7 @@ def speed_items(setting: Setting) -> list[Item]:
         for label, names in (("default", DEFAULT), ("all seven", STAT_NAMES))
         for passes in PASSES
     ]
+    ours += [Item(f"credit, {name}", lambda n=name: _credit_speed(setting, n)) for name in credit_packs(1 << 10)]
     logits = [("logits", _BF16), ("logits", _F32)]
     for kind, dtype in logits:
         peer = next(p for p in peers(kind) if p.name == OURS)

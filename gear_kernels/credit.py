@@ -100,7 +100,7 @@ def credit_weights(
     if total is None:
         total = int(cu_seqlens[-1])
     if cu_seqlens.device.type == "cpu":
-        _check_bounds(cu_seqlens.tolist(), total)
+        _check_bounds(cu_seqlens, total)
     rows = {name: x if name in method.needs else None for name, x in rows.items()}
     pack = Pack(rows, advantages, cu_seqlens, mask, total, _dtype(rows))
     scan, where = _choose(method, cu_seqlens.device)
@@ -342,11 +342,15 @@ def _check_tensor(name: str, x: object, dtypes: tuple | None, kind: str, device:
     require(same, f"{name}: given on {x.device}", f"on {device} like cu_seqlens", "move it")
 
 
-def _check_bounds(bounds: list[int], total: int) -> None:
-    require(bounds[0] == 0, f"cu_seqlens: given {bounds[0]} first", "0", "prepend 0 to the running sum of lengths")
-    for b, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        require(start <= end, f"cu_seqlens: given {start} then {end} at sequence {b}", "rising offsets", "sum the lengths")
-    require(bounds[-1] == total, f"cu_seqlens: given {bounds[-1]} last", f"T = {total}", "cover every packed token, padding too")
+def _check_bounds(cu_seqlens: torch.Tensor, total: int) -> None:
+    falls = cu_seqlens.diff() < 0
+    if falls.any():
+        b = int(falls.nonzero()[0])
+        start, end = cu_seqlens[b : b + 2].tolist()
+        raise bad_input(f"cu_seqlens: given {start} then {end} at sequence {b}", "rising offsets", "sum the lengths")
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    require(first == 0, f"cu_seqlens: given {first} first", "0", "prepend 0 to the running sum of lengths")
+    require(last == total, f"cu_seqlens: given {last} last", f"T = {total}", "cover every packed token, padding too")
 
 
 def _check_nan(pack: Pack) -> None:

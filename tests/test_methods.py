@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gear_kernels
-from gear_kernels import GearKernelsError, credit_weights
+from gear_kernels import GearKernelsError, backends, credit_weights
 from gear_kernels.methods import METHODS, AmrSd, Egrsd, Gigpo, HighEntropy, Rlsd, ScGrpo, Sgcd, Turn
 
 
@@ -360,3 +360,35 @@ def test_high_entropy_keeps_about_its_share():
     bounds = torch.tensor([0, 400, 1000], dtype=torch.int32)
     weights = credit_weights(None, entropy, torch.ones(2), bounds, method="high_entropy").weights
     assert weights.sum() == 200 and entropy[weights == 1].min() > statistics.quantiles(entropy.tolist(), n=5)[3] - 1e-6
+
+
+class Launches:
+    """In a kernel's place: counts its launches and runs nothing."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.count += 1
+
+        return launch
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"random"}))
+def test_on_a_gpu_one_launch_and_no_look_at_a_value(name, masked, backend, monkeypatch):
+    """Meta tensors stand in for a GPU's: any look at a value raises."""
+    if backend != "triton" or (masked and not hasattr(METHODS[name], "scan")):
+        pytest.skip("the scan's, and what is said to synchronise does so: a mask with the turn methods")
+    module = backends.load_scan()
+    scan, tally = Launches(), Launches()
+    monkeypatch.setattr(module, "_scan_kernel", scan)
+    monkeypatch.setattr(module, "_tally_kernel", tally)
+    monkeypatch.setattr(backends, "choose", lambda device, dtype: "triton")
+    call, _, _ = random_pack(random.Random(1))
+    call = {field: x.to("meta") for field, x in call.items() if field != "mask" or masked}
+    got = credit_weights(**call, method=name)
+    assert all(x.device.type == "meta" and x.shape == call["signal"].shape for x in got[:6])
+    assert all(x.device.type == "meta" and x.shape == () for x in got.diagnostics.values())
+    assert (scan.count, tally.count) == ((1, 1) if hasattr(METHODS[name], "scan") else (0, 0))
