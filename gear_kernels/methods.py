@@ -354,7 +354,7 @@ class Egrsd:
 class ScGrpo:
     """W = D / (D + max(P75(D), 1e-4)), D = KL(teacher || student), P75 over the pack (ours): SC-GRPO, arXiv 2606.18810.
 
-    The paper's teacher sees a correct sibling trajectory.
+    The teacher sees a correct sibling trajectory (`teacher_sees`, for a trainer).
     """
 
     quantile: float = 0.75
@@ -365,6 +365,7 @@ class ScGrpo:
         check_number("ScGrpo.least", self.least, lambda x: x > 0, "of nats, above 0")
 
     needs = ("forward_kl",)
+    teacher_sees = "sibling"  # a correct one, in a trainer's prompt for the teacher
 
     def scan(self) -> Scan:
         return Scan("share", "forward_kl", level=self._level)

@@ -102,6 +102,9 @@ class TeacherConfig(Section):
     )
     ema_rate: float = Field(0.01, gt=0, le=1, description="of ema: share of the policy mixed in after each step")
     sync_every: int = Field(10, ge=1, description="of synced: steps between copies of the policy")
+    sees: Literal["ground_truth", "sibling"] | None = Field(
+        None, description="in its prompt: the task's ground truth, or a correct rollout of the group; null is the method's own"
+    )
 
 
 class DistillConfig(Section):
@@ -169,11 +172,15 @@ class Config(Section):
     def gen_batches(self) -> int:
         """Batches that a step may sample: 1 without the mixed-group filter."""
         wanted = self.rollout.filter_groups
-        return self.rollout.max_num_gen_batches if wanted or (wanted is None and self.credit in REFERENCED) else 1
+        return self.rollout.max_num_gen_batches if wanted or (wanted is None and self._referenced) else 1
 
     @property
     def writes_references(self) -> bool:
-        return self.credit in REFERENCED if self.writer.enabled is None else self.writer.enabled
+        return self._referenced if self.writer.enabled is None else self.writer.enabled
+
+    @property
+    def _referenced(self) -> bool:
+        return any(part.strip() in REFERENCED for part in self.credit.split("+"))
 
     @model_validator(mode="after")
     def _possible(self) -> Config:

@@ -14,6 +14,7 @@ from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import make_distillation, parse_credit
 from gear_trainer.model import check_model_path, deepspeed_config
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
+from gear_trainer.siblings import Siblings
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Task
 from gear_trainer.teacher import check_teacher, has_own_weights
@@ -62,8 +63,18 @@ def check_inputs(cfg: Config, method: Any) -> None:
     if cfg.writes_references:
         if not {"signal", "teacher_entropy", "forward_kl"} & set(method.needs):
             raise ConfigError(f"writer.enabled: credit={cfg.credit} asks no teacher, so nobody would read references: drop it")
+        if sees_sibling(cfg, method):
+            raise ConfigError(
+                f"teacher.sees=sibling: credit={cfg.credit} has references written for its teacher; drop one of them"
+            )
         endpoint.check_settings(cfg.writer)
         templates(cfg.writer)
+
+
+def sees_sibling(cfg: Config, method: Any) -> bool:
+    """Whether the teacher's prompt shows a correct sibling in place of the ground truth."""
+    own = getattr(method, "teacher_sees", "ground_truth")
+    return (cfg.teacher.sees or own) == "sibling"
 
 
 def check_turns(cfg: Config, method: Any, task: Task) -> None:
@@ -85,7 +96,9 @@ def check_launch(cfg: Config) -> None:
         )
 
 
-def check_prompts(cfg: Config, task: Task, chat: Chat, writer_context: int | None = None, sample: int = 64) -> tuple[int, int]:
+def check_prompts(
+    cfg: Config, task: Task, method: Any, chat: Chat, writer_context: int | None = None, sample: int = 64
+) -> tuple[int, int]:
     """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one, or no
     attempts into the writer's prompt (`writer_context`: an endpoint's tokens)."""
     problems = [task.train_problem(i) for i in range(sample)]
@@ -101,6 +114,9 @@ def check_prompts(cfg: Config, task: Task, chat: Chat, writer_context: int | Non
         longest = max(problems, key=lambda p: len(chat.prompt_ids(p.messages)))
         check_room(writer, longest, cfg.rollout.max_new_tokens)
         teacher = writer.longest_teacher_prompt(longest)
+    if sees_sibling(cfg, method):
+        bare = max(len(Siblings(chat).prompt(p, "")) for p in problems)
+        teacher = bare + min(task.max_turns * cfg.rollout.max_new_tokens, cfg.rollout.max_model_len - student)
     return student, teacher
 
 
@@ -170,9 +186,8 @@ def print_plan(cfg: Config, task: Task, method: Any) -> None:
     if Path(cfg.model.path).is_dir():
         from transformers import AutoConfig, AutoTokenizer
 
-        prompts = check_prompts(
-            cfg, task, Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args)
-        )
+        chat = Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args)
+        prompts = check_prompts(cfg, task, method, chat)
         tables.append(("memory", memory_plan(cfg, AutoConfig.from_pretrained(cfg.model.path), method)))
     tables.insert(0, ("step geometry", geometry(cfg, task, prompts)))
     for title, rows in tables:

@@ -112,8 +112,9 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, resume: bool):
     from gear_trainer import checkpoint
     from gear_trainer.chat import Chat
     from gear_trainer.model import build_engine
-    from gear_trainer.plan import check_prompts
+    from gear_trainer.plan import check_prompts, sees_sibling
     from gear_trainer.rollout.vllm_colocated import ColocatedVllm
+    from gear_trainer.siblings import Siblings
     from gear_trainer.teacher import Teacher, has_own_weights
     from gear_trainer.trainer import Trainer
     from gear_trainer.writer import PolicyWriter, Writer
@@ -125,7 +126,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, resume: bool):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     chat = Chat(AutoTokenizer.from_pretrained(model_path), task.tools, cfg.chat_template_args)
-    check_prompts(cfg, task, chat, endpoint and endpoint.context)
+    check_prompts(cfg, task, method, chat, endpoint and endpoint.context)
     start = checkpoint.latest_step(cfg) if resume else 0
     if dist.get_rank() == 0:
         _prepare_run_dir(cfg, resume, start)
@@ -139,6 +140,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, resume: bool):
         checkpoint.load(engine, cfg, start, teacher)
     model = endpoint or PolicyWriter(cfg, chat, sampler)
     writer = Writer(cfg, chat, model, model.context) if cfg.writes_references else None
+    writer = Siblings(chat) if sees_sibling(cfg, method) else writer
     return Trainer(cfg, task, chat, method, engine, sampler, teacher, writer), start
 
 

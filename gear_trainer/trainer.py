@@ -21,6 +21,7 @@ from gear_trainer.distill import TEACHER_ROWS, make_distillation
 from gear_trainer.metrics import Phases, RunFiles, Sums
 from gear_trainer.model import learning_rate
 from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out
+from gear_trainer.siblings import Siblings
 from gear_trainer.sync import gathered_weights
 from gear_trainer.tasks.base import Problem, Task
 from gear_trainer.teacher import Teacher
@@ -77,9 +78,10 @@ class Trainer:
         engine: Any,
         sampler: Sampler,
         teacher: Teacher | None = None,
-        writer: Writer | None = None,
+        writer: Writer | Siblings | None = None,
     ):
-        """teacher: None where the policy itself is the teacher, or where nothing reads one. writer: of SGCD's references."""
+        """teacher: None where the policy itself is the teacher, or where nothing reads one. writer: gives the teacher something
+        to see in place of the ground truth."""
         self.cfg, self.task, self.chat, self.method = cfg, task, chat, method
         self.engine, self.sampler, self.teacher, self.writer = engine, sampler, teacher, writer
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device

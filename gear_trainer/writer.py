@@ -51,8 +51,6 @@ class Writer:
         self.chat, self.model, self.max_tokens = chat, model, w.max_tokens
         self.room, self.max_model_len = context - w.max_tokens, cfg.rollout.max_model_len
         self._asking = Chat(chat.tokenizer, None, chat.kwargs)
-        special = [str(t) for t in chat.tokenizer.added_tokens_decoder.values() if t.special]
-        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def write(self, rollouts: list[Rollout], key: tuple[object, ...]) -> dict[str, int]:
         """Set `reference` and `teacher_prompt_ids` of mixed groups' rollouts, seeded by key. Returns counts for the metrics."""
@@ -70,7 +68,7 @@ class Writer:
 
     def prompt(self, group: list[Rollout]) -> str | None:
         """The writer's prompt: its attempts cut in the middle, or left out, until it fits; None where nothing would be left."""
-        attempts = [(f"({'success' if r.success else 'failure'})", self._encode(self._said(r))) for r in _alternating(group)]
+        attempts = [(f"({'success' if r.success else 'failure'})", self._encode(said(self.chat, r))) for r in _alternating(group)]
         question = _question(group[0].problem)
 
         def render(budget: int) -> str:
@@ -83,9 +81,7 @@ class Writer:
         return self.room - self._count(fill(self.template, question=_question(problem), attempts=""))
 
     def teacher_messages(self, problem: Problem, reference: str) -> list[dict[str, str]]:
-        """The student's chat with the reference in its last message."""
-        text = fill(self.teacher_template, question=problem.messages[-1]["content"], reference=reference)
-        return [*problem.messages[:-1], *user(text)]
+        return with_reference(self.teacher_template, problem, reference)
 
     def longest_teacher_prompt(self, problem: Problem) -> int:
         """Tokens, at most. A reference gives way where the prompt and a rollout would pass max_model_len."""
@@ -96,7 +92,7 @@ class Writer:
         """Mask a written reference, cut it to its bound and put it into the group's teacher prompts."""
         problem = group[0].problem
         text = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL)  # of a reasoning model, only the result
-        ids = self._encode(mask(self._special.sub(" ", text), problem.answer).strip())
+        ids = self._encode(mask(without_special(self.chat, text), problem.answer).strip())
 
         def render(budget: int) -> str:
             return self._decode(ids[:budget]).strip()
@@ -125,11 +121,6 @@ class Writer:
         head = most // 2
         return self._decode(ids[:head]) + _CUT + self._decode(ids[len(ids) - (most - head) :])
 
-    def _said(self, rollout: Rollout) -> str:
-        """A rollout as text. What spells a special token is broken up, or it would end the writer's turn."""
-        text = self.chat.tokenizer.decode(rollout.ids, skip_special_tokens=True)
-        return self._special.sub(" ", text).strip()
-
     def _encode(self, text: str) -> list[int]:
         return self.chat.encode(text)
 
@@ -138,6 +129,23 @@ class Writer:
 
     def _count(self, prompt: str) -> int:
         return len(self._asking.prompt_ids(user(prompt)))
+
+
+def with_reference(template: str, problem: Problem, reference: str) -> list[dict[str, str]]:
+    """The student's chat with the reference in its last message."""
+    text = fill(template, question=problem.messages[-1]["content"], reference=reference)
+    return [*problem.messages[:-1], *user(text)]
+
+
+def said(chat: Chat, rollout: Rollout) -> str:
+    """A rollout as text."""
+    return without_special(chat, chat.tokenizer.decode(rollout.ids, skip_special_tokens=True)).strip()
+
+
+def without_special(chat: Chat, text: str) -> str:
+    """What spells a special token is broken up, or it would end the turn that the text is put into."""
+    special = [str(t) for t in chat.tokenizer.added_tokens_decoder.values() if t.special]
+    return re.sub("|".join(map(re.escape, special)) or r"(?!)", " ", text)
 
 
 def templates(cfg: WriterConfig) -> tuple[str, str]:

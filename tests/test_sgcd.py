@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 from fake_openai import fake_openai
 
+from gear_kernels.methods import METHODS
 from gear_trainer.chat import Chat
 from gear_trainer.config import ConfigError, load_config
 from gear_trainer.endpoint import connect
 from gear_trainer.masking import PLACEHOLDER
 from gear_trainer.metrics import Sums
-from gear_trainer.plan import check, check_prompts, geometry
+from gear_trainer.plan import check, check_prompts, geometry, sees_sibling
 from gear_trainer.rollout import Completion, Limits, Rollout, is_mixed, mixed_groups, roll_out
 from gear_trainer.tasks import TaskError, make_task
 from gear_trainer.tasks.base import Problem, Reply
@@ -364,12 +365,36 @@ class Other:
 
 def test_the_plan_knows_the_references(chat):
     cfg, task = demo(), make_task("mathapi", 0)
-    plain = check_prompts(load_config(DEMO), task, chat)
-    student, teacher = check_prompts(cfg, task, chat)
+    plain = check_prompts(load_config(DEMO), task, METHODS["gear"], chat)
+    student, teacher = check_prompts(cfg, task, METHODS["sgcd"], chat)
     assert student == plain[0] and teacher > plain[1] + 40 and teacher >= 96
     rows = dict(geometry(cfg, task, (student, teacher)))
     assert rows["references"] == "<= 96 tokens, by the policy itself" and "up to 3 batches" in rows["prompts x group"]
     with pytest.raises(ConfigError, match="leaves -?[0-9]+ tokens for a group's attempts"):
-        check_prompts(demo("rollout.max_model_len=220"), task, chat)
+        check_prompts(demo("rollout.max_model_len=220"), task, METHODS["sgcd"], chat)
     with pytest.raises(ConfigError, match="the teacher's prompt has .* set it to"):
-        check_prompts(demo("rollout.max_model_len=100"), task, chat, writer_context=2000)
+        check_prompts(demo("rollout.max_model_len=100"), task, METHODS["sgcd"], chat, writer_context=2000)
+
+
+def test_the_teacher_of_sc_grpo_sees_a_correct_sibling(chat):
+    """Each rollout the next success that is not itself: the only success of a group none, its failures that one."""
+    from gear_trainer.siblings import Siblings
+
+    verdicts = ((True, False, True), (False, True), (False, False))
+    rollouts, i = [], 0
+    for number, oks in enumerate(verdicts):
+        rollouts += group(chat, [(str(i + k), ok) for k, ok in enumerate(oks)], number)
+        i += len(oks)
+    counts = Siblings(chat).write(rollouts, (0, 1))
+    assert [r.reference for r in rollouts] == ["2", "2", "0", "4", None, None, None]
+    assert counts == {"siblings_shown": 4, "siblings_missing": 3}
+    text = chat.tokenizer.decode(rollouts[1].teacher_prompt_ids)
+    assert "right result:\n2\n" in text and rollouts[1].problem.messages[-1]["content"] in text
+
+
+def test_who_sees_a_sibling():
+    assert sees_sibling(load_config(DEMO, ["credit=sc_grpo"]), METHODS["sc_grpo"])
+    assert not sees_sibling(load_config(DEMO, ["credit=sc_grpo", "teacher.sees=ground_truth"]), METHODS["sc_grpo"])
+    assert sees_sibling(load_config(DEMO, ["teacher.sees=sibling"]), METHODS["gear"])
+    with pytest.raises(ConfigError, match="teacher.sees=sibling: credit=sgcd has references written"):
+        check(demo("teacher.sees=sibling"))
