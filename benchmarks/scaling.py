@@ -1,0 +1,265 @@
+"""How cost grows: `python -m benchmarks.scaling [--quick] [--gear METRICS --grpo METRICS] [--parts points,ranks,step,model]`.
+
+Time and memory of linear_token_stats against rows, vocabulary and width, beside eager torch and the plain GEMMs; the same over a
+vocabulary cut between processes; the seconds by phase of a GEAR and of a GRPO run of the trainer (their metrics.jsonl); and the
+written models of projections.py. Writes scaling.json and the plots of docs/plots; parts that are not run keep their old figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gear_kernels import Head, linear_token_stats
+
+from . import projections
+from .cases import OUTPUTS, make_case
+from .cpu_report import PASSES, RESULTS, environment, gemm_name, gemms, runner
+from .measure import OtherLoad, elapsed_ms, extra_memory, interleave
+from .peers import OURS, peers
+
+ROOT = Path(__file__).parent.parent
+PLOTS = ROOT / "docs" / "plots"
+FILE = "scaling.json"
+PARTS = ("points", "ranks", "step", "model")
+EAGER = "eager torch"
+GEMMS = gemm_name(torch.float32)
+PHASES = ("rollout", "score", "credit", "update", "push")
+AXES = ("N", "V", "D")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """base: N, V, D, of which one is varied at a time.  ranks_shape: V is cut among `processes`, which have a thread each."""
+
+    base: tuple[int, int, int] = (64, 32003, 512)
+    rows: tuple[int, ...] = (4, 16, 64, 256, 1024)
+    columns: tuple[int, ...] = (2003, 8003, 32003, 128003)
+    widths: tuple[int, ...] = (64, 128, 512, 2048)
+    ranks_shape: tuple[int, int, int] = (128, 64000, 512)
+    processes: tuple[int, ...] = (1, 2)
+    rounds: int = 9
+    seconds: float = 12.0
+    quick: bool = False
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Every point once, in order of size."""
+        varied = ((i, x) for i, values in enumerate((self.rows, self.columns, self.widths)) for x in values)
+        return sorted({(*self.base[:i], x, *self.base[i + 1 :]) for i, x in varied})
+
+
+QUICK = Plan((8, 203, 16), (4, 8), (101, 203), (16, 32), (8, 204, 16), (2,), rounds=3, seconds=0.5, quick=True)
+
+
+# --- against N, V and D --------------------------------------------------------------------------------------------------------
+
+
+def point(shape: tuple[int, int, int], passes: str, plan: Plan) -> dict:
+    """One shape and pass: quartiles and extra memory of ours and eager torch, quartiles of the GEMMs."""
+    case = make_case("hidden", torch.float32, *shape)
+    entrants = {p.name: runner(p.load(), case, passes) for p in peers("hidden", compiled=False) if p.name in (OURS, EAGER)}
+    calls = entrants | {GEMMS: gemms(case, torch.float32, passes)}
+    first = {name: elapsed_ms(call) for name, call in calls.items()}
+    load = OtherLoad()
+    found = {name: asdict(t) for name, t in interleave(calls, first, plan.rounds, plan.seconds).items()}
+    share = load.share()
+    for name, call in entrants.items():
+        found[name]["extra_mib"] = extra_memory(call)
+    return {"shape": shape, "passes": passes, "other_load": share, "rows": found}
+
+
+def points(plan: Plan, step: Callable[[str], None]) -> dict:
+    """All points. `step` is told of each before it starts."""
+    found = []
+    for shape, passes in itertools.product(plan.shapes(), PASSES):
+        step(f"{passes}, N, V, D = {shape}")
+        found.append(point(shape, passes, plan))
+        gc.collect()
+    return {"base": plan.base, "points": found}
+
+
+def series(measured: dict, axis: int, passes: str) -> list[dict]:
+    """The points along one axis through the base, in order."""
+    base = measured["base"]
+    near = [p for p in measured["points"] if p["passes"] == passes]
+    line = [p for p in near if all(p["shape"][i] == base[i] for i in range(3) if i != axis)]
+    return sorted(line, key=lambda p: p["shape"][axis])
+
+
+# --- against the number of processes -------------------------------------------------------------------------------------------
+
+
+def worker(path: Path, plan: Plan) -> None:
+    """One rank, started by torchrun: rank 0 writes the timings of both passes and of their collectives alone."""
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    case = make_case("hidden", torch.float32, *plan.ranks_shape)
+    size = plan.ranks_shape[1] // ranks
+    part = case.weight.detach()[rank * size : (rank + 1) * size].clone().requires_grad_()
+    head = Head(part, group=dist.group.WORLD) if ranks > 1 else Head(part)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        out = linear_token_stats(case.student, head, case.targets, case.teacher, stats=OUTPUTS)
+        return torch.autograd.grad(case.loss({name: getattr(out, name) for name in OUTPUTS}), [case.student, part])
+
+    def forward() -> object:
+        with torch.no_grad():
+            return linear_token_stats(case.student, head, case.targets, case.teacher, stats=OUTPUTS)
+
+    calls = {"forward": forward, "forward+backward": both}
+    calls = {name: _together(call) for name, call in (calls | _collectives(plan, ranks)).items()}
+    first = {name: elapsed_ms(call) for name, call in calls.items()}
+    timings = interleave(calls, first, plan.rounds, float("inf"))  # ranks must not disagree about when to stop
+    memory = {name: extra_memory(calls[name]) for name in PASSES}
+    if rank == 0:
+        path.write_text(json.dumps({name: asdict(t) | {"extra_mib": memory.get(name)} for name, t in timings.items()}))
+    dist.destroy_process_group()
+
+
+def _together(call: Callable) -> Callable:
+    """Ranks start at once; one that waits for a late one would seem slow."""
+
+    def started() -> object:
+        dist.barrier()
+        return call()
+
+    return started
+
+
+def _collectives(plan: Plan, ranks: int) -> dict[str, Callable]:
+    """What crosses the ranks in the two passes, alone; and the barrier that every timing holds."""
+    n, _, d = plan.ranks_shape
+    sums, grads = torch.zeros(n * 12 + 1, dtype=torch.float64), torch.zeros(n, d)
+    everyone = [torch.zeros_like(sums) for _ in range(ranks)]
+    return {
+        "barrier": lambda: None,
+        "all_gather": lambda: dist.all_gather(everyone, sums),
+        "all_reduce": lambda: dist.all_reduce(grads),
+    }
+
+
+def ranks(plan: Plan, step: Callable[[str], None]) -> dict:
+    """The timings by number of processes; one thread each, so that two have twice the cores of one."""
+    found, load = {}, OtherLoad()
+    spent = _children_seconds()
+    for count in plan.processes:
+        step(f"{count} processes")
+        found[str(count)] = _ranks_of(count, plan)
+    wall, own = load.seconds(), _children_seconds() - spent
+    share = load.share()
+    share = None if share is None else max(0.0, share - own / (wall * os.cpu_count()))
+    return {"shape": plan.ranks_shape, "threads_each": 1, "other_load": share, "processes": found}
+
+
+def _children_seconds() -> float:
+    return sum(os.times()[2:4])
+
+
+def _ranks_of(count: int, plan: Plan) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "timings.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        command = [*launch, "-m", "benchmarks.scaling", "--worker", str(path), *(["--quick"] if plan.quick else [])]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{count} ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        return json.loads(path.read_text())
+
+
+# --- a step of the trainer -----------------------------------------------------------------------------------------------------
+
+
+def distilled(path: Path) -> dict:
+    """Medians over the steps of a run: seconds by phase and of the whole step without the held-out evaluation."""
+    steps = [m for m in map(json.loads, path.read_text().splitlines()) if "seconds" in m]
+    if not steps:
+        raise SystemExit(f"{path}: no step with seconds by phase in it; is it the metrics.jsonl of a run that took a step?")
+    seconds = {name: statistics.median(m["seconds"][name] for m in steps) for name in PHASES}
+    whole = statistics.median(m["seconds"]["step"] - m["seconds"].get("eval", 0.0) for m in steps)
+    tokens, idle = (statistics.median(m[name] for m in steps) for name in ("policy_tokens", "zero_advantage"))
+    return {"steps": len(steps), "seconds": seconds, "step": whole, "policy_tokens": tokens, "zero_advantage": idle}
+
+
+# --- all of it -----------------------------------------------------------------------------------------------------------------
+
+
+def measure(plan: Plan, parts: tuple[str, ...], runs: dict[str, Path], progress: Progress) -> dict:
+    """The parts asked for, each with the machine and the moment it was measured on."""
+    total = len(plan.shapes()) * len(PASSES) * ("points" in parts) + len(plan.processes) * ("ranks" in parts)
+    task = progress.add_task("starting", total=total)
+
+    def step(text: str) -> None:
+        progress.update(task, description=text)
+        progress.advance(task, 1 if step.started else 0)
+        step.started = True
+
+    step.started = False
+    found = {}
+    if "points" in parts:
+        found["points"] = environment() | points(plan, step)
+    if "ranks" in parts:
+        found["ranks"] = environment() | ranks(plan, step)
+    if "step" in parts and runs:
+        found["step"] = {method: distilled(path) for method, path in runs.items()}
+    if "model" in parts:
+        found["model"] = projections.everything()
+    progress.update(task, completed=total)
+    return found
+
+
+def run(plan: Plan, parts: tuple[str, ...], runs: dict[str, Path], output: Path, plots: Path, console: Console) -> dict:
+    """Measure, write scaling.json to `output` and the pictures to `plots`; what the JSON holds."""
+    from . import plots as pictures
+
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    path = output / FILE
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    with Progress(*bars, console=console, transient=True) as progress:
+        new = measure(plan, parts, runs, progress)
+    found = json.loads(json.dumps(old | new | {"quick": plan.quick}))
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(f"wrote {path} and " + ", ".join(p.name for p in pictures.draw(found, plots)))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: a self-test of a few seconds, into a temporary folder")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; the others keep what the file holds")
+    parser.add_argument("--gear", type=Path, help="metrics.jsonl of a run with credit=gear")
+    parser.add_argument("--grpo", type=Path, help="metrics.jsonl of the same run with credit=grpo")
+    parser.add_argument("--output", type=Path, help="where scaling.json goes")
+    parser.add_argument("--plots", type=Path, help="where the pictures go")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    plan = QUICK if given.quick else Plan()
+    if given.worker:
+        return worker(given.worker, plan)
+    if unknown := set(given.parts.split(",")) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if (given.gear is None) != (given.grpo is None):
+        parser.error("--gear and --grpo are compared with one another: give both or none")
+    runs = {"gear": given.gear, "grpo": given.grpo} if given.gear else {}
+    aside = Path(tempfile.mkdtemp(prefix="scaling-")) if given.quick else None
+    run(plan, tuple(given.parts.split(",")), runs, given.output or aside or RESULTS, given.plots or aside or PLOTS, Console())
+
+
+if __name__ == "__main__":
+    main()
