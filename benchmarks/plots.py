@@ -75,6 +75,8 @@ def _ranks(found: dict):
     """Measured on this machine's cores, and beside it the model of GPUs."""
     figure, axes = _pyplot().subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     measured, model = found["ranks"], found["model"]
+    for axis in axes:
+        axis.set(xscale="log", yscale="log", ylabel="time, ms")  # before the ticks: a new scale brings its own
     for passes, color in zip(PASSES, ("C0", "C1"), strict=True):
         times = {int(k): v[passes]["median_ms"] for k, v in measured["processes"].items()}
         whole = {int(k): sum(v.values()) for k, v in model["head_ms"][passes].items()}
@@ -84,8 +86,7 @@ def _ranks(found: dict):
     axes[0].set(title=f"measured: gloo, one core a process\n{shapes[0]}, float32", xlabel="processes")
     axes[1].set(title=f"model, not measured: GPUs, products and collectives\n{shapes[1]}, bfloat16", xlabel="GPUs")
     for axis in axes:
-        axis.set(xscale="log", yscale="log", ylabel="time, ms")
-        axis.grid(alpha=0.25, which="both")
+        axis.grid(alpha=0.25)
         axis.legend(fontsize=9)
     return figure
 

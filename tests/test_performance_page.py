@@ -1,0 +1,157 @@
+"""The performance page is what the JSON gives, its models are right, and the scaling benchmark really runs. Never a time."""
+
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import performance_page, plots, projections, scaling
+from benchmarks.peers import OURS
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/operators.md", "docs/credit.md", "docs/performance.md")
+
+
+def test_the_page_is_up_to_date():
+    assert performance_page.check() == []
+
+
+def test_a_changed_page_and_a_missing_picture_are_found(tmp_path):
+    changed = tmp_path / "performance.md"
+    changed.write_text(performance_page.PAGE.read_text().replace("met", "surpassed", 1))
+    lines = performance_page.check(changed, tmp_path)
+    assert any("surpassed" in line for line in lines) and any("no such picture" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_to_files_resolve(name):
+    text = (ROOT / name).read_text()
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text):
+        assert ((ROOT / name).parent / link).exists(), link
+    for path in re.findall(r"benchmarks/results/[\w.-]+\w", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_quicker_peers_are_all_on_the_page():
+    text = performance_page.PAGE.read_text()
+    for section in json.loads((scaling.RESULTS / "cpu_report.json").read_text())["sections"]:
+        rows = performance_page.timed(section)
+        for row in rows.values():
+            if row["gives"] and row["timing"]["median_ms"] < rows[OURS]["timing"]["median_ms"]:
+                assert f"| {performance_page.heading(section)} | {row['name']} |" in text
+
+
+def test_limits_that_do_not_hold_are_called_missed():
+    assert performance_page.held("1x", True) == "1x, met" and "**missed**" in performance_page.held("1x", False)
+    assert "busy" in performance_page.load_note([0.01, 0.3]) and "busy" not in performance_page.load_note([0.01, None])
+
+
+# --- models --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_head_on_one_gpu_is_the_designs_floor():
+    assert projections.head_ms(1, "forward")["products"] == pytest.approx(25.8, abs=0.05)
+    assert projections.head_ms(1, "forward+backward")["products"] == pytest.approx(77.4, abs=0.05)
+    assert (
+        projections.head_ms(1, "forward+backward")["all_gather"] == projections.head_ms(1, "forward+backward")["all_reduce"] == 0
+    )
+
+
+def test_the_head_on_eight_gpus_by_hand():
+    gpu = projections.Gpu(flops=1e6, memory=1.0, link=1e3)
+    found = projections.head_ms(8, "forward+backward", (10, 80, 5), gpu)
+    assert found["products"] == pytest.approx(6 * 2 * 10 * 80 * 5 / 8 / 1e6 * 1e3)  # 6 ms
+    assert found["all_gather"] == pytest.approx(7 * 121 * 8)  # seven ranks' 10 x 12 sums and a size, 8 bytes, at a byte a ms
+    assert found["all_reduce"] == pytest.approx(2 * 7 / 8 * 10 * 5 * 4)
+    assert projections.head_ms(8, "forward", (10, 80, 5), gpu)["all_reduce"] == 0
+
+
+def test_qwen3_8b_has_its_size():
+    model = projections.Model()
+    assert model.bytes / 2 == pytest.approx(8.19e9, rel=1e-3)  # its model card: 8.2 B
+    assert model.weights == 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    assert model.cache == 147456
+
+
+def test_a_step_by_hand():
+    model = projections.Model(layers=1, width=2, heads_width=2, cache_width=1, inner=3, vocabulary=10)
+    assert model.weights == 2 * 4 + 2 * 2 + 18 and model.bytes == 2 * (30 + 40) and model.cache == 4
+    assert model.body(4) == 2 * 30 * 4 + 2 * 2 * 4 * 4 and model.head(3) == 120
+    step = projections.Step(trajectories=6, prompt=1, response=3, hint=2, taught=0.5, gpus=2)
+    gpu = projections.Gpu(flops=10.0, memory=10.0, link=10.0)
+    grpo, gear = (projections.step_seconds(m, step, model, gpu) for m in ("grpo", "gear"))
+    assert grpo["score"] == pytest.approx(3 * (304 + 120) / 10) and grpo["teacher"] == 0
+    assert gear["teacher"] == pytest.approx(3 * 0.5 * (2 * 30 * 6 + 2 * 2 * 36 + 120) / 10)
+    assert grpo["update"] == pytest.approx(3 * 0.5 * 4 * (304 + 120) / 10)
+    assert grpo["rollout"] == pytest.approx(3 * (140 + 3 * 4 * 2.5) / 10)
+    assert grpo["push"] == pytest.approx(70 / 10 + 140 / 10)
+    assert grpo["credit"] == pytest.approx(3 * 3 * 33 / 10)
+    assert {k: v for k, v in gear.items() if k != "teacher"} == {k: v for k, v in grpo.items() if k != "teacher"}
+
+
+def test_the_committed_models_are_these():
+    committed = json.loads((scaling.RESULTS / scaling.FILE).read_text())
+    assert committed["model"] == json.loads(json.dumps(projections.everything())) and not committed["quick"]
+
+
+# --- scaling -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What a quick run gives, and its folder: a point each way, two processes, and two made-up runs of two steps."""
+    folder = tmp_path_factory.mktemp("scaling")
+    runs = {}
+    for method, score in (("gear", 3.0), ("grpo", 2.0)):
+        steps = [{"step": 0, "held_out_success": 0.5}]
+        for i in (1, 2):
+            seconds = dict.fromkeys(scaling.PHASES, 1.0) | {"score": score + i, "step": 9.0 + i, "eval": 1.0}
+            steps.append({"step": i, "policy_tokens": 10 * i, "zero_advantage": 0.5, "seconds": seconds})
+        runs[method] = folder / f"{method}.jsonl"
+        runs[method].write_text("".join(json.dumps(s) + "\n" for s in steps))
+    console = Console(file=io.StringIO(), width=160)
+    return scaling.run(scaling.QUICK, scaling.PARTS, runs, folder, folder, console), folder
+
+
+def test_quick_scaling_has_every_point(quick):
+    found, folder = quick
+    assert json.loads((folder / scaling.FILE).read_text()) == found and found["quick"]
+    assert len(found["points"]["points"]) == len(scaling.QUICK.shapes()) * 2
+    for axis in range(3):
+        assert len(scaling.series(found["points"], axis, "forward")) == 2
+    for one in found["points"]["points"]:
+        assert set(one["rows"]) == {OURS, scaling.EAGER, scaling.GEMMS}
+        assert all(0 < r["low_ms"] <= r["median_ms"] <= r["high_ms"] for r in one["rows"].values())
+    assert set(found["ranks"]["processes"]["2"]) == {"forward", "forward+backward", "barrier", "all_gather", "all_reduce"}
+    assert all(
+        (folder / f"{name}.png").stat().st_size > 5000 for name in ("scaling_time", "scaling_memory", "ranks", "step_phases")
+    )
+
+
+def test_a_step_is_distilled_to_medians(quick):
+    gear = quick[0]["step"]["gear"]
+    assert gear["seconds"] == dict.fromkeys(scaling.PHASES, 1.0) | {"score": 4.5}
+    assert gear["step"] == 9.5 and gear["policy_tokens"] == 15 and gear["steps"] == 2  # without the evaluation
+
+
+def test_a_part_alone_keeps_the_others(quick, tmp_path):
+    found, folder = quick
+    (tmp_path / scaling.FILE).write_text((folder / scaling.FILE).read_text())
+    again = scaling.run(scaling.QUICK, ("model",), {}, tmp_path, tmp_path, Console(file=io.StringIO()))
+    assert again == found
+
+
+def test_shapes_vary_one_size_at_a_time():
+    plan = scaling.Plan()
+    assert plan.base in plan.shapes() and len(plan.shapes()) == len(plan.rows) + len(plan.columns) + len(plan.widths) - 2
+    assert all(sum(a != b for a, b in zip(shape, plan.base, strict=True)) <= 1 for shape in plan.shapes())
+    assert all(plan.ranks_shape[1] % count == 0 for count in plan.processes)
+    assert dataclasses.replace(plan, rows=(64,)).shapes().count(plan.base) == 1
+
+
+def test_nothing_is_drawn_of_parts_that_are_missing(tmp_path):
+    assert plots.draw({"model": projections.everything()}, tmp_path) == []
