@@ -116,11 +116,11 @@ def slow_sequence(gear, signal, h, turns, advantage, segments=None):
 
 def slow_credit(gear, case):
     """The same for a pack, on lists; masked tokens hold (0, 0, 0, 0, -1, False)."""
-    rows = []
-    for b, advantage in enumerate(case["advantages"].tolist()):
-        places = range(int(case["cu_seqlens"][b]), int(case["cu_seqlens"][b + 1]))
-        policy = [i for i in places if case["mask"][i]]
-        columns = [[case[name][i].item() for i in policy] for name in ("signal", "entropy", "turn_ids")]
+    rows, given = [], {name: x.tolist() for name, x in case.items()}
+    for b, advantage in enumerate(given["advantages"]):
+        places = range(given["cu_seqlens"][b], given["cu_seqlens"][b + 1])
+        policy = [i for i in places if given["mask"][i]]
+        columns = [[given[name][i] for i in policy] for name in ("signal", "entropy", "turn_ids")]
         result = dict(zip(policy, zip(*slow_sequence(gear, *columns, advantage), strict=True), strict=True))
         rows += [result.get(i, (0.0, 0.0, 0.0, 0.0, -1, False)) for i in places]
     return list(zip(*rows, strict=True)) if rows else [()] * 6
@@ -234,7 +234,7 @@ def test_worked_example_diagnostics():
 @pytest.mark.parametrize("part", range(4))
 def test_gear_equals_slow_transcription(part, backend):
     rng = random.Random(part)
-    for case in cases(backend, 250, rng, interpreted=125):
+    for case in cases(backend, 125, rng):
         gear = random_gear(rng, "entropy")
         assert_equals_slow(credit_weights(**case, method=gear), slow_credit(gear, case))
 
@@ -242,7 +242,7 @@ def test_gear_equals_slow_transcription(part, backend):
 @pytest.mark.parametrize("segmenter", sorted(set(SEGMENTERS) - {"entropy", "random"}))
 def test_ablation_equals_slow_transcription(segmenter, backend):
     rng = random.Random(segmenter)
-    for case in cases(backend, 120, rng, interpreted=60):
+    for case in cases(backend, 500, rng):
         gear = random_gear(rng, segmenter)
         assert_equals_slow(credit_weights(**case, method=gear), slow_credit(gear, case))
 
