@@ -574,12 +574,11 @@ def test_bad_arguments(change, message):
 # --- the scans against the reference, bit by bit -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("segmenter", sorted(set(SEGMENTERS) - {"random"}))
 def test_scan_is_bitwise_the_reference(segmenter, dtype, backend):
     """Every option, masks, ties, sequences of length 0 to 60; several threads; segments across the blocks of the kernel."""
-    if backend == "reference":
-        pytest.skip("this is the reference")
     draw, g = random.Random(segmenter), torch.Generator().manual_seed(1)
     for _ in range(8 if backend == "triton" else 60):
         lengths = torch.randint(0, 60, (7,), generator=g)
@@ -616,9 +615,8 @@ def test_scan_is_bitwise_the_reference(segmenter, dtype, backend):
             torch.testing.assert_close(value, results[1].diagnostics[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
 def test_compiled_scan_does_not_depend_on_threads(backend):
-    if backend != "native":
-        pytest.skip("threads are the compiled scan's")
     g = torch.Generator().manual_seed(2)
     lengths = torch.randint(0, 300, (50,), generator=g)
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
