@@ -4,7 +4,7 @@ Writes gates.json; --check compares with it, writes nothing and exits with 1 on 
 bytes that torch allocates, dispatched operators, launches of Triton kernels and host synchronisations, on the CPU with small
 shapes and on the path of a GPU with meta tensors of the Qwen3-8B shape, which have no values: what cannot be answered without a
 value is a synchronisation. Timed: each operation beside a baseline of the same run (eager torch, or a copy of what the scan
-moves); the gate closes when the ratio is --slower times the committed one in three repeats in a row.
+moves), on one thread; the gate closes when the ratio is --slower times the committed one in three repeats in a row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -36,7 +37,7 @@ from .cases import SMALL, Case, make_case, plain
 from .cpu_report import DTYPES, PASSES, RESULTS, runner
 from .credit_report import pack
 from .gpu_report import SHAPE
-from .measure import elapsed_ms, interleave
+from .measure import elapsed_ms, interleave, keep_freed_blocks
 from .peers import OURS, peers
 
 TABLE = "gates.json"
@@ -139,6 +140,10 @@ class _Launches:
         self.count += 1
 
 
+def _any_config(*_) -> NamedTuple:
+    return importlib.import_module("gear_kernels.triton.stats").Config(1024, 4)
+
+
 @contextlib.contextmanager
 def gpu_path() -> Iterator[_Launches]:
     """Meta tensors take the path of a GPU: the Triton back end, with its kernels replaced by one counter."""
@@ -149,7 +154,7 @@ def gpu_path() -> Iterator[_Launches]:
             for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
                 stack.enter_context(mock.patch.object(module, kernel, launches))
             # the real one asks the driver for the device; block and warps change no count
-            stack.enter_context(mock.patch.object(module, "config", lambda *_, config=module.Config(1024, 4): config))
+            stack.enter_context(mock.patch.object(module, "config", _any_config))
         stack.enter_context(mock.patch.object(tiling, "on_gpu", lambda device: device.type != "cpu"))
         # there is no autocast on the meta device, and none is on here
         stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **options: contextlib.nullcontext()))
@@ -216,22 +221,29 @@ def _timed(only: str) -> Iterator[tuple[str, Callable, Callable]]:
     for kind, shape in SMALL.items():
         for passes in PASSES:
             name = _name(kind, torch.float32, passes)
-            if only in name:
+            if only in ("", name):
                 both = (_statistics("cpu", kind, torch.float32, shape, passes, peer) for peer in (OURS, "eager torch"))
                 yield name, *both
-    if only in CREDIT:
+    if only in ("", CREDIT):
         p, rows = pack(_TOKENS, 128), torch.ones(7, _TOKENS)  # two rows are read, five written, of 4 bytes a token
         copy = torch.empty_like(rows)
         yield CREDIT, p.credit, lambda: copy.copy_(rows)
 
 
-def ratios(only: str = "", rounds: int = 9) -> dict[str, float]:
-    """Time of each operation over that of its baseline, by name. First quartiles: a neighbour's load only ever adds."""
-    found = {}
-    for name, ours, baseline in _timed(only):
-        calls = {"ours": ours, "baseline": baseline}
-        times = interleave(calls, {key: elapsed_ms(call) for key, call in calls.items()}, rounds, 5.0)
-        found[name] = times["ours"].low_ms / times["baseline"].low_ms
+def ratios(only: str = "", rounds: int = 25) -> dict[str, float]:
+    """Time of each operation over that of its baseline, by name: the quickest calls on one thread, because two threads that wait
+    for one another beside a neighbour's load take anything from one to three times as long.
+    """
+    found, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    keep_freed_blocks()
+    try:
+        for name, ours, baseline in _timed(only):
+            calls = {"ours": ours, "baseline": baseline}
+            times = interleave(calls, {key: elapsed_ms(call) for key, call in calls.items()}, rounds, seconds=1.5)
+            found[name] = times["ours"].least_ms / times["baseline"].least_ms
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 
@@ -263,7 +275,7 @@ def slower(table: dict, factor: float, only: str = "") -> list[str]:
     """A line for each operation that is `factor` times the table's ratio in three repeats in a row; one good repeat acquits."""
     lines = []
     for name, before in table["ratios"].items():
-        if only in name:
+        if only in ("", name):
             found = []
             while len(found) < _REPEATS and all(ratio > factor * before for ratio in found):
                 found += ratios(name).values()
