@@ -35,7 +35,8 @@ from gear_kernels import backends, ops, tiling
 
 from .cases import SMALL, Case, make_case, plain
 from .cpu_report import DTYPES, PASSES, RESULTS, runner
-from .credit_report import pack
+from .credit_report import SMALL as SMALL_PACK
+from .credit_report import TOKEN_BYTES, pack
 from .gpu_report import SHAPE
 from .measure import elapsed_ms, interleave, keep_freed_blocks
 from .peers import OURS, peers
@@ -44,7 +45,6 @@ TABLE = "gates.json"
 CREDIT = "credit_weights, typical pack"
 _NAMES = {"logits": "token_stats", "hidden": "linear_token_stats"}
 _SHAPES = {"cpu": SMALL, "gpu": {"logits": (1024, 32003), "hidden": SHAPE}}
-_TOKENS = 1 << 18  # of the packs
 _REPEATS = 3
 _FIGURES = ("peak_bytes", "operators", "launches", "synchronisations")
 
@@ -176,7 +176,7 @@ def _operations(path: str, dtypes: tuple = DTYPES) -> Iterator[tuple[str, Callab
         for dtype in dtypes:
             for passes in PASSES:
                 yield _name(kind, dtype, passes), lambda k=kind, d=dtype, s=shape, p=passes: _statistics(path, k, d, s, p)
-    yield CREDIT, lambda: pack(_TOKENS, 128).to("cpu" if path == "cpu" else "meta").credit
+    yield CREDIT, lambda: pack(*SMALL_PACK).to("cpu" if path == "cpu" else "meta").credit
 
 
 def _name(kind: str, dtype: torch.dtype, passes: str) -> str:
@@ -225,7 +225,7 @@ def _timed(only: str) -> Iterator[tuple[str, Callable, Callable]]:
                 both = (_statistics("cpu", kind, torch.float32, shape, passes, peer) for peer in (OURS, "eager torch"))
                 yield name, *both
     if only in ("", CREDIT):
-        p, rows = pack(_TOKENS, 128), torch.ones(7, _TOKENS)  # two rows are read, five written, of 4 bytes a token
+        p, rows = pack(*SMALL_PACK), torch.ones(TOKEN_BYTES, SMALL_PACK[0], dtype=torch.uint8)
         copy = torch.empty_like(rows)
         yield CREDIT, p.credit, lambda: copy.copy_(rows)
 
@@ -306,16 +306,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table, write nothing")
-    parser.add_argument("--no-times", action="store_true", help="with --check: leave the time gate out")
+    parser.add_argument("--only", choices=("counts", "times"), help="with --check: one kind of gate")
     parser.add_argument("--slower", type=float, default=2.0, help="times the committed ratio that closes the time gate")
     parser.add_argument("--table", type=Path, default=RESULTS / TABLE, help="the file that is compared with, or written")
     given = parser.parse_args(arguments)
     console, start, lines = Console(width=None if sys.stdout.isatty() else 160), time.perf_counter(), []
-    rows = figures()
+    rows = [] if given.check and given.only == "times" else figures()
     if given.check:
         table = json.loads(given.table.read_text())
         times = table["ratios"]
-        lines = grown(rows, table) + ([] if given.no_times else slower(table, given.slower))
+        lines = [] if given.only == "times" else grown(rows, table)
+        lines += [] if given.only == "counts" else slower(table, given.slower)
     else:
         times = typical_ratios()
         write(rows, times, given.table)
