@@ -301,7 +301,7 @@ def write(rows: list[Row], times: dict[str, float], path: Path) -> None:
 
 
 def show(rows: list[Row], times: dict[str, float], console: Console) -> None:
-    shown = Table("path", "operation", *(name.replace("_", " ") for name in _FIGURES), "time / baseline")
+    shown = Table("path", "operation", *(name.replace("_", " ") for name in _FIGURES), "time / baseline, the table's")
     for row in rows:
         ratio = f"{times[row.operation]:.3g}" if row.path == "cpu" and row.operation in times else ""
         shown.add_row(row.path, row.operation, *(f"{getattr(row, name):,}" for name in _FIGURES), ratio)
@@ -328,7 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         times = typical_ratios()
         write(rows, times, given.table)
-    show(rows, times, console)
+    if rows:
+        show(rows, times, console)
     for line in lines:
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     if given.check and (better := shrunk(rows, table)):
