@@ -20,7 +20,7 @@ train: venv
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
-# small shapes beside all peers, those that compile too: four minutes; the table is printed, the figures are kept in build/
+# small shapes beside all peers, those that compile too: a minute on two cores; prints the table, keeps the figures in build/
 bench: venv
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --compiled --benchmark-json=build/benchmarks.json $(ARGS)
