@@ -13,12 +13,17 @@ PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
 
 LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
 
-.PHONY: train test venv lint clean
+.PHONY: train test bench venv lint clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+# small shapes beside all peers, those that compile too: a minute on two cores; prints the table, keeps the figures in build/
+bench: venv
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks --compiled --benchmark-json=build/benchmarks.json $(ARGS)
 
 venv: $(BUILT)
 

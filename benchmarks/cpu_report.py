@@ -38,7 +38,7 @@ PASSES = ("forward", "forward+backward")
 DTYPES = (torch.float32, torch.bfloat16)
 PACKAGES = ("gear-kernels", "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
 # Tensors of [N, V] that a pass over given logits must move at least: both heads read; backward reads them again and writes one
-_TRAFFIC = {"forward": 2, "forward+backward": 5}
+TRAFFIC = {"forward": 2, "forward+backward": 5}
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Report:
         rows, calls, first = {}, {}, {}
         for peer in peers(case.kind, compiled=self.plan.compiled):
             self.tell(f"{what}: first call of {peer.name}")
-            rows[peer.name], call, first_ms = _first_call(peer, case, truth, passes)
+            rows[peer.name], call, first_ms = first_call(peer, case, truth, passes)
             if call is not None:
                 calls[peer.name], first[peer.name] = call, first_ms
             self.step()
@@ -176,7 +176,7 @@ class Report:
         return total
 
 
-def _first_call(peer: Peer, case: Case, truth: Truth, passes: str) -> tuple[Row, Callable | None, float]:
+def first_call(peer: Peer, case: Case, truth: Truth, passes: str) -> tuple[Row, Callable | None, float]:
     """The row with its errors, the call to time (None where the peer fails here) and the first call's milliseconds."""
     row = Row(peer.name, peer.gives, peer.note, compiles=peer.compiles)
     try:
@@ -202,7 +202,7 @@ def _compare(section: Section, reference_ms: float, dtype: torch.dtype) -> None:
             continue
         row.ratio = row.timing.median_ms / reference_ms
         if section.kind == "logits":
-            moved = _TRAFFIC[section.passes] * math.prod(section.shape) * dtype.itemsize
+            moved = TRAFFIC[section.passes] * math.prod(section.shape) * dtype.itemsize
             row.gb_s = moved / row.timing.median_ms / 1e6
             row.bandwidth_share = row.gb_s / section.read_gb_s
 

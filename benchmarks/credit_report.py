@@ -24,6 +24,8 @@ from gear_kernels.methods import METHODS
 from .cpu_report import RESULTS, environment
 from .measure import OtherLoad, elapsed_ms, interleave
 
+SMALL = (1 << 18, 128)  # tokens and sequences: the pack of the gates and of the pytest benchmarks
+TOKEN_BYTES = 2 * 4 + 4 * 4 + 4 + 1  # signal and entropy are read; four float32 rows, an int32 and a bool one are written
 LOOP, REFERENCE, OURS = "Python loop", "reference back end", "gear_kernels"
 
 

@@ -23,13 +23,16 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds. low_ms, high_ms: first and third quartile.  first_ms: the first call, with compilation and warm-up."""
+    """Milliseconds. low_ms, high_ms: first and third quartile.  first_ms: the first call, with compilation and warm-up.
+    least_ms: the quickest warm call, what a neighbour's load moves least.
+    """
 
     median_ms: float
     low_ms: float
     high_ms: float
     first_ms: float
     rounds: int
+    least_ms: float
 
 
 def interleave(
@@ -59,7 +62,7 @@ def interleave(
 
 def _summary(values: list[float], first_ms: float) -> Timing:
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return Timing(statistics.median(values), low, high, first_ms, len(values))
+    return Timing(statistics.median(values), low, high, first_ms, len(values), min(values))
 
 
 def elapsed_ms(call: Call, device: str = "cpu") -> float:
@@ -151,13 +154,22 @@ def _blocks_from_the_kernel() -> Iterator[Callable[[int], int]]:
     Those are the ones its adaptive rule arrives at (32 and 64 MiB) once a large block has been freed, as it has by then.
     """
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     try:
-        libc.mallopt(mmap_threshold, 64 << 10)
+        libc.mallopt(_MMAP_THRESHOLD, 64 << 10)
         yield libc.malloc_trim
     finally:
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 64 << 20)
+        keep_freed_blocks()
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def keep_freed_blocks() -> None:
+    """From here on malloc keeps freed blocks below 32 MiB: before, page faults can make eager torch three times slower."""
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _status_kib(field: str) -> int:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -131,5 +132,12 @@ def test_compiled_peers_agree():
         case = cases.make_case(kind, torch.float32, 16, 300, 32)
         truth = cases.find_truth(case)
         for peer in (p for p in peers.peers(kind) if p.compiles):
-            row, call, _ = cpu_report._first_call(peer, case, truth, "forward+backward")
+            row, call, _ = cpu_report.first_call(peer, case, truth, "forward+backward")
             assert not row.wrong and (call is not None or row.failure.startswith("not installed")), row
+
+
+def test_pytest_benchmarks_run():
+    """Collected when asked for, and ours and the scan run once each, with right answers."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "-k", "gear_kernels"]
+    done = subprocess.run(command, cwd=cpu_report.RESULTS.parent.parent, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "9 passed" in done.stdout, done.stdout + done.stderr

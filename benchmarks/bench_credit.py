@@ -1,0 +1,20 @@
+"""The credit scan on a typical pack, compiled and by the reference back end: `python -m pytest benchmarks`."""
+
+import pytest
+
+from .bench_stats import note
+from .credit_report import OURS, REFERENCE, SMALL, TOKEN_BYTES, Pack, by_reference, pack
+from .measure import extra_memory, keep_freed_blocks
+
+WAYS = {OURS: Pack.credit, REFERENCE: by_reference}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.benchmark(group=f"credit_weights, typical pack {list(SMALL)}", min_rounds=5, max_time=0.3)
+def bench_credit(benchmark, way: str):
+    p = pack(*SMALL)
+    exact = by_reference(Pack(p.signal.double(), p.entropy.double(), p.advantages.double(), p.cu_seqlens))
+    keep_freed_blocks()
+    error = (WAYS[way](p).weights.double() - exact.weights).abs().max().item()
+    benchmark(WAYS[way], p)
+    note(benchmark, way, SMALL[0] * TOKEN_BYTES, extra_memory(lambda: WAYS[way](p)), {"weights": error})
