@@ -20,10 +20,11 @@ train: venv
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
-# small shapes beside all peers, those that compile too: a minute on two cores; prints the table, keeps the figures in build/
+# all peers, those that compile too, on small shapes and Qwen3's heads: @@ minutes on two cores; prints the table, keeps the
+# figures in build/
 bench: venv
 	mkdir -p build
-	$(BIN)/python -m pytest benchmarks --compiled --benchmark-json=build/benchmarks.json $(ARGS)
+	$(BIN)/python -m pytest benchmarks --full --benchmark-json=build/benchmarks.json $(ARGS)
 
 venv: $(BUILT)
 

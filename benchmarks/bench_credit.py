@@ -17,4 +17,5 @@ def bench_credit(benchmark, way: str):
     keep_freed_blocks()
     error = (WAYS[way](p).weights.double() - exact.weights).abs().max().item()
     benchmark(WAYS[way], p)
-    note(benchmark, way, SMALL[0] * TOKEN_BYTES, extra_memory(lambda: WAYS[way](p)), {"weights": error})
+    figures = {"bytes": SMALL[0] * TOKEN_BYTES, "flops": None, "extra_mib": extra_memory(lambda: WAYS[way](p))}
+    note(benchmark, way, figures, {"weights": error})

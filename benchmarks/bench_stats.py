@@ -1,22 +1,57 @@
-"""Statistics of logits and of hidden states beside the peers, on small shapes: `python -m pytest benchmarks [--compiled]`."""
+"""Statistics of logits and of hidden states beside the peers: `python -m pytest benchmarks [--full]`."""
 
 import functools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from .cases import SMALL, Case, Truth, find_truth, make_case, plain
-from .cpu_report import DTYPES, PASSES, TRAFFIC, first_call
+from .cases import QWEN3_VOCABULARY, QWEN3_WIDTHS, SMALL, Case, Truth, find_truth, make_case, plain
+from .cpu_report import DTYPES, PASSES, PRODUCTS, TRAFFIC, first_call
 from .measure import extra_memory, keep_freed_blocks
 from .peers import OURS, PEERS, Peer
 
-SEATS = [(kind, peer) for kind in SMALL for peer in PEERS if peer.kind == kind and "cpu" in peer.devices]
+
+class Given(NamedTuple):
+    """Inputs of one group of rows. shape: N, V and, from hidden states, D."""
+
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    name: str = "small"
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{plain(self.dtype)}-{self.name}"
 
 
-@functools.cache
-def given(kind: str, dtype: torch.dtype) -> tuple[Case, Truth]:
-    case = make_case(kind, dtype, *SMALL[kind])
+ALWAYS = [Given(kind, dtype, shape) for kind, shape in SMALL.items() for dtype in DTYPES]
+# few rows, one dtype a head: a call of the slowest peer takes seconds, and the float32 copy of the 8B head is 2.3 GiB
+FULL = [
+    *(Given("logits", dtype, (64, QWEN3_VOCABULARY), "Qwen3") for dtype in DTYPES),
+    Given("hidden", torch.float32, (16, QWEN3_VOCABULARY, QWEN3_WIDTHS["4B"]), "Qwen3-4B"),
+    Given("hidden", torch.bfloat16, (16, QWEN3_VOCABULARY, QWEN3_WIDTHS["8B"]), "Qwen3-8B"),
+]
+
+
+def everyone(kind: str) -> list[Peer]:
+    """Ours, then all peers that run on a CPU, those included that the others' choice of a compiled form leaves out."""
+    return [peer for peer in PEERS if peer.kind == kind and "cpu" in peer.devices]
+
+
+def _entrants() -> list:
+    found = []
+    for given in ALWAYS + FULL:
+        for passes in PASSES:
+            for peer in everyone(given.kind):
+                marks = [pytest.mark.full] if peer.compiles or given in FULL else []
+                found.append(pytest.param(given, peer, passes, marks=marks, id=f"{given}-{passes}-{peer.name}"))
+    return found
+
+
+@functools.lru_cache(maxsize=1)  # the widest head's float64 truth is 5 GB while it is made
+def inputs(given: Given) -> tuple[Case, Truth]:
+    case = make_case(given.kind, given.dtype, *given.shape)
     return case, find_truth(case)
 
 
@@ -28,26 +63,27 @@ def moved(case: Case, passes: str) -> int:
     return inputs if passes == "forward" else 2 * inputs + gradients
 
 
-@pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=plain)
-@pytest.mark.parametrize(("kind", "peer"), SEATS, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(("given", "peer", "passes"), _entrants())
 @pytest.mark.benchmark(min_rounds=5, max_time=0.3)
-def bench_statistics(benchmark, pytestconfig, kind: str, peer: Peer, dtype: torch.dtype, passes: str):
-    if peer.compiles and not pytestconfig.getoption("--compiled"):
-        pytest.skip("it compiles at its first call: --compiled")
+def bench_statistics(benchmark, given: Given, peer: Peer, passes: str):
     torch.compiler.reset()  # compiled peers start afresh, with this shape and dtype only
     keep_freed_blocks()
-    case, truth = given(kind, dtype)
+    case, truth = inputs(given)
     row, call, _ = first_call(peer, case, truth, passes)
     if call is None:
         pytest.skip(row.failure)
     assert not (row.wrong and peer.name == OURS), row.errors
-    benchmark.group = f"{kind}, {plain(dtype)}, {passes} {list(SMALL[kind])}"
-    benchmark(call)
-    note(benchmark, peer.name, moved(case, passes), extra_memory(call), row.errors)
+    benchmark.group = f"{given.kind}, {plain(given.dtype)}, {passes}, {given.name} {list(given.shape)}"
+    benchmark.pedantic(call, rounds=3) if given in FULL else benchmark(call)
+    flops = PRODUCTS[passes] * 2 * math.prod(given.shape) if given.kind == "hidden" else None
+    note(benchmark, peer.name, {"bytes": moved(case, passes), "flops": flops, "extra_mib": extra_memory(call)}, row.errors)
 
 
-def note(benchmark, name: str, size: int, extra_mib: float | None, errors: dict[str, float]) -> None:
-    """Into extra_info: bytes moved, GB/s by the median (NaN under --benchmark-disable), peak MiB, errors against float64."""
+def note(benchmark, name: str, figures: dict, errors: dict[str, float]) -> None:
+    """Into extra_info: bytes that must move, floating-point operations that must be made (None where there are no products),
+    peak MiB, errors against float64; and by the median GB/s and TFLOP/s (NaN under --benchmark-disable).
+    """
     seconds = benchmark.stats.stats.median if benchmark.stats else math.nan
-    benchmark.extra_info.update(name=name, bytes=size, gb_s=size / seconds / 1e9, extra_mib=extra_mib, errors=errors)
+    tflop_s = figures["flops"] / seconds / 1e12 if figures["flops"] else None
+    rates = {"gb_s": figures["bytes"] / seconds / 1e9, "tflop_s": tflop_s}
+    benchmark.extra_info.update(name=name, errors=errors, **figures, **rates)

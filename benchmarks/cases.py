@@ -13,6 +13,8 @@ OUTPUTS = ("logprobs", "entropy", "reverse_kl")
 TERMS = {"logprobs": "logprobs", "entropy": "entropy", "reverse_kl": "reverse_kl", "mean_reverse_kl": "reverse_kl"}
 # kind: N, V and, with a head, D; a ragged vocabulary, a few MiB: what the gates and the pytest benchmarks run on a CPU
 SMALL = {"logits": (32, 32003), "hidden": (32, 32003, 128)}
+QWEN3_VOCABULARY = 151936
+QWEN3_WIDTHS = {"4B": 2560, "8B": 4096}  # of the hidden states under the heads of Qwen3-4B and Qwen3-8B
 _LOGIT_STD = 4.0  # entropies of 3 to 5 nats at V = 151936, nearer a language model than flat logits
 _TEACHER_GAP = 0.3  # std of the teacher's logits around the student's: a KL of some 0.05 nats
 _CHECKED_ROWS = 16  # rows of the student's gradient that are compared

@@ -38,6 +38,11 @@ LEGEND = (
 )
 
 
+def is_wrong(name: str, error: float) -> bool:
+    """Whether an output's error is above WRONG_NATS, a gradient's ("grad_...") above WRONG_GRADIENT, or NaN."""
+    return not error <= (WRONG_GRADIENT if name.startswith("grad") else WRONG_NATS)
+
+
 @dataclass
 class Row:
     """One implementation in one table. gives: names of its outputs.  ratio: see Section.  gb_s, bandwidth_share: of what must
@@ -62,8 +67,8 @@ class Row:
         return any(self.is_wrong(name) for name in self.errors)
 
     def is_wrong(self, name: str) -> bool:
-        """Whether this error is above WRONG_NATS, a gradient's above WRONG_GRADIENT, or NaN."""
-        return not self.errors[name] <= (WRONG_GRADIENT if name.startswith("grad") else WRONG_NATS)
+        """Whether this error is."""
+        return is_wrong(name, self.errors[name])
 
 
 @dataclass
