@@ -97,7 +97,8 @@ class OtherLoad:
             user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
         except OSError:
             return None
-        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
+        own = sum(os.times()[:4])  # this process and its children that have ended
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
 
     def share(self) -> float | None:
         """0 (alone) to 1; None where the system does not tell."""

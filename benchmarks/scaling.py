@@ -1,8 +1,8 @@
-"""How cost grows: `python -m benchmarks.scaling [--quick] [--gear METRICS --grpo METRICS] [--parts points,ranks,step,model]`.
+"""How cost grows: `python -m benchmarks.scaling [--quick] [--parts points,ranks,model]`.
 
 Time and memory of linear_token_stats against rows, vocabulary and width, beside eager torch and the plain GEMMs; the same over a
-vocabulary cut between processes; the seconds by phase of a GEAR and of a GRPO run of the trainer (their metrics.jsonl); and the
-written models of projections.py. Writes scaling.json and the plots of docs/plots; parts that are not run keep their old figures.
+vocabulary cut between processes; and the written models of projections.py. Writes scaling.json and the plots of docs/plots; parts
+that are not run keep their old figures.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import gc
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,10 +35,9 @@ from .peers import OURS, peers
 ROOT = Path(__file__).parent.parent
 PLOTS = ROOT / "docs" / "plots"
 FILE = "scaling.json"
-PARTS = ("points", "ranks", "step", "model")
+PARTS = ("points", "ranks", "model")
 EAGER = "eager torch"
 GEMMS = gemm_name(torch.float32)
-PHASES = ("rollout", "score", "credit", "update", "push")
 AXES = ("N", "V", "D")
 
 
@@ -179,24 +177,10 @@ def _ranks_of(count: int, plan: Plan) -> dict:
         return json.loads(path.read_text())
 
 
-# --- a step of the trainer -----------------------------------------------------------------------------------------------------
-
-
-def distilled(path: Path) -> dict:
-    """Medians over the steps of a run: seconds by phase and of the whole step without the held-out evaluation."""
-    steps = [m for m in map(json.loads, path.read_text().splitlines()) if "seconds" in m]
-    if not steps:
-        raise SystemExit(f"{path}: no step with seconds by phase in it; is it the metrics.jsonl of a run that took a step?")
-    seconds = {name: statistics.median(m["seconds"][name] for m in steps) for name in PHASES}
-    whole = statistics.median(m["seconds"]["step"] - m["seconds"].get("eval", 0.0) for m in steps)
-    tokens, idle = (statistics.median(m[name] for m in steps) for name in ("policy_tokens", "zero_advantage"))
-    return {"steps": len(steps), "seconds": seconds, "step": whole, "policy_tokens": tokens, "zero_advantage": idle}
-
-
 # --- all of it -----------------------------------------------------------------------------------------------------------------
 
 
-def measure(plan: Plan, parts: tuple[str, ...], runs: dict[str, Path], progress: Progress) -> dict:
+def measure(plan: Plan, parts: tuple[str, ...], progress: Progress) -> dict:
     """The parts asked for, each with the machine and the moment it was measured on."""
     total = len(plan.shapes()) * len(PASSES) * ("points" in parts) + len(plan.processes) * ("ranks" in parts)
     task = progress.add_task("starting", total=total)
@@ -212,15 +196,13 @@ def measure(plan: Plan, parts: tuple[str, ...], runs: dict[str, Path], progress:
         found["points"] = environment() | points(plan, step)
     if "ranks" in parts:
         found["ranks"] = environment() | ranks(plan, step)
-    if "step" in parts and runs:
-        found["step"] = {method: distilled(path) for method, path in runs.items()}
     if "model" in parts:
         found["model"] = projections.everything()
     progress.update(task, completed=total)
     return found
 
 
-def run(plan: Plan, parts: tuple[str, ...], runs: dict[str, Path], output: Path, plots: Path, console: Console) -> dict:
+def run(plan: Plan, parts: tuple[str, ...], output: Path, plots: Path, console: Console) -> dict:
     """Measure, write scaling.json to `output` and the pictures to `plots`; what the JSON holds."""
     from . import plots as pictures
 
@@ -228,7 +210,7 @@ def run(plan: Plan, parts: tuple[str, ...], runs: dict[str, Path], output: Path,
     path = output / FILE
     old = json.loads(path.read_text()) if path.is_file() else {}
     with Progress(*bars, console=console, transient=True) as progress:
-        new = measure(plan, parts, runs, progress)
+        new = measure(plan, parts, progress)
     found = json.loads(json.dumps(old | new | {"quick": plan.quick}))
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -241,8 +223,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a self-test of a few seconds, into a temporary folder")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; the others keep what the file holds")
-    parser.add_argument("--gear", type=Path, help="metrics.jsonl of a run with credit=gear")
-    parser.add_argument("--grpo", type=Path, help="metrics.jsonl of the same run with credit=grpo")
     parser.add_argument("--output", type=Path, help="where scaling.json goes")
     parser.add_argument("--plots", type=Path, help="where the pictures go")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -252,11 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
         return worker(given.worker, plan)
     if unknown := set(given.parts.split(",")) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if (given.gear is None) != (given.grpo is None):
-        parser.error("--gear and --grpo are compared with one another: give both or none")
-    runs = {"gear": given.gear, "grpo": given.grpo} if given.gear else {}
     aside = Path(tempfile.mkdtemp(prefix="scaling-")) if given.quick else None
-    run(plan, tuple(given.parts.split(",")), runs, given.output or aside or RESULTS, given.plots or aside or PLOTS, Console())
+    run(plan, tuple(given.parts.split(",")), given.output or aside or RESULTS, given.plots or aside or PLOTS, Console())
 
 
 if __name__ == "__main__":
