@@ -21,11 +21,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from . import plots
 from .cpu_report import RESULTS, environment
 from .measure import OtherLoad
+from .scaling import PLOTS, ROOT
 
-ROOT = Path(__file__).parent.parent
 CONFIG = "gear_trainer/configs/mathapi_cpu.yaml"
 FILE = "demo.json"
 METHODS = ("grpo", "gear")
@@ -79,6 +78,8 @@ def collect(folder: Path, seeds: Iterable[int]) -> list[dict]:
 
 def run(seeds: list[int], folder: Path, output: Path, pictures: Path, console: Console, read: bool = False) -> dict:
     """Train unless `read`; write demo.json to `output` and the pictures; what the JSON holds."""
+    from . import plots
+
     load = OtherLoad()
     if not read:
         for seed, method in track([(s, m) for s in seeds for m in METHODS], "training", console=console):
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.read and not given.runs:
         parser.error("--read needs --runs")
     folder = (given.runs or Path(tempfile.mkdtemp(prefix="demo-"))).resolve()
-    run([int(s) for s in given.seeds.split(",")], folder, RESULTS, plots.FOLDER, Console(), given.read)
+    run([int(s) for s in given.seeds.split(",")], folder, RESULTS, PLOTS, Console(), given.read)
 
 
 if __name__ == "__main__":

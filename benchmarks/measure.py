@@ -104,12 +104,8 @@ class OtherLoad:
         """0 (alone) to 1; None where the system does not tell."""
         if self._others is None:
             return None
-        spent = self.seconds() * os.cpu_count()
+        spent = (time.perf_counter() - self._start) * os.cpu_count()
         return min(1.0, max(0.0, (self._seconds() - self._others) / spent))
-
-    def seconds(self) -> float:
-        """Seconds since it was made."""
-        return time.perf_counter() - self._start
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------

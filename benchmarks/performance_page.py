@@ -1,6 +1,7 @@
 """docs/performance.md from the JSON files of benchmarks/results: `python -m benchmarks.performance_page [--check]`.
 
-No number on the page is written by hand but the limits below. --check writes nothing and fails where the page is another.
+No number on the page is written by hand but the limits below; the README's figures between its two `figures` comments are
+written too. --check writes nothing and fails where either is another.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import json
 import sys
 from pathlib import Path
 
+from . import demo
 from .credit_report import LOOP
 from .gpu_report import GOALS
 from .peers import OURS
-from .scaling import AXES, EAGER, FILE, GEMMS, PASSES, PHASES, PLOTS, RESULTS, ROOT, series
+from .scaling import AXES, EAGER, FILE, GEMMS, PASSES, PLOTS, RESULTS, ROOT, series
 from .tables import _markdown_row
 
 PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: by python -m benchmarks.performance_page -->\n", "<!-- /figures -->"
 TYPICAL = "typical, 512 sequences"
 # DESIGN.md, section 4, and the issue that set the scan's
 LIMITS = {"torch.compile": 2.5, EAGER: 12.0, "bandwidth": 0.8, "scan_ms": 15.0, "loop": 100.0, "hostile": 5.0}
@@ -239,24 +243,37 @@ def _gpu_ranks(model: dict) -> list[str]:
     return [text, "", *table(["pass", "GPUs", "products", "all-gather", "all-reduce", "sum"], rows)]
 
 
-def step(found: dict) -> list[str]:
+def step(runs: dict, model: dict) -> list[str]:
     """A GEAR step relative to a GRPO step, phase by phase."""
-    runs, model = found["step"], found["model"]
-    gear, grpo = runs["gear"], runs["grpo"]
+    grpo, gear = (demo.typical(runs["runs"], method) for method in demo.METHODS)
     rows = [
         [n, f"{grpo['seconds'][n]:.3f}", f"{gear['seconds'][n]:.3f}", _ratio(gear["seconds"][n], grpo["seconds"][n])]
-        for n in PHASES
+        for n in demo.PHASES
     ]
     rows.append(["whole step", f"{grpo['step']:.3f}", f"{gear['step']:.3f}", _ratio(gear["step"], grpo["step"])])
+    seeds = len(runs["runs"]) // len(demo.METHODS)
     text = (
-        f"Measured: two runs of the demo on two CPU cores, medians over {grpo['steps']} and {gear['steps']} steps by their own "
-        "timers; the load of other processes was not recorded. score holds the teacher's pass. That and update cover only "
-        f"trajectories whose advantage is not 0; in the median step {grpo['zero_advantage']:.0%} (GRPO) and "
-        f"{gear['zero_advantage']:.0%} (GEAR) had one of 0. update is the same work a trajectory in both, so how far it differs "
-        "tells how far two such runs scatter. Medians of phases do not add up to that of the step, which also writes files."
+        f"`python -m benchmarks.demo`: {origin(runs)}, {seeds} seeds a method, one run after the other on two ranks. "
+        f"{load_note([runs['other_load']])} Seconds by the runs' own timers: medians over the {grpo['steps']:g} steps of a run, "
+        "then over the seeds. score holds the teacher's pass. That and update cover only trajectories whose advantage is not 0; "
+        f"in the median step {grpo['zero_advantage']:.0%} (GRPO) and {gear['zero_advantage']:.0%} (GEAR) had one of 0. update is "
+        "the same work a trajectory in both, so how far it differs tells how far such runs scatter. Medians of phases do not "
+        "add up to that of the step, which also writes files."
     )
     lines = ["## A GEAR step beside a GRPO step", "", text, "", *table(["phase", "GRPO, s", "GEAR, s", "GEAR / GRPO"], rows)]
-    return lines + picture("step_phases", "Seconds by phase, measured and modelled") + _model_step(model)
+    return lines + picture("step_phases", "Seconds by phase, measured and modelled") + _model_step(model) + _curves(runs)
+
+
+def _curves(runs: dict) -> list[str]:
+    """Held-out success of every run, first and last."""
+    rows = []
+    for method in demo.METHODS:
+        for one in (run for run in runs["runs"] if run["method"] == method):
+            steps = list(one["held_out"])
+            rows.append([method, str(one["seed"]), *(f"{one['held_out'][at]:.3f}" for at in (steps[0], steps[-1]))])
+    text = "Held-out success of the same runs before and after: the demo shows that the whole path works, and ranks no method."
+    heads = ["method", "seed", "before", f"after {steps[-1]} steps"]
+    return ["### What the demo learns", "", text, "", *table(heads, rows)]
 
 
 def _model_step(model: dict) -> list[str]:
@@ -318,31 +335,50 @@ figure stands beside its limit. Medians; ratios above 1x say how many times as l
 
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
-    cpu, scan, compiled, found = (
-        json.loads((results / name).read_text())
-        for name in ("cpu_report.json", "credit_report.json", "compile_report.json", FILE)
+    cpu, scan, compiled, found, runs = (
+        _read(results, name) for name in ("cpu_report.json", "credit_report.json", "compile_report.json", FILE, demo.FILE)
     )
     reports = {path.name: json.loads(path.read_text()) for path in sorted(results.glob("gpu_*.json"))}
     loads = load_note([s["other_load"] for s in cpu["sections"]])
     lines = [*HEAD.splitlines(), "", "## The operators on a CPU", ""]
     lines += [f"`python -m benchmarks.cpu_report`: {origin(cpu)}. {loads}{_table_link('cpu_report.md')}", ""]
-    lines += logits(cpu) + hidden(cpu) + slower(cpu) + credit(scan)
-    for part, text in (("points", growth), ("ranks", ranks), ("step", step)):
-        lines += text(found) if part in found else []
+    lines += logits(cpu) + hidden(cpu) + slower(cpu) + credit(scan) + growth(found) + ranks(found) + step(runs, found["model"])
     return "\n".join([*lines, *gpus(reports, compiled)]).rstrip() + "\n"
 
 
-def check(path: Path = PAGE, plots: Path = PLOTS) -> list[str]:
+def _read(results: Path, name: str) -> dict:
+    return json.loads((results / name).read_text())
+
+
+def readme(text: str, results: Path = RESULTS) -> str:
+    """The README with its figures written anew: the operators beside the peers, and the scan."""
+    cpu, scan = (_read(results, name) for name in ("cpu_report.json", "credit_report.json"))
+    peers = (EAGER, "torch.compile", "TRL 1.16")
+    rows = []
+    for section in (s for s in cpu["sections"] if s["dtype"] == "float32"):
+        found = timed(section)
+        ours, eager = found[OURS], found[EAGER]["extra_mib"]
+        cells = [heading(section).replace(", float32", ""), f"{ours['timing']['median_ms']:.3g} ms"]
+        cells += [f"{found[p]['timing']['median_ms']:.4g} ms" if p in found else "-" for p in peers]
+        rows.append([*cells, f"{ours['extra_mib']:.0f} / {eager:.0f} MiB"])
+    heads = ["two CPU cores, float32", OURS, *peers, "extra memory, ours / eager"]
+    of = {r["what"]: r for r in scan["rows"]}
+    credit_line = (
+        f"{of[TYPICAL]['median_ms']:.3g} ms, {of[LOOP]['to_typical']:.0f} times as fast as the algorithm as a Python loop."
+    )
+    lines = [*table(heads, rows), f"GEAR's weights of {scan['tokens']:,} packed tokens: {credit_line}"]
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + rest.split(END, 1)[1]
+
+
+def check(path: Path = PAGE, plots: Path = PLOTS, front: Path = README) -> list[str]:
     """What is out of date: lines of a diff, and pictures that the page names and nobody drew."""
-    wanted = page()
-    old = path.read_text() if path.is_file() else ""
-    lines = list(difflib.unified_diff(old.splitlines(), wanted.splitlines(), "committed", "from the JSON", lineterm="", n=0))
+    wanted, lines = page(), []
+    for file, text in ((path, wanted), (front, readme(front.read_text()))):
+        old = file.read_text() if file.is_file() else ""
+        lines += difflib.unified_diff(old.splitlines(), text.splitlines(), "committed", "from the JSON", lineterm="", n=0)
     names = [part.split(")")[0] for part in wanted.split("](plots/")[1:]]
-    return lines + [
-        f"{name}: no such picture; run python -m benchmarks.scaling --parts model"
-        for name in names
-        if not (plots / name).is_file()
-    ]
+    return lines + [f"{name}: no such picture; the benchmark draws it" for name in names if not (plots / name).is_file()]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -354,7 +390,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(lines) or "the page is up to date")
         return 1 if lines else 0
     PAGE.write_text(page())
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    README.write_text(readme(README.read_text()))
+    print(f"wrote {PAGE.relative_to(ROOT)} and the figures of {README.name}")
     return 0
 
 

@@ -1,12 +1,15 @@
-"""The pictures of docs/plots, drawn from scaling.json alone."""
+"""The pictures of docs/plots, drawn from scaling.json and demo.json alone."""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
+from . import projections
 from .cpu_report import PASSES
+from .demo import METHODS, PHASES, typical
 from .peers import OURS
-from .scaling import AXES, EAGER, GEMMS, PHASES, series
+from .scaling import AXES, EAGER, GEMMS, series
 
 _COLORS = {OURS: "C0", EAGER: "C1", GEMMS: "0.45"}
 _AXIS_LABELS = ("N, rows (tokens)", "V, vocabulary", "D, width of hidden states")
@@ -14,23 +17,31 @@ _AXIS_LABELS = ("N, rows (tokens)", "V, vocabulary", "D, width of hidden states"
 
 def draw(found: dict, folder: Path) -> list[Path]:
     """A picture for each part that `found` holds; where they went."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = {"scaling_time": ("points", _times), "scaling_memory": ("points", _memory), "ranks": ("ranks", _ranks)}
-    wanted["step_phases"] = ("step", _step)
+    drawn = {name: picture for name, (part, picture) in wanted.items() if part in found and "model" in found}
+    return _save(drawn, found, folder)
+
+
+def draw_demo(found: dict, folder: Path) -> list[Path]:
+    """The demo's curves and the seconds of its steps; where they went."""
+    return _save({"demo": _curves, "step_phases": _step}, found, folder)
+
+
+def _save(drawn: dict, found: dict, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, (part, picture) in wanted.items():
-        if part in found and "model" in found:
-            figure = picture(found)
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
-            _pyplot().close(figure)
+    for name, picture in drawn.items():
+        figure = picture(found)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
+        _pyplot().close(figure)
     return paths
 
 
 def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     return plt
@@ -103,15 +114,31 @@ def _speedup(axis, values: dict[int, float], passes: str, color: str) -> None:
     axis.set_yticks([], minor=True)
 
 
+def _curves(found: dict):
+    """Held-out success by step: each run thin, the mean of a method's thick."""
+    figure, axis = _pyplot().subplots(figsize=(8, 4.2), constrained_layout=True)
+    for color, method in zip(("C1", "C0"), METHODS, strict=True):
+        runs = [run["held_out"] for run in found["runs"] if run["method"] == method]
+        steps = [int(step) for step in runs[0]]
+        for run in runs:
+            axis.plot(steps, list(run.values()), color=color, linewidth=1, alpha=0.5)
+        means = [statistics.mean(run[str(step)] for run in runs) for step in steps]
+        axis.plot(steps, means, "o-", color=color, linewidth=3, label=f"{method.upper()}, mean of {len(runs)} seeds")
+    axis.set(xlabel="step", ylabel="held-out success", ylim=(0, 1))
+    axis.grid(alpha=0.25)
+    axis.legend(loc="lower right")
+    return figure
+
+
 def _step(found: dict):
     """Bars of a step by phase: the demo's medians, and the model of Qwen3-8B."""
     figure, axes = _pyplot().subplots(1, 2, figsize=(12, 3.4), constrained_layout=True)
-    measured = {m: found["step"][m]["seconds"] for m in ("grpo", "gear")}
-    model = {m: found["model"]["step_seconds"][m] for m in ("grpo", "gear")}
-    steps = found["model"]["step"]
+    measured = {m: typical(found["runs"], m)["seconds"] for m in METHODS}
+    model = {m: projections.step_seconds(m) for m in METHODS}
+    steps = projections.Step()
     titles = (
-        "measured: the demo on two CPU cores, medians of a run",
-        f"model, not measured: Qwen3-8B, {steps['gpus']} GPUs, {steps['trajectories']} trajectories",
+        "measured: the demo on two CPU cores, medians",
+        f"model, not measured: Qwen3-8B, {steps.gpus} GPUs, {steps.trajectories} trajectories",
     )
     for axis, seconds, title in zip(axes, (measured, model), titles, strict=True):
         _bars(axis, seconds)

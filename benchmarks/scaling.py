@@ -152,18 +152,10 @@ def _collectives(plan: Plan, ranks: int) -> dict[str, Callable]:
 def ranks(plan: Plan, step: Callable[[str], None]) -> dict:
     """The timings by number of processes; one thread each, so that two have twice the cores of one."""
     found, load = {}, OtherLoad()
-    spent = _children_seconds()
     for count in plan.processes:
         step(f"{count} processes")
         found[str(count)] = _ranks_of(count, plan)
-    wall, own = load.seconds(), _children_seconds() - spent
-    share = load.share()
-    share = None if share is None else max(0.0, share - own / (wall * os.cpu_count()))
-    return {"shape": plan.ranks_shape, "threads_each": 1, "other_load": share, "processes": found}
-
-
-def _children_seconds() -> float:
-    return sum(os.times()[2:4])
+    return {"shape": plan.ranks_shape, "threads_each": 1, "other_load": load.share(), "processes": found}
 
 
 def _ranks_of(count: int, plan: Plan) -> dict:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import performance_page, plots, projections, scaling
+from benchmarks import demo, performance_page, plots, projections, scaling
 from benchmarks.peers import OURS
+from gear_kernels import tiling
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/operators.md", "docs/credit.md", "docs/performance.md")
@@ -103,18 +104,9 @@ def test_the_committed_models_are_these():
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """What a quick run gives, and its folder: a point each way, two processes, and two made-up runs of two steps."""
+    """What a quick run gives, and its folder: a point each way, two processes."""
     folder = tmp_path_factory.mktemp("scaling")
-    runs = {}
-    for method, score in (("gear", 3.0), ("grpo", 2.0)):
-        steps = [{"step": 0, "held_out_success": 0.5}]
-        for i in (1, 2):
-            seconds = dict.fromkeys(scaling.PHASES, 1.0) | {"score": score + i, "step": 9.0 + i, "eval": 1.0}
-            steps.append({"step": i, "policy_tokens": 10 * i, "zero_advantage": 0.5, "seconds": seconds})
-        runs[method] = folder / f"{method}.jsonl"
-        runs[method].write_text("".join(json.dumps(s) + "\n" for s in steps))
-    console = Console(file=io.StringIO(), width=160)
-    return scaling.run(scaling.QUICK, scaling.PARTS, runs, folder, folder, console), folder
+    return scaling.run(scaling.QUICK, scaling.PARTS, folder, folder, Console(file=io.StringIO(), width=160)), folder
 
 
 def test_quick_scaling_has_every_point(quick):
@@ -127,21 +119,13 @@ def test_quick_scaling_has_every_point(quick):
         assert set(one["rows"]) == {OURS, scaling.EAGER, scaling.GEMMS}
         assert all(0 < r["low_ms"] <= r["median_ms"] <= r["high_ms"] for r in one["rows"].values())
     assert set(found["ranks"]["processes"]["2"]) == {"forward", "forward+backward", "barrier", "all_gather", "all_reduce"}
-    assert all(
-        (folder / f"{name}.png").stat().st_size > 5000 for name in ("scaling_time", "scaling_memory", "ranks", "step_phases")
-    )
-
-
-def test_a_step_is_distilled_to_medians(quick):
-    gear = quick[0]["step"]["gear"]
-    assert gear["seconds"] == dict.fromkeys(scaling.PHASES, 1.0) | {"score": 4.5}
-    assert gear["step"] == 9.5 and gear["policy_tokens"] == 15 and gear["steps"] == 2  # without the evaluation
+    assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("scaling_time", "scaling_memory", "ranks"))
 
 
 def test_a_part_alone_keeps_the_others(quick, tmp_path):
     found, folder = quick
     (tmp_path / scaling.FILE).write_text((folder / scaling.FILE).read_text())
-    again = scaling.run(scaling.QUICK, ("model",), {}, tmp_path, tmp_path, Console(file=io.StringIO()))
+    again = scaling.run(scaling.QUICK, ("model",), tmp_path, tmp_path, Console(file=io.StringIO()))
     assert again == found
 
 
@@ -155,3 +139,68 @@ def test_shapes_vary_one_size_at_a_time():
 
 def test_nothing_is_drawn_of_parts_that_are_missing(tmp_path):
     assert plots.draw({"model": projections.everything()}, tmp_path) == []
+
+
+# --- the demo ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """A folder of two seeds of both methods, two steps each: GEAR scores for 3 s and more, GRPO for 2."""
+    for method, score in (("gear", 3.0), ("grpo", 2.0)):
+        for seed in (0, 1):
+            lines = [{"step": 0, "held_out_success": 0.5}]
+            for i in (1, 2):
+                seconds = dict.fromkeys(demo.PHASES, 1.0) | {"score": score + i + 10 * seed, "step": 9.0 + i, "eval": 1.0}
+                lines.append({"step": i, "policy_tokens": 10 * i, "zero_advantage": 0.5, "seconds": seconds})
+            lines[-1]["held_out_success"] = 0.75
+            folder = tmp_path / f"{method}-{seed}"
+            folder.mkdir()
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_runs_become_medians_and_pictures(made_up, tmp_path):
+    found = demo.run([0, 1], made_up, tmp_path, tmp_path, Console(file=io.StringIO(), width=160), read=True)
+    assert json.loads((tmp_path / demo.FILE).read_text()) == found and found["other_load"] is None
+    first = next(run for run in found["runs"] if (run["method"], run["seed"]) == ("gear", 0))
+    assert first["seconds"] == dict.fromkeys(demo.PHASES, 1.0) | {"score": 4.5}
+    assert first["step"] == 9.5 and first["policy_tokens"] == 15 and first["steps"] == 2  # without the evaluation
+    assert first["held_out"] == {"0": 0.5, "2": 0.75}
+    assert demo.typical(found["runs"], "gear")["seconds"]["score"] == 9.5  # of 4.5 and 14.5
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("demo", "step_phases"))
+
+
+def test_a_run_without_steps_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "held_out_success": 0.5}\n')
+    with pytest.raises(SystemExit, match="no step with seconds by phase"):
+        demo.summary(path)
+
+
+# --- numbers in the documents --------------------------------------------------------------------------------------------------
+
+MEASURED = re.compile(r"\b\d[\d,.]*\s?(?:ms|us|µs|s|seconds|minutes|hours|x|times|%|[KMG]i?B|[GM]B/s|TFLOP/s|tokens/s)(?![\w-])")
+# what is set, promised or derived, and checked elsewhere: document, the words around it
+SETTINGS = (
+    ("docs/operators.md", "24 MiB on a CPU, 160 MiB on a GPU"),  # tests/test_stats.py, and below
+    ("docs/credit.md", "timeout · (1 + max_retries) + 10 s"),  # gear_trainer/endpoint.py
+)
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "docs/performance.md"])
+def test_measured_numbers_are_written_by_the_script(name):
+    """None by hand in the documents, and nothing of the script's own in the README is changed by hand (test above)."""
+    text = (ROOT / name).read_text()
+    if performance_page.BEGIN in text:
+        text = text.split(performance_page.BEGIN)[0] + text.split(performance_page.END)[1]
+    for document, words in SETTINGS:
+        if document == name:
+            assert words in text
+            text = text.replace(words, "")
+    assert MEASURED.findall(text) == []
+
+
+def test_the_documents_name_the_workspace_that_is():
+    cpu, gpu = (tiling._LIMITS[device].workspace >> 20 for device in ("cpu", "cuda"))
+    assert f"{cpu} MiB on a CPU, {gpu} MiB on a GPU" in (ROOT / "docs/operators.md").read_text()
