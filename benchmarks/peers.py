@@ -112,7 +112,7 @@ def _compiled() -> Function:
 # --- TRL ---------------------------------------------------------------------------------------------------------------------
 
 
-def _trl(module: str):
+def trl_kernels(module: str):
     """A module of trl.kernels. They import one helper of trl.trainer.utils, and that file imports datasets and pandas.
 
     Where these are missing, a stand-in provides the helper: it gathers ZeRO-3 partitions, of which there are none here.
@@ -129,8 +129,8 @@ def _trl(module: str):
 def _trl_hidden() -> Function:
     """KL by one function, log-prob by another. The first one's entropy has no gradient, so it serves under no_grad only."""
     _imported("trl", "trl", "1.16.0")
-    divergence = _trl("chunked_divergence").ChunkedDivergenceFunction.apply
-    logprob = _trl("chunked_logprob").ChunkedLogProbFunction.apply
+    divergence = trl_kernels("chunked_divergence").ChunkedDivergenceFunction.apply
+    logprob = trl_kernels("chunked_logprob").ChunkedLogProbFunction.apply
 
     def call(case: Case) -> dict[str, torch.Tensor]:
         frozen = case.weight.detach()
@@ -145,7 +145,7 @@ def _trl_hidden() -> Function:
 
 def _trl_divergence() -> Function:
     _imported("trl", "trl", "1.16.0")
-    divergence = _trl("chunked_divergence").ChunkedDivergenceFunction.apply
+    divergence = trl_kernels("chunked_divergence").ChunkedDivergenceFunction.apply
 
     def call(case: Case) -> dict[str, torch.Tensor]:
         kl, _ = divergence(case.student, case.weight, None, case.teacher, case.weight.detach(), None, 1.0)
