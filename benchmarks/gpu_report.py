@@ -69,7 +69,7 @@ def _machine(setting: Setting) -> dict:
         found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         found |= {"multiprocessors": properties.multi_processor_count, "total_gib": total / 2**30, "free_gib": free / 2**30}
         found |= {"cuda": torch.version.cuda or f"ROCm {torch.version.hip}", "driver": _driver()}
-    versions = {name: version(name) for name in ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")}
+    versions = {name: version(name) for name in ("torch", "triton", "trl", "liger-kernel", "verl", "cut-cross-entropy")}
     return {**found, **versions, "show": shown.getvalue()}
 
 
@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
     parser.add_argument(
-        "--wheels", type=Path, help="a folder with wheels of peers (trl, liger-kernel, cut-cross-entropy; packaging)"
+        "--wheels", type=Path, help="a folder with wheels of peers (trl, liger-kernel, verl, cut-cross-entropy; packaging)"
     )
     parser.add_argument("--phases", default=",".join(_DEFAULT_PHASES), help="comma-separated; machine comes first")
     parser.add_argument("--tune", action="store_true", help="also sweep block sizes and tiles; two and a half minutes more")
