@@ -39,7 +39,7 @@ from .cases import SMALL, Case, make_case, plain
 from .cpu_report import DTYPES, PASSES, RESULTS, runner
 from .credit_report import SMALL as SMALL_PACK
 from .credit_report import TOKEN_BYTES, pack
-from .gpu_report import SHAPE
+from .gpu_items import SHAPE
 from .measure import elapsed_ms, interleave, keep_freed_blocks
 from .peers import OURS, peers
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def _compiled() -> Function:
 # --- TRL ---------------------------------------------------------------------------------------------------------------------
 
 
-def _trl(module: str):
+def trl_kernels(module: str):
     """A module of trl.kernels. They import one helper of trl.trainer.utils, and that file imports datasets and pandas.
 
     Where these are missing, a stand-in provides the helper: it gathers ZeRO-3 partitions, of which there are none here.
@@ -129,8 +130,8 @@ def _trl(module: str):
 def _trl_hidden() -> Function:
     """KL by one function, log-prob by another. The first one's entropy has no gradient, so it serves under no_grad only."""
     _imported("trl", "trl", "1.16.0")
-    divergence = _trl("chunked_divergence").ChunkedDivergenceFunction.apply
-    logprob = _trl("chunked_logprob").ChunkedLogProbFunction.apply
+    divergence = trl_kernels("chunked_divergence").ChunkedDivergenceFunction.apply
+    logprob = trl_kernels("chunked_logprob").ChunkedLogProbFunction.apply
 
     def call(case: Case) -> dict[str, torch.Tensor]:
         frozen = case.weight.detach()
@@ -145,7 +146,7 @@ def _trl_hidden() -> Function:
 
 def _trl_divergence() -> Function:
     _imported("trl", "trl", "1.16.0")
-    divergence = _trl("chunked_divergence").ChunkedDivergenceFunction.apply
+    divergence = trl_kernels("chunked_divergence").ChunkedDivergenceFunction.apply
 
     def call(case: Case) -> dict[str, torch.Tensor]:
         kl, _ = divergence(case.student, case.weight, None, case.teacher, case.weight.detach(), None, 1.0)
@@ -192,9 +193,48 @@ def _cut_cross_entropy() -> Function:
     return call
 
 
+# --- verl --------------------------------------------------------------------------------------------------------------------
+
+
+def _verl():
+    """The module of its fused head. Importing verl imports ray, tensordict and more, of which the kernels use none.
+
+    Where that fails, stand-ins take the place of its packages, their files not run, and of the four helpers the kernels import.
+    """
+    name = "verl.utils.kernel.linear_cross_entropy"
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(name)
+    if importlib.util.find_spec("verl") is not None:
+        for package in ("verl", "verl.utils"):
+            sys.modules[package] = importlib.util.module_from_spec(importlib.util.find_spec(package))
+        sys.modules["verl.utils.device"] = _verl_device()
+    return _imported(name, "verl", "0.9.1")
+
+
+def _verl_device() -> types.ModuleType:
+    """What verl.utils.device gives on CUDA; the file itself asks for more packages."""
+    stand_in = types.ModuleType("verl.utils.device")
+    stand_in.get_device_capability = torch.cuda.get_device_capability
+    stand_in.get_device_name = lambda: "cuda"
+    stand_in.get_torch_device = lambda: torch.cuda
+    stand_in.is_cuda_available = torch.cuda.is_available()
+    return stand_in
+
+
+def _verl_hidden() -> Function:
+    fused = _verl().linear_cross_entropy
+
+    def call(case: Case) -> dict[str, torch.Tensor]:
+        logprobs, entropy = fused(case.student, case.weight, case.targets, 1.0, "none")
+        return {"logprobs": logprobs, "entropy": entropy}
+
+    return call
+
+
 OURS = "gear_kernels"
 _LIGER_GIVES = ("logprobs", "entropy", "mean_reverse_kl")
 _LIGER_NOTE = "two functions; KL as a mean only, with its gradients computed in forward, always"
+_VERL_NOTE = "no teacher, no KL; Triton, no CPU path; hidden's gradient summed in the inputs' dtype, 9504 columns at a time"
 PEERS = (
     Peer(OURS, "logits", ALL, _ours_logits),
     Peer("eager torch", "logits", ALL, _eager),
@@ -207,6 +247,7 @@ PEERS = (
     Peer("TRL 1.16, KL alone", "hidden", ("reverse_kl",), _trl_divergence, "no log-prob, no entropy gradient"),
     Peer("Liger 0.8.5", "hidden", _LIGER_GIVES, lambda: _liger_hidden(compiled=True), _LIGER_NOTE, compiles=True),
     Peer("Liger 0.8.5, uncompiled", "hidden", _LIGER_GIVES, _liger_hidden, _LIGER_NOTE, instead=True),
+    Peer("verl 0.9", "hidden", ALL[:2], _verl_hidden, _VERL_NOTE, devices=("cuda",)),
     Peer("cut-cross-entropy 25.1", "hidden", ("logprobs",), _cut_cross_entropy, "no teacher, no entropy", compiles=True),
 )
 

@@ -103,6 +103,50 @@ def test_a_missing_peer_is_named():
         peers._imported("no_such_module", "no-such-package", "1.0")
 
 
+# the layout of verl's wheel: only the files under kernel import where there is no more than torch and triton
+VERL = {
+    "__init__.py": "raise ImportError('no ray here')",
+    "utils/__init__.py": "raise ImportError('no omegaconf here')",
+    "utils/device.py": "raise ImportError('no packaging here')",
+    "utils/kernel/__init__.py": "",
+    "utils/kernel/kernels.py": """
+from verl.utils.device import get_device_capability, get_device_name, get_torch_device, is_cuda_available
+""",
+    "utils/kernel/linear_cross_entropy.py": """
+def linear_cross_entropy(hidden, weight, labels, temperature, reduction):
+    from . import kernels
+
+    assert kernels.get_device_name() == "cuda" and isinstance(temperature, float) and reduction == "none"
+    log_p = (hidden @ weight.T / temperature).log_softmax(-1)
+    return log_p.gather(-1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+""",
+}
+
+
+@pytest.fixture
+def bare_verl(tmp_path, monkeypatch):
+    """verl on the module path, without what it imports."""
+    for name, text in VERL.items():
+        path = tmp_path / "verl" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "verl"}
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "verl"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def test_verl_loads_without_what_it_imports(bare_verl):
+    (peer,) = (p for p in peers.peers("hidden", "cuda") if p.name.startswith("verl"))
+    case = cases.make_case("hidden", torch.float32, 5, 60, 8)
+    truth = cases.find_truth(case)
+    for _ in range(2):  # the second finds the stand-ins of the first
+        outputs = peer.load()(case)
+        assert tuple(outputs) == peer.gives and max(truth.errors(outputs, None).values()) < 1e-5
+
+
 def test_rounds_take_turns_and_stop():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}

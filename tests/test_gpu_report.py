@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from benchmarks import gpu_report as report
+from benchmarks.gpu_checks import correctness_items
+from benchmarks.gpu_compare import compare, compare_gradients, problem
+from benchmarks.gpu_items import SHAPE, Item, Setting
+from benchmarks.peers import OURS
 
-SETTING = report.Setting("cpu")
+SETTING = Setting("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +42,13 @@ def test_self_test_passes(made):
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
 def test_items_are_listed_without_touching_the_device(device):
     for make, seconds in report.PHASES.values():
-        names = [item.name for item in make(report.Setting(device))]
+        names = [item.name for item in make(Setting(device))]
         assert names and len(names) == len(set(names)) and seconds > 0
     assert sum(report.PHASES[name][1] for name in report._DEFAULT_PHASES) < 540
 
 
 def test_only_gpu_items_are_skipped(made):
-    wanted = {item.name: item.gpu_only for item in report.correctness_items(SETTING)}
+    wanted = {item.name: item.gpu_only for item in correctness_items(SETTING)}
     for item in items(made[0], "correctness"):
         assert item["status"] == ("skipped" if wanted[item["name"]] else "passed"), item
         assert item["status"] == "passed" or wanted[item["name"]] in item["reason"]
@@ -52,7 +56,7 @@ def test_only_gpu_items_are_skipped(made):
 
 
 def test_ours_is_timed(made):
-    ours = [item for item in items(made[0], "speed") if report.OURS in item["name"]]
+    ours = [item for item in items(made[0], "speed") if OURS in item["name"]]
     assert len(ours) == 8
     for item in ours:
         figures = item["figures"]
@@ -62,7 +66,7 @@ def test_ours_is_timed(made):
 
 def test_goals_and_floors_beside_the_times():
     """On a GPU's report: 2 and 6 GEMMs at the measured ceiling, and the goals of DESIGN.md."""
-    flops = 2 * 2 * math.prod(report.SHAPE)
+    flops = 2 * 2 * math.prod(SHAPE)
     figures = {"ms": 27.0, "beside_results_mib": 400.0, "floor_flops": flops, "label": "default"}
     speed = {"items": [{"name": "hidden bfloat16, ours, default, forward", "status": "passed", "figures": figures}], "missed": 0}
     ceilings = {"items": [{"name": "GEMM", "status": "passed", "figures": {"tflop_s": 790.0}}], "missed": 0}
@@ -72,31 +76,31 @@ def test_goals_and_floors_beside_the_times():
 
 
 def test_wrong_values_are_caught():
-    given = report.problem(SETTING, 4, 50)
+    given = problem(SETTING, 4, 50)
     want, got = given.exact(), given.run()
-    assert report.compare(got, want) < 2e-6
+    assert compare(got, want) < 2e-6
     for broken in (1e-4, math.nan, math.inf):
         wrong = got["entropy"].clone()
         wrong[3] += broken
         with pytest.raises(AssertionError, match="entropy: 1 of 4 wrong"):
-            report.compare({**got, "entropy": wrong}, want)
+            compare({**got, "entropy": wrong}, want)
 
 
 def test_wrong_gradients_are_caught():
     right = torch.randn(3, 5, dtype=torch.float64)
-    assert report.compare_gradients([right.float()], [right], torch.float32) < 1e-6
+    assert compare_gradients([right.float()], [right], torch.float32) < 1e-6
     for broken in (1e-3, math.nan):
         wrong = right.clone()
         wrong[1, 1] += broken
         with pytest.raises(AssertionError, match="gradient 0"):
-            report.compare_gradients([wrong.float()], [right], torch.float32)
+            compare_gradients([wrong.float()], [right], torch.float32)
 
 
 def test_a_failing_item_is_a_line(monkeypatch, tmp_path):
     def boom():
         raise ValueError("planted | here")
 
-    monkeypatch.setitem(report.PHASES, "ceilings", (lambda setting: [report.Item("bad", boom), report.Item("good", dict)], 9))
+    monkeypatch.setitem(report.PHASES, "ceilings", (lambda setting: [Item("bad", boom), Item("good", dict)], 9))
     found = report.run(SETTING, ("machine", "ceilings"), tmp_path, lambda line: None)
     assert [item["status"] for item in items(found, "ceilings")] == ["failed", "passed"]
     (line,) = report.failures(found)
@@ -150,5 +154,5 @@ def test_a_crash_costs_one_item(monkeypatch):
 def test_without_a_gpu_it_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    found = report.run(report.Setting("cuda"), ("machine", "ceilings"), tmp_path, lambda line: None)
+    found = report.run(Setting("cuda"), ("machine", "ceilings"), tmp_path, lambda line: None)
     assert not list(tmp_path.iterdir()) and list(found["phases"]) == ["machine"] and "--self-test" in report.failures(found)[0]

@@ -1,0 +1,381 @@
+"""The GPU report's correctness items: every kernel, on shapes and inputs that have broken kernels."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gear_kernels import Gear
+from gear_kernels.backends import backend
+from gear_kernels.methods import METHODS, NORMALIZERS
+from gear_kernels.reference import GRADIENT_NAMES, STAT_NAMES
+
+from .cases import plain
+from .credit_report import inputs_of as credit_inputs
+from .credit_report import packs as credit_packs
+from .gpu_compare import Problem, check, check_linear, compare, compare_gradients, gradients, linear, problem, weighted
+from .gpu_items import BF16, F16, F32, Item, Setting, Skip
+from .peers import ALL as DEFAULT
+
+SUBSETS = (("logprobs", "entropy"), DEFAULT, ("reverse_kl",), ("forward_kl",), ("jsd",), ("teacher_logprobs", "teacher_entropy"))
+
+
+def correctness_items(setting: Setting) -> list[Item]:
+    """Every kernel, on shapes and inputs that have broken kernels."""
+    return [*_shape_items(setting), *_edge_items(setting), *linear_items(setting), *_graph_items(setting), *credit_items(setting)]
+
+
+def _shape_items(setting: Setting) -> list[Item]:
+    vocabularies = setting.pick((1, 127, 1187, 32003, 151936), (1, 127, 1187))
+    found = [
+        Item(f"{plain(dtype)}, V={vocab}", lambda v=vocab, d=dtype: check(problem(setting, 5, v, d, seed=v)))
+        for vocab, dtype in itertools.product(vocabularies, (F32, BF16, F16))
+    ]
+    found += [
+        Item(f"subset {'+'.join(names)}", lambda names=names: check(problem(setting, 9, 1187, seed=1), names))
+        for names in SUBSETS
+    ]
+    found.append(Item("divergences, no targets", lambda: _check_without_targets(setting)))
+    for n in setting.pick((0, 1, 2, 300, 5000), (0, 1, 40)):
+        vocab = setting.pick(32003 if n <= 300 else 1187, 1187)
+        found.append(
+            Item(f"N={n}, V={vocab}", lambda n=n, v=vocab: check(problem(setting, n, v, BF16)) if n else _no_rows(setting))
+        )
+    draw = random.Random(0)
+    for seed in range(setting.pick(8, 4)):
+        n, vocab, dtype = draw.randint(1, 200), draw.randint(2, setting.pick(9000, 300)), draw.choice((F32, BF16, F16))
+        name = f"random: {plain(dtype)}, N={n}, V={vocab}"
+        found.append(Item(name, lambda n=n, v=vocab, d=dtype, s=seed: check(problem(setting, n, v, d, s))))
+    return found
+
+
+def _check_without_targets(setting: Setting) -> dict:
+    full = problem(setting, 6, 1187, masked=False)
+    return check(Problem(full.student, full.teacher, None, full.temperature), ("entropy", "reverse_kl", "forward_kl", "jsd"))
+
+
+def _no_rows(setting: Setting) -> dict:
+    empty = problem(setting, 2, 300).part([])
+    leaf = empty.student.detach().requires_grad_()
+    values = empty.run(STAT_NAMES, leaf)
+    (gradient,) = torch.autograd.grad(weighted(values), leaf)
+    assert gradient.shape == (0, 300) and all(v.shape == (0,) for v in values.values())
+    return {}
+
+
+def _edge_items(setting: Setting) -> list[Item]:
+    checks = (_all_ignored, _masked_vocabulary, _teacher_zero, _rows_of_nothing, _strided, _mixed_dtypes, _tiny_divergence)
+    found = [Item(f.__name__.strip("_").replace("_", " "), functools.partial(f, setting)) for f in checks]
+    raises = "on a CPU they raise instead"
+    return found + [
+        Item("targets out of range", lambda: _targets_out_of_range(setting), raises),
+        Item("more than 2^31 logits", lambda: _large(setting), "needs some 20 GiB"),
+    ]
+
+
+def _all_ignored(setting: Setting) -> dict:
+    given = problem(setting, 7, 1187)
+    given.targets.fill_(-100)
+    given.student[2] = math.nan
+    values = given.run()
+    (gradient,) = gradients(lambda s: given.run(STAT_NAMES, s), given.student)
+    assert not any(v.any() for v in values.values()) and not gradient.any(), "an ignored row gave something"
+    return {}
+
+
+def _masked_vocabulary(setting: Setting) -> dict:
+    """-inf in both heads: whole first blocks, and single columns."""
+    given = problem(setting, 6, setting.pick(20000, 700), masked=False)
+    for z in (given.student, given.teacher):
+        z[0, :-5] = -math.inf
+        z[1, : z.shape[1] // 2] = -math.inf
+        z[2, ::3] = -math.inf
+    given.targets[:3] = given.student.shape[1] - 1
+    given.targets[4] = 0
+    given.student[4, 0] = given.teacher[4, 0] = -math.inf  # a target that cannot be
+    return check(given)
+
+
+def _teacher_zero(setting: Setting) -> dict:
+    """Finite under the student, -inf under the teacher, and the other way round: one of the divergences is infinite."""
+    given = problem(setting, 6, 1187, masked=False)
+    given.teacher[0, 7] = given.student[1, 9] = -math.inf
+    given.targets[:2] = 11
+    found = check(given)
+    values = given.run()
+    assert values["reverse_kl"][0] == math.inf and values["forward_kl"][1] == math.inf
+    return found
+
+
+def _rows_of_nothing(setting: Setting) -> dict:
+    """Rows of -inf and of NaN are NaN, and leave their neighbours alone."""
+    given = problem(setting, 6, 1187, masked=False)
+    given.student[1] = -math.inf
+    given.student[3, 5] = math.nan
+    return {"error": compare(given.run(), given.exact())}
+
+
+def _strided(setting: Setting) -> dict:
+    """Slices that start off the 16 byte grid, transposed logits, gaps between rows."""
+    wide = problem(setting, 9, 1200, BF16)
+    views = (lambda z: z[:, 1:1188], lambda z: z.T.contiguous().T, lambda z: z[:, :640], lambda z: z[:, ::2])
+    errors = []
+    for view in views:
+        student, teacher = view(wide.student), view(wide.teacher)
+        targets = torch.where(wide.targets >= 0, wide.targets % student.shape[1], wide.targets)
+        errors.append(check(Problem(student, teacher, targets, wide.temperature)))
+    return {name: max(e[name] for e in errors) for name in errors[0]}
+
+
+def _mixed_dtypes(setting: Setting) -> dict:
+    given = problem(setting, 6, 1187, BF16)
+    return check(Problem(given.student, given.teacher.float(), given.targets, given.temperature))
+
+
+def _tiny_divergence(setting: Setting) -> dict:
+    """A true KL of 5e-5 nats: the mean error over the rows may be 1 % of it, and no row is negative."""
+    n, vocab = setting.pick((256, 151936), (64, 1187))
+    base = problem(setting, n, vocab, masked=False)
+    noise = torch.randn(base.student.shape, generator=torch.Generator(setting.device).manual_seed(1), device=setting.device)
+    given = Problem(base.student, base.student + 0.01 * noise, base.targets, torch.ones_like(base.temperature))
+    got, want = given.run(("reverse_kl",))["reverse_kl"], given.exact(("reverse_kl",))["reverse_kl"]
+    bias = (got.double() - want).mean().item()
+    assert not (got < 0).any() and abs(bias) <= 0.01 * want.mean().item(), f"mean error {bias:.2g} at a KL of {want.mean():.2g}"
+    return {"error": (got - want).abs().max().item(), "bias": bias, "mean_kl": want.mean().item()}
+
+
+def _targets_out_of_range(setting: Setting) -> dict:
+    given = problem(setting, 6, 1187, masked=False)
+    given.targets[1], given.targets[2] = 1187, -7
+    nan = given.run(("logprobs",))["logprobs"].isnan()
+    assert nan.tolist() == [False, True, True, False, False, False], f"NaN in {nan.tolist()}"
+    return {}
+
+
+def _large(setting: Setting) -> dict:
+    """bfloat16 logits of 2.49e9 elements; the rows at both ends and around the 2^31st element are checked."""
+    n, vocab = 16384, 151936
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        raise Skip("less than 24 GiB of memory are free")
+    generator = torch.Generator(setting.device).manual_seed(0)
+    student = torch.empty(n, vocab, dtype=BF16, device=setting.device).normal_(0, 3, generator=generator)
+    teacher = torch.empty_like(student).normal_(0, 0.5, generator=generator).add_(student)
+    targets = torch.randint(vocab, (n,), generator=generator, device=setting.device)
+    given = Problem(student.requires_grad_(), teacher, targets, torch.ones(n, device=setting.device))
+    at = 2**31 // vocab
+    picked = [0, at - 1, at, at + 1, n - 1]
+    values = given.run()
+    (gradient,) = torch.autograd.grad(weighted(values), student)
+    error = compare({name: v[picked] for name, v in values.items()}, given.part(picked).exact())
+    rows = torch.tensor(picked, device=setting.device)
+    leaf = student.detach()[picked].double().requires_grad_()
+    small = Problem(leaf, teacher[picked], targets[picked], given.temperature[picked])
+    terms = [
+        (value * torch.cos(rows * 1.7 + GRADIENT_NAMES.index(name))).sum()
+        for name, value in small.exact(GRADIENT_NAMES, leaf).items()
+    ]
+    (want,) = torch.autograd.grad(torch.stack(terms).sum(), leaf)
+    return {"error": error, "gradient_error": compare_gradients([gradient[picked]], [want], BF16)}
+
+
+# --- hidden states ----------------------------------------------------------------------------------------------------------
+
+
+def linear_items(setting: Setting) -> list[Item]:
+    """Heads of all kinds, tiles cut every way, autocast."""
+    heads = {
+        "plain": {},
+        "bias": {"bias": True},
+        "scale": {"scale": 0.5},
+        "softcap": {"softcap": 5.0},
+        "bias scale softcap": {"bias": True, "scale": -0.7, "softcap": 8.0},
+        "valid_vocab": {"valid_vocab": 1153, "bias": True},
+        "own teacher head": {"own": True, "softcap": 9.0},
+    }
+    found = [
+        Item(f"linear {plain(dtype)}, {name}", lambda d=dtype, h=head: check_linear(linear(setting, d, **h)))
+        for name, head in heads.items()
+        for dtype in ((F32, BF16) if name == "plain" else (BF16,))
+    ]
+    found.append(Item("linear float16, plain", lambda: check_linear(linear(setting, F16))))
+    shapes = setting.pick([(1, 151936, 256), (700, 32003, 128), (33, 127, 64), (5, 1, 16)], [(1, 1187, 16), (5, 1, 16)])
+    found += [Item(f"linear {s}", lambda s=s: check_linear(linear(setting, BF16, s))) for s in shapes]
+    for workspace in (64 << 10, 1 << 20):
+        run = functools.partial(linear, setting, BF16, (150, 2003, 64), workspace=workspace, bias=True)
+        found.append(Item(f"linear, workspace {workspace >> 10} KiB", lambda run=run: check_linear(run())))
+    found.append(Item("linear, default set", lambda: check_linear(linear(setting, BF16), names=DEFAULT)))
+    return [*found, Item("linear under autocast", lambda: _autocast(setting))]
+
+
+def _autocast(setting: Setting) -> dict:
+    given = linear(setting, F32)
+    with torch.autocast(setting.device, dtype=BF16):
+        return check_linear(given)
+
+
+# --- how it runs ------------------------------------------------------------------------------------------------------------
+
+
+def _calls(setting: Setting) -> dict[str, tuple[Callable, list[torch.Tensor]]]:
+    """Forward and backward of both operators as functions of their leaves, and the leaves: few rows, and many."""
+    vocab = setting.pick(32003, 1187)
+    few, many, hidden = problem(setting, 3, vocab), problem(setting, 64, vocab, BF16), linear(setting, BF16, (48, 2003, 64))
+    return {
+        "logits, few rows": (lambda s: _both(few.run(STAT_NAMES, s), s), [few.student]),
+        "logits": (lambda s: _both(many.run(STAT_NAMES, s), s), [many.student]),
+        "hidden states": (lambda h, w: _both(hidden.run(h, w), h, w), hidden.leaves),
+    }
+
+
+def _both(values: dict[str, torch.Tensor], *leaves: torch.Tensor) -> list[torch.Tensor]:
+    return [*(value.detach() for value in values.values()), *torch.autograd.grad(weighted(values), leaves)]
+
+
+def _fresh(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [leaf.detach().clone().requires_grad_() for leaf in leaves]
+
+
+def _same(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], what: str) -> None:
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        if not torch.equal(a.nan_to_num(), b.nan_to_num()):
+            raise AssertionError(f"tensor {i} differs {what}, by {(a.double() - b.double()).abs().max().item():.3g}")
+
+
+def _graph_items(setting: Setting) -> list[Item]:
+    kinds = {
+        "repeats": (_repeats, ""),
+        "torch.compile": (_compile, ""),
+        "no host synchronisation": (_no_sync, "CUDA's sync debug mode"),
+        "CUDA graph": (_graph, "CUDA graphs"),
+        "another stream": (_stream, "CUDA streams"),
+    }
+    return [
+        Item(f"{kind}: {name}", lambda f=function, name=name: f(setting, name), reason)
+        for kind, (function, reason) in kinds.items()
+        for name in ("logits, few rows", "logits", "hidden states")
+    ]
+
+
+def _repeats(setting: Setting, name: str) -> dict:
+    function, leaves = _calls(setting)[name]
+    first = function(*_fresh(leaves))
+    for _ in range(setting.pick(10, 2)):
+        _same(function(*_fresh(leaves)), first, "from the first call")
+    return {}
+
+
+def _compile(setting: Setting, name: str) -> dict:
+    """The graph must be whole; what inductor makes of the loss may round otherwise."""
+    vocab = setting.pick(1187, 300)
+    given, hidden = problem(setting, 12, vocab, BF16), linear(setting, BF16, (12, vocab, 64))
+    if name == "hidden states":
+        function, leaves = (lambda h, w: weighted(hidden.run(h, w))), hidden.leaves
+    else:
+        given = given.part([0, 1, 2]) if "few" in name else given
+        function, leaves = (lambda s: weighted(given.run(STAT_NAMES, s))), [given.student]
+    compiled = torch.compile(function, fullgraph=True, backend=setting.pick("inductor", "aot_eager"))
+    got, want = (torch.autograd.grad(f(*x), x) for f, x in ((compiled, _fresh(leaves)), (function, _fresh(leaves))))
+    return {"gradient_error": compare_gradients(got, [w.double() for w in want], BF16)}
+
+
+def _no_sync(setting: Setting, name: str) -> dict:
+    function, leaves = _calls(setting)[name]
+    function(*_fresh(leaves))  # compiles, and loads cuBLAS
+    fresh = _fresh(leaves)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*fresh)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {}
+
+
+def _graph(setting: Setting, name: str) -> dict:
+    """Captured once, replayed on other inputs."""
+    function, leaves = _calls(setting)[name]
+    static = _fresh(leaves)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function(*static)
+    others = [leaf * 0.9 for leaf in leaves]
+    with torch.no_grad():
+        for leaf, other in zip(static, others, strict=True):
+            leaf.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    _same(captured, function(*_fresh(others)), "from the eager call")
+    return {}
+
+
+def _stream(setting: Setting, name: str) -> dict:
+    """On a side stream while the default stream is busy."""
+    function, leaves = _calls(setting)[name]
+    want = function(*_fresh(leaves))
+    fresh, busy, side = _fresh(leaves), torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(5):
+        busy = busy @ busy * 1e-3
+    with torch.cuda.stream(side):
+        got = function(*fresh)
+    torch.cuda.synchronize()
+    _same(got, want, "on another stream")
+    return {}
+
+
+# --- credit -----------------------------------------------------------------------------------------------------------------
+
+
+def credit_items(setting: Setting) -> list[Item]:
+    """Every method on packs of every kind against the reference back end on the CPU, then how the scan runs."""
+    tokens = setting.pick(1 << 16, 1 << 10)
+    methods = {**METHODS, "gear, caps": Gear(max_segment_len=5, stop_at_turn=True, renormalize=True)}
+    methods |= {f"gear, {name}": Gear(normalizer=name) for name in NORMALIZERS}
+    found = [Item(f"credit {name}", lambda m=method: _credit_same(setting, m, tokens)) for name, method in methods.items()]
+    gpu = "CUDA's profiler and sync debug mode"
+    return [*found, Item("credit, launches and synchronisations", lambda: _credit_launches(setting), gpu_only=gpu)]
+
+
+def _credit_same(setting: Setting, method: object, tokens: int) -> dict:
+    """Segments equal to the reference's, weights within a few roundings; twice the same bits."""
+    worst = 0.0
+    for p in credit_packs(tokens).values():
+        more = credit_inputs(method, p)
+        with backend("reference"):
+            want = p.credit(method, **more)
+        there = {name: x.to(setting.device) for name, x in more.items()}
+        got, again = (p.to(setting.device).credit(method, **there) for _ in range(2))
+        _same(got[:6], again[:6], "from the first call")
+        _same([got.segment_ids.cpu(), got.onsets.cpu()], [want.segment_ids, want.onsets], "from the reference")
+        for a, b in zip(got[:4], want[:4], strict=True):
+            worst = max(worst, (a.cpu() - b).abs().max().item() if a.numel() else 0.0)
+        for name, value in got.diagnostics.items():
+            assert abs(value.item() - want.diagnostics[name].item()) <= 1e-4 * (1 + abs(value.item())), name
+    assert worst <= 2e-6, f"off by {worst:.3g}"
+    return {"error": worst}
+
+
+def _credit_launches(setting: Setting) -> dict:
+    p = credit_packs(1 << 16)["typical, 512 sequences"].to(setting.device)
+    p.credit()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            p.credit()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    names = [event.key for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("_scan_kernel" in name for name in names) == 1 and len(names) <= 3, names
+    return {"kernels": len(names)}
