@@ -358,7 +358,7 @@ def readme(text: str, results: Path = RESULTS) -> str:
     for section in (s for s in cpu["sections"] if s["dtype"] == "float32"):
         found = timed(section)
         ours, eager = found[OURS], found[EAGER]["extra_mib"]
-        cells = [heading(section).replace(", float32", ""), f"{ours['timing']['median_ms']:.3g} ms"]
+        cells = [heading(section).replace(", float32", ""), f"{ours['timing']['median_ms']:.4g} ms"]
         cells += [f"{found[p]['timing']['median_ms']:.4g} ms" if p in found else "-" for p in peers]
         rows.append([*cells, f"{ours['extra_mib']:.0f} / {eager:.0f} MiB"])
     heads = ["two CPU cores, float32", OURS, *peers, "extra memory, ours / eager"]
