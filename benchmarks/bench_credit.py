@@ -3,19 +3,20 @@
 import pytest
 
 from .bench_stats import note
-from .credit_report import OURS, REFERENCE, SMALL, TOKEN_BYTES, Pack, by_reference, pack
+from .credit_report import OURS, REFERENCE, by_reference
 from .measure import extra_memory, keep_freed_blocks
+from .packs import SMALL_PACK, TOKEN_BYTES, Pack, pack
 
 WAYS = {OURS: Pack.credit, REFERENCE: by_reference}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.benchmark(group=f"credit_weights, typical pack {list(SMALL)}", min_rounds=5, max_time=0.3)
+@pytest.mark.benchmark(group=f"credit_weights, typical pack {list(SMALL_PACK)}", min_rounds=5, max_time=0.3)
 def bench_credit(benchmark, way: str):
-    p = pack(*SMALL)
+    p = pack(*SMALL_PACK)
     exact = by_reference(Pack(p.signal.double(), p.entropy.double(), p.advantages.double(), p.cu_seqlens))
     keep_freed_blocks()
     error = (WAYS[way](p).weights.double() - exact.weights).abs().max().item()
     benchmark(WAYS[way], p)
-    figures = {"bytes": SMALL[0] * TOKEN_BYTES, "flops": None, "extra_mib": extra_memory(lambda: WAYS[way](p))}
+    figures = {"bytes": SMALL_PACK[0] * TOKEN_BYTES, "flops": None, "extra_mib": extra_memory(lambda: WAYS[way](p))}
     note(benchmark, way, figures, {"weights": error})

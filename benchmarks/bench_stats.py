@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from .cases import QWEN3_VOCABULARY, QWEN3_WIDTHS, SMALL, Case, Truth, find_truth, make_case, plain
-from .cpu_report import DTYPES, PASSES, PRODUCTS, TRAFFIC, first_call
+from .cases import PASSES, QWEN3_VOCABULARY, QWEN3_WIDTHS, SMALL, Case, Truth, find_truth, make_case, plain
+from .cpu_report import DTYPES, PRODUCTS, TRAFFIC, first_call
 from .measure import extra_memory, keep_freed_blocks
 from .peers import OURS, PEERS, Peer
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .peers import eager_stats
 
+PASSES = ("forward", "forward+backward")
 OUTPUTS = ("logprobs", "entropy", "reverse_kl")
 TERMS = {"logprobs": "logprobs", "entropy": "entropy", "reverse_kl": "reverse_kl", "mean_reverse_kl": "reverse_kl"}
 # kind: N, V and, with a head, D; a ragged vocabulary, a few MiB: what the gates and the pytest benchmarks run on a CPU
@@ -86,6 +88,20 @@ def _sampled(logits: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     """One token per row out of its own distribution, as in training."""
     noise = torch.empty_like(logits).exponential_(generator=random)
     return torch.argmax(logits - noise.log_(), -1)
+
+
+def runner(function: Callable, case: Case, passes: str) -> Callable[[], tuple]:
+    """A call that gives (outputs, gradients): forward as in scoring, without autograd; or through the case's loss and back."""
+
+    def forward():
+        with torch.no_grad():
+            return function(case), None
+
+    def both():
+        outputs = function(case)
+        return outputs, torch.autograd.grad(case.loss(outputs), case.leaves)
+
+    return forward if passes == "forward" else both
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gear_kernels.backends import version
 
-from .cases import Case, Truth, find_truth, make_case, plain
+from .cases import PASSES, Case, Truth, find_truth, make_case, plain, runner
 from .measure import OtherLoad, ReadBandwidth, elapsed_ms, extra_memory, interleave
 from .peers import OURS, Peer, PeerMissing, peers
 from .tables import LEGEND, Row, Section, as_dict, markdown, terminal
 
 RESULTS = Path(__file__).parent / "results"
-PASSES = ("forward", "forward+backward")
 DTYPES = (torch.float32, torch.bfloat16)
 PACKAGES = ("gear-kernels", "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
 # Tensors of [N, V] that a pass over given logits must move at least: both heads read; backward reads them again and writes one
@@ -59,20 +58,6 @@ QUICK = Plan(logits=(16, 1187), hidden=(16, 1187, 64), rounds=3, seconds=1.0, ba
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------------
-
-
-def runner(function: Callable, case: Case, passes: str) -> Callable[[], tuple]:
-    """A call that gives (outputs, gradients): forward as in scoring, without autograd; or through the case's loss and back."""
-
-    def forward():
-        with torch.no_grad():
-            return function(case), None
-
-    def both():
-        outputs = function(case)
-        return outputs, torch.autograd.grad(case.loss(outputs), case.leaves)
-
-    return forward if passes == "forward" else both
 
 
 def gemms(case: Case, dtype: torch.dtype, passes: str) -> Callable[[], None]:

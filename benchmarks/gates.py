@@ -35,12 +35,11 @@ import gear_kernels
 from gear_kernels import backends, ops, tiling
 
 from . import instructions
-from .cases import SMALL, Case, make_case, plain
-from .cpu_report import DTYPES, PASSES, RESULTS, runner
-from .credit_report import SMALL as SMALL_PACK
-from .credit_report import TOKEN_BYTES, pack
+from .cases import PASSES, SMALL, Case, make_case, plain, runner
+from .cpu_report import DTYPES, RESULTS
 from .gpu_items import SHAPE
 from .measure import elapsed_ms, interleave, keep_freed_blocks
+from .packs import SMALL_PACK, TOKEN_BYTES, pack
 from .peers import OURS, peers
 
 TABLE = "gates.json"

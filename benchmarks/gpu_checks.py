@@ -16,10 +16,10 @@ from gear_kernels.methods import METHODS, NORMALIZERS
 from gear_kernels.reference import GRADIENT_NAMES, STAT_NAMES
 
 from .cases import plain
-from .credit_report import inputs_of as credit_inputs
-from .credit_report import packs as credit_packs
 from .gpu_compare import Problem, check, check_linear, compare, compare_gradients, gradients, linear, problem, weighted
-from .gpu_items import BF16, F16, F32, Item, Setting, Skip
+from .gpu_items import BF16, F16, F32, Item, Setting, Skip, capture
+from .packs import inputs_of as credit_inputs
+from .packs import packs as credit_packs
 from .peers import ALL as DEFAULT
 
 SUBSETS = (("logprobs", "entropy"), DEFAULT, ("reverse_kl",), ("forward_kl",), ("jsd",), ("teacher_logprobs", "teacher_entropy"))
@@ -300,15 +300,7 @@ def _graph(setting: Setting, name: str) -> dict:
     """Captured once, replayed on other inputs."""
     function, leaves = _calls(setting)[name]
     static = _fresh(leaves)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function(*static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = function(*static)
+    graph, captured = capture(lambda: function(*static))
     others = [leaf * 0.9 for leaf in leaves]
     with torch.no_grad():
         for leaf, other in zip(static, others, strict=True):

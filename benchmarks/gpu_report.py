@@ -1,9 +1,10 @@
 """Everything that only a GPU can tell, in one command of under nine minutes: `python -m benchmarks.gpu_report [--wheels DIR]`.
 
 Needs torch 2.11, triton 3.6 and this repository, nothing installed. Phases: the machine, its ceilings (bandwidth, GEMM),
-correctness of every kernel against float64, speed and memory beside the peers whose wheels lie in DIR, and with --tune a sweep
-over block sizes and tiles. Each phase has its own process and time budget; a check that fails, or takes its process down, is a
-line of the report, and the report is written anew after each phase. The exit code is 1 if a check failed or was not reached.
+correctness of every kernel against float64, speed and memory beside the peers whose wheels lie in DIR, overheads of launches and
+CUDA graphs, and with --tune a sweep over block sizes and tiles. Each phase has its own process and time budget; a check that
+fails, or takes its process down, is a line of the report, and the report is written anew after each phase. The exit code is 1 if
+a check failed or was not reached.
 
 --self-test runs all of it on the CPU with tiny shapes; what needs a GPU is skipped, with the reason.
 """
@@ -38,6 +39,7 @@ from gear_kernels.backends import version
 
 from .gpu_checks import correctness_items
 from .gpu_items import Item, Setting, Skip, is_fatal, synchronize
+from .gpu_overheads import overhead_items
 from .gpu_speed import ceiling_items, speed_items, tune_items
 
 ROOT = Path(__file__).parent.parent
@@ -95,9 +97,10 @@ PHASES: dict[str, tuple[Callable[[Setting], list[Item]], int]] = {
     "ceilings": (ceiling_items, 40),
     "correctness": (correctness_items, 230),
     "speed": (speed_items, 190),
+    "overheads": (overhead_items, 20),
     "tune": (tune_items, 150),
 }
-_DEFAULT_PHASES = ("machine", "ceilings", "correctness", "speed")  # 490 seconds
+_DEFAULT_PHASES = ("machine", "ceilings", "correctness", "speed", "overheads")  # 510 seconds
 
 
 def work(phase: str, setting: Setting, start: int = 0) -> Iterator[dict]:
@@ -240,7 +243,8 @@ LEGEND = (
     "ms: median (low, high: quartiles) of single warm calls by CUDA events. first_s: the first call, with its compiling. "
     "extra_mib: peak memory above what was held; beside_results_mib: without the gradients. error: against float64, in nats, the "
     "largest of the outputs named on 32 rows. floor_ms: the GEMMs (jsd: made twice) or the bytes that cannot be saved, at the "
-    "best ceiling above; of_roofline: floor / time. A peer that gives less than all outputs is held against the same floor."
+    "best ceiling above; of_roofline: floor / time. A peer that gives less than all outputs is held against the same floor. "
+    "host_us: until a call returns; graph_ms: the same replayed as a CUDA graph."
 )
 
 
@@ -253,7 +257,7 @@ def markdown(report: dict) -> str:
     for phase, result in report["phases"].items():
         counts = {s: sum(i["status"] == s for i in result["items"]) for s in ("passed", "failed", "skipped")}
         lines += ["", f"## {phase}", "", ", ".join(f"{n} {s}" for s, n in counts.items()) + f", {result['missed']} not reached"]
-        lines += ["", LEGEND] if phase == "speed" else []
+        lines += ["", LEGEND] if phase in ("speed", "overheads") else []
         lines += ["", *(_machine_lines(result) if phase == "machine" else _table(result["items"]))]
     return "\n".join(lines) + "\n"
 

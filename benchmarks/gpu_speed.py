@@ -18,16 +18,13 @@ import torch
 from gear_kernels import backends, linear_token_stats, reference, tiling
 from gear_kernels.reference import STAT_NAMES
 
-from .cases import Case, make_case, plain
-from .credit_report import packs as credit_packs
+from .cases import PASSES, Case, make_case, plain
 from .gpu_compare import named, weighted
 from .gpu_items import BF16, F32, SHAPE, Item, Setting, Skip, is_fatal, synchronize
 from .measure import MIB, ReadBandwidth, elapsed_ms, extra_memory
+from .packs import packs as credit_packs
 from .peers import ALL as DEFAULT
 from .peers import OURS, Peer, PeerMissing, eager_stats, peers, trl_kernels
-
-PASSES = ("forward", "forward+backward")
-
 
 # --- ceilings ---------------------------------------------------------------------------------------------------------------
 
@@ -48,15 +45,15 @@ def ceiling_items(setting: Setting) -> list[Item]:
 def _copy_ceiling(setting: Setting) -> dict:
     words = torch.ones(setting.pick(2 << 30, 4 << 20) // 4, device=setting.device)
     target = torch.empty_like(words)
-    times = _times(lambda: target.copy_(words), setting)
-    return {**_spread(times), "gb_s": 2 * words.numel() * 4 / statistics.median(times) / 1e6}
+    times = timed_ms(lambda: target.copy_(words), setting)
+    return {**spread(times), "gb_s": 2 * words.numel() * 4 / statistics.median(times) / 1e6}
 
 
 def _read_ceiling(setting: Setting) -> dict:
     size = setting.pick(4096, 4)
     calls = ReadBandwidth(setting.device, size).calls.values()
-    times = min((_times(call, setting) for call in calls), key=statistics.median)
-    return {**_spread(times), "gb_s": size * MIB / statistics.median(times) / 1e6}
+    times = min((timed_ms(call, setting) for call in calls), key=statistics.median)
+    return {**spread(times), "gb_s": size * MIB / statistics.median(times) / 1e6}
 
 
 def _gemm_ceiling(setting: Setting, rows: int, columns: int, width: int, tile: int, result: torch.dtype) -> dict:
@@ -71,11 +68,11 @@ def _gemm_ceiling(setting: Setting, rows: int, columns: int, width: int, tile: i
         for start in range(0, columns - tile + 1, tile):
             torch.mm(hidden, weight[start : start + tile].T, out=out, **options)
 
-    times = _times(call, setting)
-    return {**_spread(times), "tflop_s": 2 * rows * width * (columns // tile * tile) / statistics.median(times) / 1e9}
+    times = timed_ms(call, setting)
+    return {**spread(times), "tflop_s": 2 * rows * width * (columns // tile * tile) / statistics.median(times) / 1e9}
 
 
-def _times(call: Callable, setting: Setting, seconds: float = 2.0, rounds: int = 20) -> list[float]:
+def timed_ms(call: Callable, setting: Setting, seconds: float = 2.0, rounds: int = 20) -> list[float]:
     """Milliseconds of warm calls: at least three, until `rounds` or `seconds` are spent."""
     for _ in range(setting.pick(3, 1)):
         call()
@@ -85,7 +82,7 @@ def _times(call: Callable, setting: Setting, seconds: float = 2.0, rounds: int =
     return found
 
 
-def _spread(times: list[float]) -> dict[str, float]:
+def spread(times: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return {"ms": middle, "low_ms": low, "high_ms": high}
 
@@ -176,7 +173,7 @@ def _measured(setting: Setting, case: Case, function: Callable, loss: Callable, 
     call()
     synchronize(setting)
     first = time.perf_counter() - start
-    found = {**_spread(_times(call, setting, seconds=3.0, rounds=12)), "first_s": first}
+    found = {**spread(timed_ms(call, setting, seconds=3.0, rounds=12)), "first_s": first}
     extra = extra_memory(call, setting.device)
     results = 0 if passes == "forward" else sum(leaf.numel() * leaf.element_size() for leaf in case.leaves) / MIB
     if extra is not None:
@@ -198,7 +195,7 @@ def _error(case: Case, outputs: dict[str, torch.Tensor], rows: int = 32) -> floa
 def _credit_speed(setting: Setting, name: str) -> dict:
     p = credit_packs(setting.pick(1 << 20, 1 << 12))[name].to(setting.device)
     floor = {"floor_bytes": 29 * p.signal.numel()}  # two rows read, four floats, an id and a flag written
-    return {**_spread(_times(p.credit, setting)), **floor}
+    return {**spread(timed_ms(p.credit, setting)), **floor}
 
 
 def _floor(setting: Setting, case: Case, passes: str, label: str) -> dict:
@@ -256,11 +253,11 @@ def _tune_kernel(setting: Setting, kernel: str, shape: tuple, block: int, warps:
     before = dict(kernels._CONFIGS)
     kernels._CONFIGS[key] = kernels.Config(block, warps)
     try:
-        times = _times(calls[kernel], setting, seconds=0.5)
+        times = timed_ms(calls[kernel], setting, seconds=0.5)
     finally:
         kernels._CONFIGS.clear()
         kernels._CONFIGS.update(before)
-    return {**_spread(times), "gb_s": 2 * student.numel() * student.element_size() / statistics.median(times) / 1e6}
+    return {**spread(times), "gb_s": 2 * student.numel() * student.element_size() / statistics.median(times) / 1e6}
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -315,13 +316,29 @@ def gpus(reports: dict[str, dict], compiled: dict) -> list[str]:
         "and compile), CUDA graphs, NCCL, the CUDA branches of the benchmarks' instruments, colocated vLLM on CUDA and the "
         "Qwen3-8B configuration. `python -m benchmarks.gpu_report` measures the goals above."
     )
-    links = [f"- [{name}](../benchmarks/results/{name})" for name in reports]
-    return [*lines, text + _table_link("compile_report.md"), "", *(links or [never])]
+    measured = [line for name, report in reports.items() for line in _gpu_speed(name, report)]
+    return [*lines, text + _table_link("compile_report.md"), "", *(measured or [never])]
 
 
 def _gpu_cells(reports: dict[str, dict], goal: float) -> list[str]:
     items = [i.get("figures", {}) for r in reports.values() for i in r["phases"].get("speed", {}).get("items", [])]
     return [held(f"{f['ms']:.3g} ms", f["goal_met"]) for f in items if f.get("goal_ms") == goal][:1]
+
+
+def _gpu_speed(name: str, report: dict) -> list[str]:
+    """One report's times beside the roofline that it measured, ours and the peers'."""
+    (machine,) = (i["figures"] for i in report["phases"]["machine"]["items"])
+    where = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}"
+    rows = []
+    for item in report["phases"].get("speed", {}).get("items", []):
+        f = item.get("figures", {"ms": math.nan})
+        share = f"{f['of_roofline']:.0%}" if "of_roofline" in f else ""
+        memory = f"{f['beside_results_mib']:.0f}" if "beside_results_mib" in f else ""
+        error = f"{f['error']:.1e}" if isinstance(f.get("error"), float) else ""
+        rows.append([item["name"], item.get("reason", f"{f['ms']:.3g}"), share, memory, error])
+    heads = ["", "ms", "of the roofline", "MiB beside results", "largest error, nats"]
+    link = f"All rows: [benchmarks/results/{name}](../benchmarks/results/{name})."
+    return [f"### {machine['device']}", "", f"{where}, {report['date'][:10]}. {link}", "", *table(heads, rows)]
 
 
 # --- the page ------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from . import projections
-from .cpu_report import PASSES
+from .cases import PASSES
 from .demo import METHODS, PHASES, typical
 from .peers import OURS
 from .scaling import AXES, EAGER, GEMMS, series

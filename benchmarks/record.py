@@ -12,7 +12,7 @@ import gear_kernels
 from gear_kernels import backends
 
 from .cases import SMALL, make_case, plain
-from .credit_report import pack
+from .packs import pack
 
 _COUNTED = ("sweep", "mixture", "gradient", "scan")  # `finish` reads no logits: on 16 rows half of its count is the call's
 _SHAPE = (16, SMALL["logits"][1])

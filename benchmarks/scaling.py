@@ -27,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gear_kernels import Head, linear_token_stats
 
 from . import projections
-from .cases import OUTPUTS, make_case
-from .cpu_report import PASSES, RESULTS, environment, gemm_name, gemms, runner
+from .cases import OUTPUTS, PASSES, make_case, runner
+from .cpu_report import RESULTS, environment, gemm_name, gemms
 from .measure import OtherLoad, elapsed_ms, extra_memory, interleave
 from .peers import OURS, peers
 

@@ -31,7 +31,7 @@ def test_quick_report_has_every_table(quick):
     report, folder, printed = quick
     assert json.loads((folder / "cpu_report.json").read_text()) == report
     text = (folder / "cpu_report.md").read_text()
-    wanted = {(k, d, p) for k in ("logits", "hidden") for d in ("float32", "bfloat16") for p in cpu_report.PASSES}
+    wanted = {(k, d, p) for k in ("logits", "hidden") for d in ("float32", "bfloat16") for p in cases.PASSES}
     assert {(s["kind"], s["dtype"], s["passes"]) for s in report["sections"]} == wanted
     assert text.count("\n## ") == len(wanted) and "Quick self-test" in text and peers.OURS in printed
     assert (

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -62,6 +64,22 @@ def test_ours_is_timed(made):
         figures = item["figures"]
         assert 0 < figures["low_ms"] <= figures["ms"] <= figures["high_ms"] and figures["of_roofline"] > 0
         assert figures["error"] < 1e-5 and "goal_ms" not in figures
+
+
+def test_overheads_have_the_hosts_share(made):
+    found = items(made[0], "overheads")
+    assert len(found) == 6 and all(item["figures"]["host_us"] > 0 for item in found)
+    assert all(item["figures"]["low_ms"] <= item["figures"]["ms"] for item in found)
+
+
+@pytest.mark.parametrize(("module", "enough"), [("gpu_report", True), ("credit_report", False)])
+def test_torch_and_triton_are_enough(module, enough):
+    """A bare GPU machine has nothing else that the package or the benchmarks know. (Another report does need rich.)"""
+    others = ("rich", "matplotlib", "pytest", "transformers", "deepspeed", "einops", "trl", "liger_kernel", "vllm", "yaml")
+    script = f"import sys; sys.modules.update(dict.fromkeys({others})); import benchmarks.{module}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=report.ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == enough, done.stderr
+    assert enough or "import of rich" in done.stderr
 
 
 def test_goals_and_floors_beside_the_times():

@@ -14,6 +14,7 @@ from benchmarks.peers import OURS
 from gear_kernels import tiling
 
 ROOT = Path(__file__).parents[1]
+COMPILED = json.loads((scaling.RESULTS / "compile_report.json").read_text())
 PAGES = ("README.md", "docs/operators.md", "docs/credit.md", "docs/performance.md")
 
 
@@ -49,6 +50,17 @@ def test_quicker_peers_are_all_on_the_page():
 def test_limits_that_do_not_hold_are_called_missed():
     assert performance_page.held("1x", True) == "1x, met" and "**missed**" in performance_page.held("1x", False)
     assert "busy" in performance_page.load_note([0.01, 0.3]) and "busy" not in performance_page.load_note([0.01, None])
+
+
+def test_a_gpus_report_goes_on_the_page():
+    figures = {"ms": 27.5, "goal_ms": 28.5, "goal_met": True, "of_roofline": 0.94, "beside_results_mib": 280.0, "error": 1e-6}
+    speed = [{"name": "hidden, ours", "figures": figures}, {"name": "a peer", "status": "skipped", "reason": "not installed"}]
+    machine = {"device": "H", "torch": "2.11", "triton": "3.6", "commit": "abc"}
+    phases = {"machine": {"items": [{"figures": machine}]}, "speed": {"items": speed}}
+    text = "\n".join(performance_page.gpus({"gpu_h.json": {"date": "2026-01-01T", "phases": phases}}, COMPILED))
+    assert "| 27.5 ms, met |" in text and "| hidden, ours | 27.5 | 94% | 280 | 1.0e-06 |" in text and "not installed" in text
+    assert "results/gpu_h.json" in text and "Nothing on this page" not in text
+    assert "Nothing on this page was measured on a GPU" in "\n".join(performance_page.gpus({}, COMPILED))
 
 
 # --- models --------------------------------------------------------------------------------------------------------------------
