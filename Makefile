@@ -20,7 +20,7 @@ train: venv
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
 
-# all peers, those that compile too, on small shapes and Qwen3's heads: @@ minutes on two cores; prints the table, keeps the
+# all peers, those that compile too, on small shapes and Qwen3's heads: seven minutes on two cores; prints the table, keeps the
 # figures in build/
 bench: venv
 	mkdir -p build
