@@ -316,7 +316,8 @@ def show() -> None:
 def _show_device(device: torch.device, requested: str | None) -> None:
     reasons = {name: b.why_not(device, torch.float32) for name, b in BACKENDS.items()}
     able = [n for n in ([requested] if requested else _preference(device)) if reasons[n] is None]
-    detail = f" ({instruction_set()}, {torch.get_num_threads()} threads)" if able[:1] == ["native"] else ""
+    half = ", bfloat16 products" if able[:1] == ["native"] and _native_multiplies(torch.bfloat16) else ""
+    detail = f" ({instruction_set()}{half}, {torch.get_num_threads()} threads)" if able[:1] == ["native"] else ""
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"{device} ({what}): {able[0] + detail if able else 'no back end can serve the request'}")
     for name in BACKENDS:

@@ -1,9 +1,10 @@
 // bfloat16 x bfloat16 -> float32 by AVX512-BF16, whose instruction adds two neighbouring products to each of 16 float32 lanes.
 //
 // A panel of B, 64 columns of up to kDepth rows, is packed in pairs of rows into 32 KiB of the L1; then 6 rows of A at a time run
-// through it with 24 accumulators. Packing costs some 5 % of the product for 256 rows of A, and no memory beside the stack.
-// An element's sum runs over blocks of kDepth from the first row of B on, in each by pairs in order: the result depends neither on
-// threads nor on the other rows and columns. The instruction reads subnormal inputs as 0 and flushes subnormal sums.
+// through it with 24 accumulators. One Zen 5 core reaches 410 GFLOP/s for 256 rows (oneDNN with bfloat16 results: 450, float32
+// GEMMs: 95) and reads B at memory's speed for a few rows. No memory beside the stack.
+// An element's sum runs over blocks of kDepth from the first row of B on, in each by pairs in order: the result depends neither
+// on threads nor on the other rows and columns. The instruction reads subnormal inputs as 0 and flushes subnormal sums.
 #include "product.h"
 
 #include <immintrin.h>
@@ -55,11 +56,15 @@ inline void transpose(__m512i r[16]) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// [depth, n <= 16] with unit stride within a column -> words [depth / 2, 16], rows of which are `width` words apart.
+// [depth, n <= 16] with unit stride within a column -> words [depth / 2, 16], rows of which are `width` words apart. The columns'
+// next block is fetched meanwhile: the processor does not foresee so many short runs.
 void gather(const uint16_t* from, int64_t column, int64_t depth, int64_t n, uint32_t* to, int width) {
   for (int64_t k = 0; k < depth; k += 32) {
     __m512i r[16];
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi16(i < n ? first(depth - k) : 0, from + i * column + k);
+    for (int i = 0; i < 16; ++i) {
+      r[i] = _mm512_maskz_loadu_epi16(i < n ? first(depth - k) : 0, from + i * column + k);
+      __builtin_prefetch(from + i * column + k + kDepth);
+    }
     transpose(r);
     const int words = (int)at_most((depth - k + 1) / 2, 16);
     for (int i = 0; i < words; ++i, to += width) _mm512_store_si512(to, r[i]);
@@ -91,8 +96,11 @@ inline __m512i word(const char* p, int size) {
 template <int R>
 void multiply(Words a, const uint32_t* panel, int64_t depth, float* out, int64_t out_row, int64_t columns, bool add) {
   __m512 sums[R][4];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int i = 0; i < R; ++i)  // out is fetched meanwhile: [4096, 128] @ [128, 1024] takes 5.2 ms without that, 3.0 with
+    for (int j = 0; j < 4; ++j) {
+      sums[i][j] = _mm512_setzero_ps();
+      __builtin_prefetch(out + i * out_row + 16 * j, 1);
+    }
   const auto step = [&](int size) {
     __m512i b[4];
     for (int j = 0; j < 4; ++j) b[j] = _mm512_load_si512(panel + 16 * j);
@@ -116,7 +124,8 @@ void multiply(Words a, const uint32_t* panel, int64_t depth, float* out, int64_t
 using Multiply = void (*)(Words, const uint32_t*, int64_t, float*, int64_t, int64_t, bool);
 constexpr Multiply kMultiply[kRows] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
 
-void multiply_rows(Words a, const uint32_t* panel, int64_t depth, int64_t rows, float* out, int64_t out_row, int64_t n, bool add) {
+void multiply_rows(Words a, const uint32_t* panel, int64_t depth, int64_t rows, float* out, int64_t out_row, int64_t n,
+                   bool add) {
   for (int64_t i = 0; i < rows; i += kRows) {
     const int64_t count = at_most(rows - i, kRows);
     kMultiply[count - 1]({a.data + i * a.row, a.row, a.step}, panel, depth, out + i * out_row, out_row, n, add);
