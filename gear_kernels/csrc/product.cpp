@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <utility>
 
 namespace gear {
 namespace {
@@ -22,10 +23,20 @@ inline int64_t at_most(int64_t a, int64_t most) { return a < most ? a : most; }
 inline int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 inline __mmask32 first(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 
+// f(0), f(1) to f(N - 1), with constants: in a loop GCC 12 keeps an array in memory, beside its registers.
+template <class F, int... I>
+[[gnu::always_inline]] inline void unrolled(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F>
+[[gnu::always_inline]] inline void unrolled(F f) {
+  unrolled(f, std::make_integer_sequence<int, N>());
+}
+
 // ---- packing: a pair (k, k + 1) of one column is a 32-bit word; beyond the matrix, zeros -----------------------------
 
 // [depth, n <= 32] with unit stride between columns -> words [depth / 2, 32], rows of which are `width` words apart.
-void interleave(const uint16_t* from, int64_t step, int64_t depth, int64_t n, uint32_t* to, int width) {
+[[gnu::noinline]] void interleave(const uint16_t* from, int64_t step, int64_t depth, int64_t n, uint32_t* to, int width) {
   const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
                                          35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i upper = _mm512_add_epi16(order, _mm512_set1_epi16(16));
@@ -38,22 +49,20 @@ void interleave(const uint16_t* from, int64_t step, int64_t depth, int64_t n, ui
 }
 
 // Words [16, 16] -> transposed.
-inline void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2)
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  for (int j = 0; j < 4; ++j) {  // r[4 i + j] holds columns j, 4 + j, 8 + j, 12 + j of rows 4 i to 4 i + 3
+[[gnu::always_inline]] inline void transpose(__m512i (&r)[16]) {
+  unrolled<4>([&](auto j) {
+    constexpr int i = 4 * j;
+    const __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+    r[i] = _mm512_unpacklo_epi64(a, c), r[i + 1] = _mm512_unpackhi_epi64(a, c);
+    r[i + 2] = _mm512_unpacklo_epi64(b, d), r[i + 3] = _mm512_unpackhi_epi64(b, d);
+  });
+  unrolled<4>([&](auto j) {  // r[4 i + j] holds columns j, 4 + j, 8 + j, 12 + j of rows 4 i to 4 i + 3
     const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
     const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(a, c, 0x88), t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd), t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
+    r[j] = _mm512_shuffle_i32x4(a, c, 0x88), r[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd), r[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  });
 }
 
 // [depth, n <= 16] with unit stride within a column -> words [depth / 2, 16], rows of which are `width` words apart. The columns'
@@ -61,13 +70,15 @@ inline void transpose(__m512i r[16]) {
 void gather(const uint16_t* from, int64_t column, int64_t depth, int64_t n, uint32_t* to, int width) {
   for (int64_t k = 0; k < depth; k += 32) {
     __m512i r[16];
-    for (int i = 0; i < 16; ++i) {
+    unrolled<16>([&](auto i) {
       r[i] = _mm512_maskz_loadu_epi16(i < n ? first(depth - k) : 0, from + i * column + k);
       __builtin_prefetch(from + i * column + k + kDepth);
-    }
+    });
     transpose(r);
-    const int words = (int)at_most((depth - k + 1) / 2, 16);
-    for (int i = 0; i < words; ++i, to += width) _mm512_store_si512(to, r[i]);
+    unrolled<16>([&](auto i) {
+      if (k + 2 * i < depth) _mm512_store_si512(to + i * width, r[i]);
+    });
+    to += 16 * width;
   }
 }
 
@@ -92,33 +103,36 @@ inline __m512i word(const char* p, int size) {
   return _mm512_set1_epi32((int)w);
 }
 
+template <int R>
+struct Sums {
+  __m512 at[4 * R];
+
+  // Adds R words of A, the last columns' of `size` 2, times a row of a panel.
+  [[gnu::always_inline]] void add(const Words& a, const uint32_t* panel, int size) {
+    const __m512i* b = (const __m512i*)panel;
+    unrolled<R>([&](auto i) {
+      const __m512i w = word(a.data + i * a.row, size);
+      unrolled<4>([&](auto j) { at[4 * i + j] = _mm512_dpbf16_ps(at[4 * i + j], (__m512bh)w, (__m512bh)b[j]); });
+    });
+  }
+};
+
 // R rows of out (+)= `depth` columns of A times a panel.
 template <int R>
 void multiply(Words a, const uint32_t* panel, int64_t depth, float* out, int64_t out_row, int64_t columns, bool add) {
-  __m512 sums[R][4];
-  for (int i = 0; i < R; ++i)  // out is fetched meanwhile: [4096, 128] @ [128, 1024] takes 5.2 ms without that, 3.0 with
-    for (int j = 0; j < 4; ++j) {
-      sums[i][j] = _mm512_setzero_ps();
-      __builtin_prefetch(out + i * out_row + 16 * j, 1);
-    }
-  const auto step = [&](int size) {
-    __m512i b[4];
-    for (int j = 0; j < 4; ++j) b[j] = _mm512_load_si512(panel + 16 * j);
-    for (int i = 0; i < R; ++i) {
-      const __m512i w = word(a.data + i * a.row, size);
-      for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)w, (__m512bh)b[j]);
-    }
-    a.data += a.step, panel += kColumns;
-  };
-  for (int64_t k = 0; k + 2 <= depth; k += 2) step(4);
-  if (depth % 2) step(2);  // the panel has a zero there, A may end
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < 4; ++j) {
-      const __mmask16 mask = (__mmask16)first(columns - 16 * j);
-      float* to = out + i * out_row + 16 * j;
-      const __m512 before = _mm512_maskz_loadu_ps(add ? mask : 0, to);
-      _mm512_mask_storeu_ps(to, mask, add ? _mm512_add_ps(before, sums[i][j]) : sums[i][j]);
-    }
+  Sums<R> sums;
+  unrolled<4 * R>([&](auto i) {  // out is fetched meanwhile: [4096, 128] @ [128, 1024] takes 5.2 ms without that, 3.0 with
+    sums.at[i] = _mm512_setzero_ps();
+    __builtin_prefetch(out + i / 4 * out_row + i % 4 * 16, 1);
+  });
+  for (int64_t k = 0; k + 2 <= depth; k += 2, a.data += a.step, panel += kColumns) sums.add(a, panel, 4);
+  if (depth % 2) sums.add(a, panel, 2);  // the panel has a zero there, A may end
+  unrolled<4 * R>([&](auto i) {
+    const __mmask16 mask = (__mmask16)first(columns - i % 4 * 16);
+    float* to = out + i / 4 * out_row + i % 4 * 16;
+    const __m512 before = _mm512_maskz_loadu_ps(add ? mask : 0, to);
+    _mm512_mask_storeu_ps(to, mask, add ? _mm512_add_ps(before, sums.at[i]) : sums.at[i]);
+  });
 }
 
 using Multiply = void (*)(Words, const uint32_t*, int64_t, float*, int64_t, int64_t, bool);
