@@ -61,6 +61,7 @@ class Backend:
     statistics need no teacher its entries, are left 0.
     mixture(student, teacher, task, state, shares [K, n, 2] float64): adds the tile's share of both divergences to the mixture.
     gradient(student, teacher, task, state, grads [n, 7], dz [n, c]): writes d loss / d (raw GEMM output), rounded to dz's dtype.
+    product(a [m, k], b [k, n], out [m, n], add): out = a @ b or out += a @ b in float32, where `multiplies` their dtype.
     """
 
     name: str
@@ -72,6 +73,8 @@ class Backend:
     splits: Callable[[int, int], int] = lambda rows, columns: 1
     fused_head: bool = False  # it applies bias, scale and softcap itself
     tile_copies: int = 0  # temporaries of a tile's size that its functions hold
+    product: Callable | None = None
+    multiplies: Callable[[torch.dtype], bool] = lambda dtype: False  # whether `product` takes operands of this dtype
 
 
 def needs_teacher(stats: tuple[str, ...]) -> bool:
@@ -151,6 +154,17 @@ def _native_gradient(student, teacher, task: Task, state, grads, dz):
     _native_call("gradient", student, teacher, task, state, task.beta, grads, dz)
 
 
+def _native_product(a, b, out, add: bool):
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    _load_native()[0].product(a, b, out, add, torch.get_num_threads())
+
+
+@cache
+def _native_multiplies(dtype: torch.dtype) -> bool:
+    """bfloat16 on a processor with AVX512-BF16: 4 times the rate of float32 GEMMs on a Zen 5."""
+    return dtype == torch.bfloat16 and _load_native()[0].has_product()
+
+
 def _native_splits(rows: int, columns: int) -> int:
     """Few rows: cut them, so that every core has work. From the shape alone, or results would change with the thread count."""
     return max(1, min(16 // max(rows, 1), columns // 8192))
@@ -219,7 +233,9 @@ _TRITON = tuple(_triton(name) for name in ("sweep", "finish", "mixture", "gradie
 BACKENDS = {
     "reference": Backend("reference", *_REFERENCE, lambda device, dtype: None, tile_copies=8),
     "triton": Backend("triton", *_TRITON, _triton_why_not, splits=_triton("splits"), fused_head=True),
-    "native": Backend("native", *_NATIVE, _native_why_not, splits=_native_splits),
+    "native": Backend(
+        "native", *_NATIVE, _native_why_not, splits=_native_splits, product=_native_product, multiplies=_native_multiplies
+    ),
 }
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("gear_kernels_backend", default=None)
@@ -300,7 +316,8 @@ def show() -> None:
 def _show_device(device: torch.device, requested: str | None) -> None:
     reasons = {name: b.why_not(device, torch.float32) for name, b in BACKENDS.items()}
     able = [n for n in ([requested] if requested else _preference(device)) if reasons[n] is None]
-    detail = f" ({instruction_set()}, {torch.get_num_threads()} threads)" if able[:1] == ["native"] else ""
+    half = ", bfloat16 products" if able[:1] == ["native"] and _native_multiplies(torch.bfloat16) else ""
+    detail = f" ({instruction_set()}{half}, {torch.get_num_threads()} threads)" if able[:1] == ["native"] else ""
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     print(f"{device} ({what}): {able[0] + detail if able else 'no back end can serve the request'}")
     for name in BACKENDS:

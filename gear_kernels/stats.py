@@ -122,9 +122,10 @@ def linear_token_stats(
     hidden states' gradient in float32, and for half inputs a block of the weight's.
 
     Logits are float32 whatever the inputs (float64 for float64), never rounded to bfloat16: that alone would bias KL by about
-    1e-4 nats. On CUDA the backward's GEMMs read dz rounded to the inputs' dtype; elsewhere all of it is float32. Gradients of
-    hidden states, weight and bias are summed in float32 and rounded once to their dtype. A weight that needs no gradient
-    costs none. Tiles are recomputed in backward, so a ZeRO-3 partitioned weight must be gathered there too: use FusedHead.
+    1e-4 nats. On CUDA, and with bfloat16 on processors with AVX512-BF16, the backward's GEMMs read dz rounded to the inputs'
+    dtype; elsewhere all of it is float32. Gradients of hidden states, weight and bias are summed in float32 and rounded once
+    to their dtype. A weight that needs no gradient costs none. Tiles are recomputed in backward, so a ZeRO-3 partitioned
+    weight must be gathered there too: use FusedHead.
 
     Raises GearKernelsError as `token_stats`, on partitioned (size-0) or DTensor weights, and on a vocabulary shard without group.
     """

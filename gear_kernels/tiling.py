@@ -50,7 +50,7 @@ def limits(device: torch.device) -> Limits:
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether GEMMs of half inputs have float32 results there, and looking at a value would wait for the device."""
+    """Whether torch's GEMMs of half inputs have float32 results there, and looking at a value would wait for the device."""
     return device.type not in ("cpu", "meta")
 
 
@@ -107,7 +107,11 @@ class Linear:
         return max(_NARROWEST, self.workspace // 4 // (head.weight.shape[1] * self.wide.itemsize))
 
     def _widens(self, weight: torch.Tensor) -> bool:
-        return not on_gpu(weight.device) and weight.dtype != self.wide  # CPU GEMMs have no float32 result for half inputs
+        return weight.dtype != self.wide and not self.multiplies(weight.dtype)
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether GEMMs of this half dtype have float32 results here; torch's on a CPU do not, the compiled pass' may."""
+        return on_gpu(self.student.device) or self.tiles.multiplies(dtype)
 
     def span(self, rows: int, columns: int, weight_sums: bool) -> int:
         """Columns of one round of gradient GEMMs, a multiple of the tile's: dz and the weight's sums take what tiles leave."""
@@ -123,8 +127,8 @@ class Linear:
 
     @property
     def dz_dtype(self) -> torch.dtype:
-        """What the gradient GEMMs read: on CUDA the inputs' dtype (tensor cores), elsewhere float32 (float64)."""
-        return self.student.dtype if on_gpu(self.student.device) else self.wide
+        """What the gradient GEMMs read: the inputs' dtype where they take it (tensor cores), else float32 (float64)."""
+        return self.student.dtype if self.multiplies(self.student.dtype) else self.wide
 
     # --- tiles ---
 
@@ -190,6 +194,8 @@ class Linear:
                 out += torch.mm(a, b, out_dtype=out.dtype)
             else:
                 torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif a.dtype != out.dtype and self.multiplies(a.dtype):
+            self.tiles.product(a, b, out, add)
         elif add:
             out.addmm_(a.to(out.dtype), b.to(out.dtype))
         else:

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "product.h"
 #include "rows.h"
 #include "scan.h"
 
@@ -149,6 +150,42 @@ void gradient(const Logits& student, const std::optional<Logits>& teacher, const
   run(named(isa).gradient, p, threads);
 }
 
+// ---- product of bfloat16 matrices -------------------------------------------------------------------------------------
+
+bool has_product() {
+#ifdef GEAR_BF16
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+using Half = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+
+// out [m, n] float32 = a [m, k] @ b [k, n], both bfloat16; += where `add`.
+void product(const Half& a, const Half& b, Floats out, bool add, int threads) {
+  require(has_product(), "this processor has no AVX512-BF16");
+  const Matrix x = matrix(a), y = matrix(b);
+  require(x.dtype == Dtype::bf16 && y.dtype == Dtype::bf16, "operands must be bfloat16");
+  Product p;
+  p.rows = (int64_t)a.shape(0), p.depth = (int64_t)a.shape(1), p.columns = (int64_t)b.shape(1), p.add = add;
+  require((int64_t)b.shape(0) == p.depth && (int64_t)out.shape(0) == p.rows && (int64_t)out.shape(1) == p.columns, "shapes");
+  p.a = static_cast<const uint16_t*>(x.data), p.b = static_cast<const uint16_t*>(y.data), p.out = out.data();
+  // where a dimension has one element, its stride may hold anything
+  p.a_row = p.rows == 1 ? 1 : x.row_stride, p.a_step = p.depth == 1 ? 1 : x.col_stride;
+  p.b_step = p.depth == 1 ? 1 : y.row_stride, p.b_column = p.columns == 1 ? 1 : y.col_stride;
+  p.out_row = out.stride(0);
+  require((p.a_row == 1 || p.a_step == 1) && (p.b_step == 1 || p.b_column == 1), "one stride of an operand must be 1");
+  require(p.columns == 1 || out.stride(1) == 1, "out must have unit stride within a row");
+#ifdef GEAR_BF16
+  nb::gil_scoped_release nogil;
+  const int64_t jobs = product_jobs(p);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && jobs > 1) schedule(static)
+  for (int64_t i = 0; i < jobs; ++i) product_job(p, i);
+#endif
+}
+
 // ---- credit scan ------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -206,6 +243,8 @@ NB_MODULE(_native, m) {
         nb::arg("state"), nb::arg("beta"), nb::arg("shares"), threads, isa);
   m.def("gradient", &gradient, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature,
         first, nb::arg("state"), nb::arg("beta"), nb::arg("grads"), nb::arg("dz"), threads, isa);
+  m.def("has_product", &has_product);
+  m.def("product", &product, nb::arg("a"), nb::arg("b"), nb::arg("out"), nb::arg("add"), threads);
   nb::class_<ScanOptions>(m, "ScanOptions")
       .def(nb::init<>())
       .def_rw("rule", &ScanOptions::rule)

@@ -1,0 +1,20 @@
+// out = A B, or out += A B, of bfloat16 matrices in float32: what a CPU GEMM library behind torch does not offer.
+#pragma once
+#include <cstdint>
+
+namespace gear {
+
+// A [rows, depth], B [depth, columns] as raw bfloat16, out [rows, columns]; strides in elements, one of each matrix is 1.
+struct Product {
+  const uint16_t *a = nullptr, *b = nullptr;
+  float* out = nullptr;
+  int64_t rows = 0, depth = 0, columns = 0;
+  int64_t a_row = 0, a_step = 0, b_step = 0, b_column = 0, out_row = 0;
+  bool add = false;
+};
+
+// The work is cut into jobs, which write disjoint parts of out and may run in any order.
+int64_t product_jobs(const Product&);
+void product_job(const Product&, int64_t job);
+
+}  // namespace gear
