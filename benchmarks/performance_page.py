@@ -79,14 +79,18 @@ def logits(report: dict) -> list[str]:
             ratio = found[peer]["timing"]["median_ms"] / ours if peer in found else None
             cells.append("not run" if ratio is None else held(f"{ratio:.2f}x", ratio >= LIMITS[peer]))
         share = found[OURS]["bandwidth_share"]
-        cells += [held(f"{share:.1%}", share >= LIMITS["bandwidth"]), f"{found[OURS]['extra_mib']:.1f} MiB"]
+        cells += [
+            held(f"{share:.1%} of {section['read_gb_s']:.0f} GB/s", share >= LIMITS["bandwidth"]),
+            f"{found[OURS]['extra_mib']:.1f} MiB",
+        ]
         rows.append(cells)
     limits = (f"torch.compile (limit {LIMITS['torch.compile']}x)", f"eager torch (limit {LIMITS[EAGER]:.0f}x)")
     heads = ["", OURS, *limits, f"of the read bandwidth (limit {LIMITS['bandwidth']:.0%})", "extra memory"]
     text = (
         "The share counts what must move, 2 tensors of [N, V] forward and 5 with backward, over the bandwidth of plain reads in "
         "the same run. The limit was set for float32 forward, a pure read; bfloat16 halves the bytes and not the arithmetic, and "
-        "a backward writes too: their misses are shown all the same."
+        "a backward writes too: their misses are shown all the same. The bandwidth that a virtual machine gets changes between "
+        "tables, the pass' own time much less."
     )
     return ["### Logits given", "", text, "", *table(heads, rows)]
 
