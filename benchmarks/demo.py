@@ -78,7 +78,7 @@ def collect(folder: Path, seeds: Iterable[int]) -> list[dict]:
 
 def run(seeds: list[int], folder: Path, output: Path, pictures: Path, console: Console, read: bool = False) -> dict:
     """Train unless `read`; write demo.json to `output` and the pictures; what the JSON holds."""
-    from . import plots
+    from . import plots, split
 
     load = OtherLoad()
     if not read:
@@ -86,6 +86,7 @@ def run(seeds: list[int], folder: Path, output: Path, pictures: Path, console: C
             train(method, seed, folder)
     share = None if read else load.share()  # of runs made earlier nobody knows
     found = {**environment(), "config": CONFIG, "other_load": share, "runs": collect(folder, seeds)}
+    found["split"] = split.measure(folder / f"gear-{seeds[0]}")
     output.mkdir(parents=True, exist_ok=True)
     (output / FILE).write_text(json.dumps(found, indent=1) + "\n")
     console.print(f"wrote {output / FILE} and " + ", ".join(p.name for p in plots.draw_demo(found, pictures)))

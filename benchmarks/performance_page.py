@@ -266,7 +266,26 @@ def step(runs: dict, model: dict) -> list[str]:
         "add up to that of the step, which also writes files."
     )
     lines = ["## A GEAR step beside a GRPO step", "", text, "", *table(["phase", "GRPO, s", "GEAR, s", "GEAR / GRPO"], rows)]
-    return lines + picture("step_phases", "Seconds by phase, measured and modelled") + _model_step(model) + _curves(runs)
+    return lines + picture("step_phases", "Seconds by phase, measured and modelled") + _split(runs["split"]) + _model_step(model) + _curves(runs)
+
+
+def _split(found: dict) -> list[str]:
+    """What scoring a step is made of."""
+    ms = {name: t["median_ms"] for name, t in found["parts"].items()}
+    parts = [
+        ("policy's pass", ms["policy"], ms["policy"]),
+        ("teacher's pass", 0.0, ms["teacher"]),
+        ("head", ms["head"], ms["head with teacher"]),
+        ("scan", 0.0, ms["scan"]),
+    ]
+    parts.append(("sum", *(sum(part[i] for part in parts) for i in (1, 2))))
+    text = (
+        f"Scoring by part, on the {found['trajectories']} trajectories ({found['policy_tokens']} policy tokens) of step "
+        f"{found['step']} of the GEAR run whose advantage is not 0: one process, one thread, float32, no engine round the model, "
+        f"medians of {found['parts']['scan']['rounds']} rounds. {load_note([found['other_load']])}"
+    )
+    rows = [[name, f"{grpo:.3g}" if grpo else "", f"{gear:.3g}", _ratio(gear, grpo)] for name, grpo, gear in parts]
+    return [text, "", *table(["part", "GRPO, ms", "GEAR, ms", "GEAR / GRPO"], rows)]
 
 
 def _curves(runs: dict) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fake_openai import fake_openai
 
+from benchmarks import split
 from gear_trainer.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,15 @@ def test_the_exported_policy_is_an_hf_model(demo, out):
     model = AutoModelForCausalLM.from_pretrained(out / "demo" / "model")
     assert len(AutoTokenizer.from_pretrained(out / "demo" / "model")) == model.config.vocab_size
     assert (out / "demo" / "report.html").stat().st_size > 10_000 and list((out / "demo" / "tensorboard").iterdir())
+
+
+def test_scoring_is_split_by_part_from_what_a_run_kept(demo, out):
+    found = split.measure(out / "demo", rounds=2)
+    kept = [json.loads(line) for line in (out / "demo/rollouts" / f"step-{split.STEP:05d}.jsonl").read_text().splitlines()]
+    scored = [sum(line["mask"]) for line in kept if line["advantage"] != 0]
+    assert (found["trajectories"], found["policy_tokens"]) == (len(scored), sum(scored)) and len(scored) > 0
+    ms = {name: part["median_ms"] for name, part in found["parts"].items()}
+    assert set(ms) == {"policy", "teacher", "head", "head with teacher", "scan"} and min(ms.values()) > 0
 
 
 def test_kill_9_and_resume_repeats_the_uninterrupted_run(demo, out):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, performance_page, plots, projections, scaling
+from benchmarks import demo, performance_page, plots, projections, scaling, split
 from benchmarks.peers import OURS
 from gear_kernels import tiling
 
@@ -172,11 +172,13 @@ def made_up(tmp_path):
     return tmp_path
 
 
-def test_runs_become_medians_and_pictures(made_up, tmp_path):
+def test_runs_become_medians_and_pictures(made_up, tmp_path, monkeypatch):
+    monkeypatch.setattr(split, "measure", lambda run: {"of": run.name})  # of a real run: test_end_to_end.py
     found = demo.run([0, 1], made_up, tmp_path, tmp_path, Console(file=io.StringIO(), width=160), read=True)
     assert json.loads((tmp_path / demo.FILE).read_text()) == found and found["other_load"] is None
     first = next(run for run in found["runs"] if (run["method"], run["seed"]) == ("gear", 0))
     assert first["seconds"] == dict.fromkeys(demo.PHASES, 1.0) | {"score": 4.5}
+    assert found["split"] == {"of": "gear-0"}
     assert first["step"] == 9.5 and first["policy_tokens"] == 15 and first["steps"] == 2  # without the evaluation
     assert first["held_out"] == {"0": 0.5, "2": 0.75}
     assert demo.typical(found["runs"], "gear")["seconds"]["score"] == 9.5  # of 4.5 and 14.5

@@ -1,0 +1,92 @@
+"""What scoring a step of the demo is made of, on the rollouts that a run kept: both passes, the head, the scan; see demo.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from gear_kernels import FusedHead, TokenStats, credit_weights
+from gear_trainer.batching import MicroBatch, micro_batch, split_rows
+from gear_trainer.chat import Chat
+from gear_trainer.model import hidden_states
+from gear_trainer.rollout import Rollout
+from gear_trainer.tasks import make_task
+
+from .measure import OtherLoad, elapsed_ms, interleave, keep_freed_blocks
+
+STEP = 5  # of the run: early enough for half of the trajectories to have an advantage
+STUDENT, TEACHER = ("logprobs", "entropy"), ("logprobs", "entropy", "teacher_logprobs")
+
+
+def measure(run: Path, rounds: int = 15) -> dict:
+    """Milliseconds of each part for one step's trajectories whose advantage is not 0, in one process with the run's last policy,
+    on one thread as a rank of the demo.
+
+    parts: "policy" and "teacher", the backbone on the policy's and on the teacher's prompts; "head" as GRPO wants it and "head
+    with teacher" as GEAR does; "scan", the credit weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = json.loads((run / "config.json").read_text())
+    lm = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
+    FusedHead.adopt(lm.get_output_embeddings())
+    task = make_task(config["task"], config["seed"], config["task_args"])
+    rollouts, advantages = _rollouts(run, task, Chat(AutoTokenizer.from_pretrained(run / "model"), task.tools))
+    rows = split_rows(rollouts, list(range(len(rollouts))), config["train"]["tokens_per_micro_batch"], teacher=True)
+    calls = _parts(lm, rollouts, [micro_batch(rollouts, part, teacher=True) for part in rows], advantages)
+    keep_freed_blocks()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            first, load = {name: elapsed_ms(call) for name, call in calls.items()}, OtherLoad()
+            timings = interleave(calls, first, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    tokens = sum(len(r.policy_positions) for r in rollouts)
+    found = {"step": STEP, "trajectories": len(rollouts), "policy_tokens": tokens, "other_load": load.share()}
+    return found | {"parts": {name: asdict(t) for name, t in timings.items()}}
+
+
+def _rollouts(run: Path, task, chat: Chat) -> tuple[list[Rollout], list[float]]:
+    """The step's trajectories that have an advantage, with the prompts that their teacher read."""
+    lines = map(json.loads, (run / "rollouts" / f"step-{STEP:05d}.jsonl").read_text().splitlines())
+    kept = [line for line in lines if line["advantage"] != 0]
+    found = []
+    for line in kept:
+        problem = task.train_problem(line["group"])
+        taught = chat.prompt_ids(problem.teacher_messages)
+        mask = [bool(m) for m in line["mask"]]
+        found.append(Rollout(problem, line["group"], line["sample"], line["prompt_ids"], taught, line["ids"], mask))
+    return found, [line["advantage"] for line in kept]
+
+
+def _parts(lm, rollouts: list[Rollout], batches: list[MicroBatch], advantages: list[float]) -> dict[str, Callable]:
+    head, halves = lm.get_output_embeddings(), [b.split() for b in batches]
+
+    def backbone(which: int) -> list[torch.Tensor]:
+        return [hidden_states(lm, half[which].input_ids)[half[which].student_index] for half in halves]
+
+    with torch.no_grad():
+        hidden = list(zip(batches, backbone(0), backbone(1), strict=True))
+
+    def stats(names: tuple[str, ...], taught: bool) -> list[TokenStats]:
+        return [head(s, b.targets, t if taught else None, stats=names) for b, s, t in hidden]
+
+    with torch.no_grad():
+        scored = stats(TEACHER, True)
+    signal, entropy = torch.cat([s.logprobs - s.teacher_logprobs for s in scored]), torch.cat([s.entropy for s in scored])
+    order = [row for b in batches for row in b.rows]
+    own = torch.tensor([advantages[i] for i in order])
+    bounds = torch.tensor([0, *(len(rollouts[i].policy_positions) for i in order)]).cumsum(0).int()
+    return {
+        "policy": lambda: backbone(0),
+        "teacher": lambda: backbone(1),
+        "head": lambda: stats(STUDENT, False),
+        "head with teacher": lambda: stats(TEACHER, True),
+        "scan": lambda: credit_weights(signal, entropy, own, bounds),
+    }
