@@ -283,8 +283,8 @@ def _split(found: dict) -> list[str]:
     text = (
         f"Scoring by part, on the {found['trajectories']} trajectories ({found['policy_tokens']} policy tokens) of step "
         f"{found['step']} of the GEAR run whose advantage is not 0: one process, one thread, float32, no engine round the model, "
-        f"medians of {found['parts']['scan']['rounds']} rounds. A run's score phase also gathers each layer's weights (ZeRO-3) and "
-        f"waits for the other rank. {load_note([found['other_load']])}"
+        f"medians of {found['parts']['scan']['rounds']} rounds. A run's score phase also gathers each layer's weights (ZeRO-3) "
+        f"and waits for the other rank. {load_note([found['other_load']])}"
     )
     rows = [[name, f"{grpo:.3g}" if grpo else "", f"{gear:.3g}", _ratio(gear, grpo)] for name, grpo, gear in parts]
     return [text, "", *table(["part", "GRPO, ms", "GEAR, ms", "GEAR / GRPO"], rows)]
