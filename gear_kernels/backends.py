@@ -61,7 +61,8 @@ class Backend:
     statistics need no teacher its entries, are left 0.
     mixture(student, teacher, task, state, shares [K, n, 2] float64): adds the tile's share of both divergences to the mixture.
     gradient(student, teacher, task, state, grads [n, 7], dz [n, c]): writes d loss / d (raw GEMM output), rounded to dz's dtype.
-    product(a [m, k], b [k, n], out [m, n], add): out = a @ b or out += a @ b in float32, where `multiplies` their dtype.
+    product(a [m, k], b [k, n], out [m, n], add): out = a @ b or out += a @ b in float32, where `multiplies` their dtype; or
+    rounds a @ b once from float32 sums, where out has that dtype and not `add`.
     """
 
     name: str

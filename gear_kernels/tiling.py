@@ -114,11 +114,14 @@ class Linear:
         return on_gpu(self.student.device) or self.tiles.multiplies(dtype)
 
     def span(self, rows: int, columns: int, weight_sums: bool) -> int:
-        """Columns of one round of gradient GEMMs, a multiple of the tile's: dz and the weight's sums take what tiles leave."""
+        """Columns of one round of gradient GEMMs: dz and the weight's sums take what tiles leave. Several tiles, or a part of one
+        where few rows made it wide.
+        """
         item = rows * self.dz_dtype.itemsize
         if weight_sums and self.head.weight.dtype != self.wide:
             item += self.head.weight.shape[1] * self.wide.itemsize
-        return min(self.head.columns, max(1, (self.workspace - self.tile_bytes()) // item // columns) * columns)
+        fit = (self.workspace - self.tile_bytes()) // item
+        return min(self.head.columns, fit // columns * columns or max(_NARROWEST, fit - fit % _NARROWEST))
 
     def part_rows(self, shape: tuple[int, int]) -> int:
         """Rows of one round of gradient GEMMs: as many as leave a tile's columns within the workspace, none below a tile's."""
@@ -186,7 +189,7 @@ class Linear:
         return self.buffer("weight", *block.shape, dtype=self.wide).copy_(block)
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-        """out = a @ b (out += a @ b), accumulated and stored in out's dtype, never rounded to the inputs' dtype on the way."""
+        """out = a @ b (out += a @ b), accumulated in float32 (float64) and rounded to out's dtype at the end."""
         if on_gpu(a.device) and a.dtype != out.dtype:
             if add and _addmm_into_float32(a.device.type):
                 torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -194,7 +197,7 @@ class Linear:
                 out += torch.mm(a, b, out_dtype=out.dtype)
             else:
                 torch.mm(a, b, out_dtype=out.dtype, out=out)
-        elif a.dtype != out.dtype and self.multiplies(a.dtype):
+        elif self.tiles.multiplies(a.dtype):
             self.tiles.product(a, b, out, add)
         elif add:
             out.addmm_(a.to(out.dtype), b.to(out.dtype))
@@ -240,8 +243,9 @@ class Linear:
         )
         shape = self.tile_shape()
         rows = self.part_rows(shape)
-        for span in _blocks(slice(0, head.columns), self.span(rows, shape[1], weight)):
-            block = self._weight_sums(out, span)
+        summed = weight and not self._rounds(out.weight, rows)
+        for span in _blocks(slice(0, head.columns), self.span(rows, shape[1], summed)):
+            block = self._weight_sums(out, span, summed)
             for part in _blocks(slice(0, len(self.student)), rows):
                 dz = self._dz(part, span, shape, state, grads)
                 self._add(out, block, dz, part, span)
@@ -256,9 +260,14 @@ class Linear:
         like = (self.student, head.weight, head.bias)
         return [None if g is None else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
 
-    def _weight_sums(self, out: _Sums, span: slice) -> torch.Tensor | None:
+    def _rounds(self, weight: torch.Tensor, rows: int) -> bool:
+        """Whether one product a span gives the weight's gradient in its own dtype, by the back end."""
+        one = rows >= len(self.student) and weight.stride(1) == 1
+        return one and self.student.dtype == weight.dtype and self.tiles.multiplies(weight.dtype)
+
+    def _weight_sums(self, out: _Sums, span: slice, summed: bool) -> torch.Tensor | None:
         """Where the weight's gradient of this span is summed: in place, or in a float32 block that is rounded once."""
-        if out.weight is None or out.weight.dtype == self.wide:
+        if not summed or out.weight.dtype == self.wide:
             return None if out.weight is None else out.weight[span]
         return self.buffer("weight sums", span.stop - span.start, out.weight.shape[1], dtype=self.wide)
 

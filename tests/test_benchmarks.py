@@ -166,7 +166,8 @@ def test_extra_memory_is_exact(mib):
     measure.extra_memory(call)
     if measure.extra_memory(call) is None:
         pytest.skip("this system does not let a process reset its peak")
-    assert measure.extra_memory(call) == pytest.approx(mib, abs=1.0)
+    peaks = [measure.extra_memory(call) for _ in range(3)]  # a library's thread that takes a page meanwhile adds to one of them
+    assert min(peaks) == pytest.approx(mib, abs=1.0)
     assert held.sum() == 16 << 18
 
 

@@ -43,9 +43,22 @@ def test_against_float64(a_layout, b_layout):
         assert torch.equal(added, wide[:, :n] + got) or k > 256 and ((added - wide[:, :n] - want).abs() <= bound + 1e-6).all()
 
 
-def test_only_the_output_is_written():
-    a, b, out = half(7, 9, "rows"), half(9, 70, "columns"), torch.full((9, 80), 7.0)
+@pytest.mark.parametrize("b_layout", LAYOUTS)
+@pytest.mark.parametrize("a_layout", LAYOUTS)
+def test_bfloat16_results_are_the_float32_ones_rounded_once(a_layout, b_layout):
+    torch.manual_seed(1)
+    for m, k, n in [*SHAPES, (98, 300, 330), (2, 0, 3)]:
+        a, b = half(m, k, a_layout), half(k, n, b_layout)
+        rounded = torch.full((m, n), torch.nan, dtype=torch.bfloat16)
+        _native.product(a, b, rounded, False, 2)
+        assert torch.equal(rounded, multiply(a, b).bfloat16()), (m, k, n)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_only_the_output_is_written(dtype):
+    a, b, out = half(7, 9, "rows"), half(9, 70, "columns"), torch.full((9, 80), 7.0, dtype=dtype)
     _native.product(a, b, out[1:8, 3:73], False, 1)
+    assert (out[1:8, 3:73] != 7).all()
     out[1:8, 3:73] = 7
     assert (out == 7).all()
 
@@ -84,6 +97,8 @@ def test_wrong_arrays_are_refused():
     for operands in wrong:
         with pytest.raises(ValueError):
             _native.product(*operands, False, 1)
+    with pytest.raises(ValueError, match="not added to"):
+        _native.product(a, b, out.bfloat16(), True, 1)
 
 
 # --- statistics of hidden states --------------------------------------------------------------------------------------------
@@ -112,7 +127,7 @@ def test_gradients_are_no_worse_than_plain_torch(options):
         assert (own - w).norm() <= 2 * (other - w).norm() and (own - w).norm() <= 2**-8 * w.norm()
 
 
-def test_the_weight_is_not_copied_and_strides_are_taken(monkeypatch):
+def test_neither_the_weight_nor_its_gradient_is_copied_and_strides_are_taken(monkeypatch):
     """Rows cut out of wider tensors, a transposed weight, and one with no unit stride at all: the same bits."""
     student, teacher, weight, _, targets = hidden_case(3, n=40, dtype=torch.bfloat16)
     targets = targets.repeat(4)[:40]
@@ -129,7 +144,25 @@ def test_the_weight_is_not_copied_and_strides_are_taken(monkeypatch):
 
     monkeypatch.setattr(tiling.Linear, "buffer", noted)
     linear_token_stats(student, weight.requires_grad_(), targets, teacher).entropy.sum().backward()
-    assert names == {"student logits", "dz", "weight sums"}
+    assert names == {"student logits", "dz"}
+    whole = weight.grad
+    other = weight.detach().T.contiguous().T.requires_grad_()  # its gradient has its strides, and is summed in float32
+    linear_token_stats(student, other, targets, teacher).entropy.sum().backward()
+    assert "weight sums" in names and torch.equal(whole, other.grad)
+
+
+def test_more_rows_than_a_round_takes(monkeypatch):
+    """Sums of several rounds are kept in float32 and rounded once: as if there had been one round, but for the order."""
+    student, teacher, weight, _, targets = hidden_case(6, n=200, dtype=torch.bfloat16)
+    targets = targets.repeat(20)[:200]
+
+    def gradient():
+        w = weight.clone().requires_grad_()
+        return torch.autograd.grad(linear_token_stats(student, w, targets, teacher).logprobs.sum(), w)[0].float()
+
+    whole = gradient()
+    monkeypatch.setitem(tiling._LIMITS, "cpu", tiling._LIMITS["cpu"]._replace(rows=64, part=64))
+    torch.testing.assert_close(gradient(), whole, rtol=2**-8, atol=1e-6 * whole.abs().max().item())
 
 
 def test_values_do_not_depend_on_threads_or_tiles():

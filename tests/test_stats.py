@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gear_kernels
-from gear_kernels import GearKernelsError, Head, TokenStats, backends, linear_token_stats, reference, token_stats
+from gear_kernels import GearKernelsError, Head, TokenStats, backends, linear_token_stats, reference, tiling, token_stats
 from gear_kernels.reference import GRADIENT_NAMES
 
 ALL = reference.STAT_NAMES
@@ -435,6 +435,22 @@ def test_linear_values_and_gradients(backend, kind, workspace):
     want = gradients(lambda s, w, b=None: plain(s, w, b, teacher, targets, options, **call), *(x.double() for x in leaves))
     for g, w in zip(got, want, strict=True):
         assert (g.double() - w).norm() <= 3e-6 * w.norm()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("n", (4, 150, 1500))  # few rows make wide tiles; 1500 take two rounds of gradient GEMMs
+@pytest.mark.parametrize("name", ("native", "reference"))  # at a GPU's shapes: test_compile.py
+def test_tiles_and_sums_stay_within_the_workspace(name, n, dtype, monkeypatch):
+    student, teacher, weight, _, targets = hidden_case(2, n=n, width=160, vocab=4001, dtype=dtype)
+    calls, make = [], tiling.Linear.__post_init__
+    monkeypatch.setattr(tiling.Linear, "__post_init__", lambda self: (make(self), calls.append(self))[0])
+    with gear_kernels.backend(name):
+        out = linear_token_stats(student, weight.requires_grad_(), targets, teacher, workspace_bytes=1 << 20)
+        out.reverse_kl.sum().backward()
+    assert len(calls) == 2
+    for call in calls:  # "weight": the head's block in float32, a quarter more, where the back end multiplies no halves
+        held = {name: x.nbytes for name, x in call.scratch.items() if name != "weight"}
+        assert 0 < sum(held.values()) <= 1 << 20, held
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

@@ -161,17 +161,20 @@ bool has_product() {
 }
 
 using Half = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
-using Floats = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
 
-// out [m, n] float32 = a [m, k] @ b [k, n], both bfloat16; += where `add`.
-void product(const Half& a, const Half& b, Floats out, bool add, int threads) {
+// out [m, n], float32 or bfloat16, = a [m, k] @ b [k, n], both bfloat16; += where `add`, in float32 alone.
+void product(const Half& a, const Half& b, LogitsOut out, bool add, int threads) {
   require(has_product(), "this processor has no AVX512-BF16");
-  const Matrix x = matrix(a), y = matrix(b);
+  const Matrix x = matrix(a), y = matrix(b), z = matrix(out);
   require(x.dtype == Dtype::bf16 && y.dtype == Dtype::bf16, "operands must be bfloat16");
   Product p;
   p.rows = (int64_t)a.shape(0), p.depth = (int64_t)a.shape(1), p.columns = (int64_t)b.shape(1), p.add = add;
+  p.threads = threads > 1 ? threads : 1;
   require((int64_t)b.shape(0) == p.depth && (int64_t)out.shape(0) == p.rows && (int64_t)out.shape(1) == p.columns, "shapes");
-  p.a = static_cast<const uint16_t*>(x.data), p.b = static_cast<const uint16_t*>(y.data), p.out = out.data();
+  require(z.dtype == Dtype::f32 || (z.dtype == Dtype::bf16 && !add), "out must be float32, or bfloat16 and not added to");
+  p.a = static_cast<const uint16_t*>(x.data), p.b = static_cast<const uint16_t*>(y.data);
+  if (z.dtype == Dtype::f32) p.out = static_cast<float*>(out.data());
+  else p.rounded = static_cast<uint16_t*>(out.data());
   // where a dimension has one element, its stride may hold anything
   p.a_row = p.rows == 1 ? 1 : x.row_stride, p.a_step = p.depth == 1 ? 1 : x.col_stride;
   p.b_step = p.depth == 1 ? 1 : y.row_stride, p.b_column = p.columns == 1 ? 1 : y.col_stride;

@@ -3,6 +3,7 @@
 // A panel of B, 64 columns of up to kDepth rows, is packed in pairs of rows into 32 KiB of the L1; then 6 rows of A at a time run
 // through it with 24 accumulators. One Zen 5 core reaches 410 GFLOP/s for 256 rows (oneDNN with bfloat16 results: 450, float32
 // GEMMs: 95) and reads B at memory's speed for a few rows. No memory beside the stack.
+// Rounded results leave by way of float32 sums in the cache: a GEMM and a copy would write and read twice the bytes through memory.
 // An element's sum runs over blocks of kDepth from the first row of B on, in each by pairs in order: the result depends neither
 // on threads nor on the other rows and columns. The instruction reads subnormal inputs as 0 and flushes subnormal sums.
 #include "product.h"
@@ -17,7 +18,10 @@ namespace {
 
 constexpr int kDepth = 256, kColumns = 64, kRows = 6;
 constexpr int64_t kDirectRows = 384;  // of one job: B is packed once for them
-constexpr int64_t kPackedRows = 96;   // of one job where A is packed too, into 48 KiB
+constexpr int64_t kPackedRows = 96;   // of one job where A is packed too, into 48 KiB, or sums are kept, in 24 KiB
+// Of one job with few rows, which reads rows of B at memory's speed: [16, 151936] @ [151936, 4096] takes 140 ms by 64 columns, 89
+// by 256; or of one that keeps sums, in 96 KiB.
+constexpr int64_t kWideColumns = 256;
 
 inline int64_t at_most(int64_t a, int64_t most) { return a < most ? a : most; }
 inline int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -146,13 +150,31 @@ void multiply_rows(Words a, const uint32_t* panel, int64_t depth, int64_t rows, 
   }
 }
 
-// Many rows of A that can be read in place, and few columns; or few rows that are packed, and all columns.
+// Many rows of A that can be read in place, and few columns; or few rows that are packed, and all columns, unless their sums over
+// several blocks of the depth must be kept.
 inline bool direct(const Product& p) { return p.a_step == 1; }
-inline int64_t job_rows(const Product& p) { return direct(p) ? kDirectRows : kPackedRows; }
-inline int64_t job_columns(const Product& p) { return direct(p) ? kColumns : p.columns; }
+inline bool keeps(const Product& p) { return p.rounded && p.depth > kDepth; }
+inline int64_t job_rows(const Product& p) { return direct(p) && !p.rounded ? kDirectRows : kPackedRows; }
+inline int64_t job_columns(const Product& p) {
+  if (keeps(p)) return kWideColumns;
+  if (!direct(p)) return p.columns;
+  if (p.rows > kPackedRows || p.b_column != 1) return kColumns;
+  const int64_t share = p.columns / p.threads / kColumns * kColumns;  // of a thread
+  return share < kColumns ? kColumns : at_most(share, kWideColumns);
+}
 
 void zero(const Product& p) {
-  for (int64_t i = 0; i < p.rows && !p.add; ++i) memset(p.out + i * p.out_row, 0, p.columns * sizeof(float));
+  for (int64_t i = 0; i < p.rows && !p.add; ++i) {
+    if (p.rounded) memset(p.rounded + i * p.out_row, 0, p.columns * sizeof(uint16_t));
+    else memset(p.out + i * p.out_row, 0, p.columns * sizeof(float));
+  }
+}
+
+void round_panel(const float* sums, int64_t rows, int64_t n, uint16_t* to, int64_t step) {
+  for (int64_t i = 0; i < rows; ++i, sums += kColumns, to += step)
+    for (int j = 0; j < kColumns; j += 32)
+      _mm512_mask_storeu_epi16(to + j, first(n - j),
+                               (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + j + 16), _mm512_load_ps(sums + j)));
 }
 
 }  // namespace
@@ -165,6 +187,7 @@ int64_t product_jobs(const Product& p) {
 void product_job(const Product& p, int64_t job) {
   if (p.depth == 0) return zero(p);
   alignas(64) uint32_t panel[kDepth / 2 * kColumns], packed[kDepth / 2 * kPackedRows];
+  alignas(64) float kept[kPackedRows * kWideColumns];
   const int64_t tall = blocks(p.rows, job_rows(p)), row = job % tall * job_rows(p), rows = at_most(p.rows - row, job_rows(p));
   const int64_t begin = job / tall * job_columns(p), end = at_most(p.columns, begin + job_columns(p));
   for (int64_t k = 0; k < p.depth; k += kDepth) {
@@ -178,7 +201,13 @@ void product_job(const Product& p, int64_t job) {
     for (int64_t column = begin; column < end; column += kColumns) {
       const int64_t n = at_most(end - column, kColumns);
       pack_panel(p, k, depth, column, n, panel);
-      multiply_rows(a, panel, depth, rows, p.out + row * p.out_row + column, p.out_row, n, p.add || k > 0);
+      if (!p.rounded) {
+        multiply_rows(a, panel, depth, rows, p.out + row * p.out_row + column, p.out_row, n, p.add || k > 0);
+        continue;
+      }
+      float* sums = kept + (keeps(p) ? (column - begin) * kPackedRows : 0);
+      multiply_rows(a, panel, depth, rows, sums, kColumns, kColumns, k > 0);
+      if (k + depth == p.depth) round_panel(sums, rows, n, p.rounded + row * p.out_row + column, p.out_row);
     }
   }
 }
