@@ -79,12 +79,7 @@ def trainers(_: Case) -> dict[str, torch.Tensor]:
 
 def with_head(function: Callable) -> Callable:
     """The backbone as the trainer runs it, then a peer's head."""
-
-    def call(case: Case) -> dict[str, torch.Tensor]:
-        b, hidden = batch(), hidden_states(policy().lm, batch().input_ids)
-        return function(replace(case, student=hidden[b.student_index], teacher=hidden[b.teacher_index]))
-
-    return call
+    return lambda _: function(case_of(policy().lm))
 
 
 def _entrants() -> list:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from .cases import PASSES, QWEN3_VOCABULARY, QWEN3_WIDTHS, SMALL, Case, Truth, find_truth, make_case, plain
-from .cpu_report import DTYPES, PRODUCTS, TRAFFIC, first_call
+from .cpu_report import DTYPES, TRAFFIC, first_call
 from .measure import extra_memory, keep_freed_blocks
 from .peers import OURS, PEERS, Peer
+from .projections import GEMMS
 
 
 class Given(NamedTuple):
@@ -75,7 +76,7 @@ def bench_statistics(benchmark, given: Given, peer: Peer, passes: str):
     assert not (row.wrong and peer.name == OURS), row.errors
     benchmark.group = f"{given.kind}, {plain(given.dtype)}, {passes}, {given.name} {list(given.shape)}"
     benchmark.pedantic(call, rounds=3) if given in FULL else benchmark(call)
-    flops = PRODUCTS[passes] * 2 * math.prod(given.shape) if given.kind == "hidden" else None
+    flops = GEMMS[passes] * 2 * math.prod(given.shape) if given.kind == "hidden" else None
     note(benchmark, peer.name, {"bytes": moved(case, passes), "flops": flops, "extra_mib": extra_memory(call)}, row.errors)
 
 

@@ -90,8 +90,12 @@ def _sampled(logits: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     return torch.argmax(logits - noise.log_(), -1)
 
 
-def runner(function: Callable, case: Case, passes: str) -> Callable[[], tuple]:
-    """A call that gives (outputs, gradients): forward as in scoring, without autograd; or through the case's loss and back."""
+def runner(function: Callable, case: Case, passes: str, loss: Callable | None = None) -> Callable[[], tuple]:
+    """A call that gives (outputs, gradients): forward as in scoring, without autograd; or through the loss and back.
+
+    loss: of the outputs; the case's own by default.
+    """
+    loss = loss or case.loss
 
     def forward():
         with torch.no_grad():
@@ -99,7 +103,7 @@ def runner(function: Callable, case: Case, passes: str) -> Callable[[], tuple]:
 
     def both():
         outputs = function(case)
-        return outputs, torch.autograd.grad(case.loss(outputs), case.leaves)
+        return outputs, torch.autograd.grad(loss(outputs), case.leaves)
 
     return forward if passes == "forward" else both
 

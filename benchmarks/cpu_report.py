@@ -38,7 +38,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 PACKAGES = ("gear-kernels", "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
 # Tensors of [N, V] that a pass over given logits must move at least: both heads read; backward reads them again and writes one
 TRAFFIC = {"forward": 2, "forward+backward": 5}
-PRODUCTS = {"forward": 2, "forward+backward": 6}  # GEMMs of [N, D] and the head, as in `gemms`
 
 
 @dataclass(frozen=True)

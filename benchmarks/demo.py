@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -17,9 +16,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
+
+from gear_trainer.metrics import read_metrics
 
 from .cpu_report import RESULTS, environment
 from .measure import OtherLoad
@@ -36,8 +36,7 @@ def train(method: str, seed: int, folder: Path) -> None:
     options = [f"credit={method}", f"seed={seed}", f"name={method}-{seed}", f"output_dir={folder}"]
     launch = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error", "--num_gpus", "2"]
     command = [*launch, "gear_trainer/run.py", "--config", CONFIG, *options]
-    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | accelerator, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(options)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
@@ -46,7 +45,7 @@ def summary(path: Path) -> dict:
     """Of a run's metrics.jsonl: held-out success by step, and medians over its steps: seconds by phase, of the whole step
     without the held-out evaluation, policy tokens, share of trajectories whose advantage is 0.
     """
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_metrics(path)
     steps = [m for m in lines if "seconds" in m]
     if not steps:
         raise SystemExit(f"{path}: no step with seconds by phase in it; is it the metrics.jsonl of a run that took a step?")
@@ -61,12 +60,8 @@ def summary(path: Path) -> dict:
 def typical(runs: list[dict], method: str) -> dict:
     """Medians over the runs of one method."""
     own = [run for run in runs if run["method"] == method]
-
-    def middle(values: Iterable[float]) -> float:
-        return statistics.median(list(values))
-
-    seconds = {name: middle(run["seconds"][name] for run in own) for name in PHASES}
-    rest = {name: middle(run[name] for run in own) for name in ("steps", "step", "policy_tokens", "zero_advantage")}
+    seconds = {name: statistics.median(run["seconds"][name] for run in own) for name in PHASES}
+    rest = {name: statistics.median(run[name] for run in own) for name in ("steps", "step", "policy_tokens", "zero_advantage")}
     return {"seconds": seconds, **rest}
 
 

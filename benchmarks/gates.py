@@ -37,15 +37,15 @@ from gear_kernels import backends, ops, tiling
 from . import instructions
 from .cases import PASSES, SMALL, Case, make_case, plain, runner
 from .cpu_report import DTYPES, RESULTS
-from .gpu_items import SHAPE
-from .measure import elapsed_ms, interleave, keep_freed_blocks
+from .measure import elapsed_ms, interleave, keep_freed_blocks, one_thread
 from .packs import SMALL_PACK, TOKEN_BYTES, pack
 from .peers import OURS, peers
+from .projections import HEAD_SHAPE
 
 TABLE = "gates.json"
 CREDIT = "credit_weights, typical pack"
 _NAMES = {"logits": "token_stats", "hidden": "linear_token_stats"}
-_SHAPES = {"cpu": SMALL, "gpu": {"logits": (1024, 32003), "hidden": SHAPE}}
+_SHAPES = {"cpu": SMALL, "gpu": {"logits": (1024, 32003), "hidden": HEAD_SHAPE}}
 _REPEATS = 3
 _FIGURES = ("peak_bytes", "operators", "launches", "synchronisations")
 
@@ -235,16 +235,13 @@ def ratios(only: str = "", rounds: int = 25) -> dict[str, float]:
     """Time of each operation over that of its baseline, by name: the quickest calls on one thread, because two threads that wait
     for one another beside a neighbour's load take anything from one to three times as long.
     """
-    found, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)
+    found = {}
     keep_freed_blocks()
-    try:
+    with one_thread():
         for name, ours, baseline in _timed(only):
             calls = {"ours": ours, "baseline": baseline}
             times = interleave(calls, {key: elapsed_ms(call) for key, call in calls.items()}, rounds, seconds=1.5)
             found[name] = times["ours"].least_ms / times["baseline"].least_ms
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 

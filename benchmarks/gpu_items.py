@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-SHAPE = (8192, 151936, 4096)  # N, V, D: that of DESIGN.md's limits
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 

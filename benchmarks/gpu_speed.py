@@ -18,20 +18,22 @@ import torch
 from gear_kernels import backends, linear_token_stats, reference, tiling
 from gear_kernels.reference import STAT_NAMES
 
-from .cases import PASSES, Case, make_case, plain
+from .cases import PASSES, Case, make_case, plain, runner
 from .gpu_compare import named, weighted
-from .gpu_items import BF16, F32, SHAPE, Item, Setting, Skip, is_fatal, synchronize
+from .gpu_items import BF16, F32, Item, Setting, Skip, is_fatal, synchronize
 from .measure import MIB, ReadBandwidth, elapsed_ms, extra_memory
+from .packs import TOKEN_BYTES
 from .packs import packs as credit_packs
 from .peers import ALL as DEFAULT
 from .peers import OURS, Peer, PeerMissing, eager_stats, peers, trl_kernels
+from .projections import HEAD_SHAPE
 
 # --- ceilings ---------------------------------------------------------------------------------------------------------------
 
 
 def ceiling_items(setting: Setting) -> list[Item]:
     """GB/s (1e9 bytes) and TFLOP/s that this device reaches."""
-    n, vocab, width = setting.pick(SHAPE, (64, 512, 32))
+    n, vocab, width = setting.pick(HEAD_SHAPE, (64, 512, 32))
     tile = max(64, tiling.limits(torch.device(setting.device)).tile // (8 * n))  # columns of both heads' float32 tile
     return [
         Item("copy", lambda: _copy_ceiling(setting)),
@@ -133,14 +135,14 @@ def _peer_item(setting: Setting, peer: Peer, kind: str, dtype: torch.dtype, pass
 
 @functools.lru_cache(maxsize=1)  # some 6 GB; items of one case follow each other
 def _case(setting: Setting, kind: str, dtype: torch.dtype) -> Case:
-    n, vocab, width = setting.pick(SHAPE, (16, 1187, 32))
+    n, vocab, width = setting.pick(HEAD_SHAPE, (16, 1187, 32))
     return make_case(kind, dtype, n, vocab, width, setting.device)
 
 
 def _peer(setting: Setting, peer: Peer, case: Case, passes: str) -> dict:
     try:
         function = peer.load()
-        return {**_measured(setting, case, function, case.loss, passes), **_floor(setting, case, passes, "default")}
+        return {**_measured(setting, case, function, case.loss, passes), **_floor(case, passes, "default")}
     except PeerMissing as error:
         raise Skip(f"not installed: {error}") from error
     except Exception as error:
@@ -155,20 +157,12 @@ def _ours_hidden(setting: Setting, names: tuple[str, ...], label: str, passes: s
     def function(case: Case) -> dict[str, torch.Tensor]:
         return named(linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=names), names)
 
-    return {**_measured(setting, case, function, weighted, passes), **_floor(setting, case, passes, label), "label": label}
+    return {**_measured(setting, case, function, weighted, passes), **_floor(case, passes, label), "label": label}
 
 
 def _measured(setting: Setting, case: Case, function: Callable, loss: Callable, passes: str) -> dict:
     """Time, peak memory beside what was held (results included, and without the gradients), error of the outputs."""
-
-    def forward():
-        with torch.no_grad():
-            return function(case)
-
-    def both():
-        return torch.autograd.grad(loss(function(case)), case.leaves)
-
-    call = forward if passes == "forward" else both
+    call = runner(function, case, passes, loss)
     start = time.perf_counter()
     call()
     synchronize(setting)
@@ -178,7 +172,7 @@ def _measured(setting: Setting, case: Case, function: Callable, loss: Callable, 
     results = 0 if passes == "forward" else sum(leaf.numel() * leaf.element_size() for leaf in case.leaves) / MIB
     if extra is not None:
         found |= {"extra_mib": extra, "beside_results_mib": extra - results}
-    return {**found, "error": _error(case, forward())}
+    return {**found, "error": _error(case, runner(function, case, "forward")()[0])}
 
 
 def _error(case: Case, outputs: dict[str, torch.Tensor], rows: int = 32) -> float:
@@ -194,11 +188,10 @@ def _error(case: Case, outputs: dict[str, torch.Tensor], rows: int = 32) -> floa
 
 def _credit_speed(setting: Setting, name: str) -> dict:
     p = credit_packs(setting.pick(1 << 20, 1 << 12))[name].to(setting.device)
-    floor = {"floor_bytes": 29 * p.signal.numel()}  # two rows read, four floats, an id and a flag written
-    return {**spread(timed_ms(p.credit, setting)), **floor}
+    return {**spread(timed_ms(p.credit, setting)), "floor_bytes": TOKEN_BYTES * p.signal.numel()}
 
 
-def _floor(setting: Setting, case: Case, passes: str, label: str) -> dict:
+def _floor(case: Case, passes: str, label: str) -> dict:
     """What must be done at least: GEMM flops from hidden states, bytes of logits moved. jsd needs the logits a second time."""
     sweeps = 2 if label == "all seven" else 1
     n = len(case.targets)

@@ -82,6 +82,17 @@ def elapsed_ms(call: Call, device: str = "cpu") -> float:
     return spent * 1e3
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's and the compiled pass' operators on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class OtherLoad:
     """Share of the processors' time that others took (other processes, and the hypervisor's steal) since it was made.
 

@@ -17,6 +17,7 @@ from . import demo
 from .credit_report import LOOP
 from .gpu_report import GOALS
 from .peers import OURS
+from .projections import HEAD_SHAPE
 from .scaling import AXES, EAGER, FILE, GEMMS, PASSES, PLOTS, RESULTS, ROOT, series
 from .tables import _markdown_row
 
@@ -335,7 +336,7 @@ def gpus(reports: dict[str, dict], compiled: dict) -> list[str]:
         f"Compiled, not run: {len(compiled['rows'])} Triton kernels for {', '.join(targets)} (Triton {compiled['triton']}), "
         f"{spills} bytes spilled."
     )
-    lines = ["## GPUs", "", *table(["N, V, D = 8192, 151936, 4096", "goal", "GEMMs alone", "measured"], rows)]
+    lines = ["## GPUs", "", *table([f"N, V, D = {', '.join(map(str, HEAD_SHAPE))}", "goal", "GEMMs alone", "measured"], rows)]
     never = (
         "**Nothing on this page was measured on a GPU.** Never run on one: every Triton kernel (they run in Triton's interpreter "
         "and compile), CUDA graphs, NCCL, the CUDA branches of the benchmarks' instruments, colocated vLLM on CUDA and the "

@@ -16,7 +16,7 @@ from gear_trainer.model import hidden_states
 from gear_trainer.rollout import Rollout
 from gear_trainer.tasks import make_task
 
-from .measure import OtherLoad, elapsed_ms, interleave, keep_freed_blocks
+from .measure import OtherLoad, elapsed_ms, interleave, keep_freed_blocks, one_thread
 
 STEP = 5  # of the run: early enough for half of the trajectories to have an advantage
 STUDENT, TEACHER = ("logprobs", "entropy"), ("logprobs", "entropy", "teacher_logprobs")
@@ -39,14 +39,9 @@ def measure(run: Path, rounds: int = 15) -> dict:
     rows = split_rows(rollouts, list(range(len(rollouts))), config["train"]["tokens_per_micro_batch"], teacher=True)
     calls = _parts(lm, rollouts, [micro_batch(rollouts, part, teacher=True) for part in rows], advantages)
     keep_freed_blocks()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            first, load = {name: elapsed_ms(call) for name, call in calls.items()}, OtherLoad()
-            timings = interleave(calls, first, rounds)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), torch.no_grad():
+        first, load = {name: elapsed_ms(call) for name, call in calls.items()}, OtherLoad()
+        timings = interleave(calls, first, rounds)
     tokens = sum(len(r.policy_positions) for r in rollouts)
     found = {"step": STEP, "trajectories": len(rollouts), "policy_tokens": tokens, "other_load": load.share()}
     return found | {"parts": {name: asdict(t) for name, t in timings.items()}}

@@ -113,12 +113,12 @@ class Linear:
         """Whether GEMMs of this half dtype have float32 results here; torch's on a CPU do not, the compiled pass' may."""
         return on_gpu(self.student.device) or self.tiles.multiplies(dtype)
 
-    def span(self, rows: int, columns: int, weight_sums: bool) -> int:
+    def span(self, rows: int, columns: int, summed: bool) -> int:
         """Columns of one round of gradient GEMMs: dz and the weight's sums take what tiles leave. Several tiles, or a part of one
         where few rows made it wide.
         """
         item = rows * self.dz_dtype.itemsize
-        if weight_sums and self.head.weight.dtype != self.wide:
+        if summed:
             item += self.head.weight.shape[1] * self.wide.itemsize
         fit = (self.workspace - self.tile_bytes()) // item
         return min(self.head.columns, fit // columns * columns or max(_NARROWEST, fit - fit % _NARROWEST))
@@ -243,13 +243,13 @@ class Linear:
         )
         shape = self.tile_shape()
         rows = self.part_rows(shape)
-        summed = weight and not self._rounds(out.weight, rows)
+        summed = weight and self._sums_weight(out.weight, rows)
         for span in _blocks(slice(0, head.columns), self.span(rows, shape[1], summed)):
-            block = self._weight_sums(out, span, summed)
+            block = self._weight_sums(span) if summed else out.weight[span] if weight else None
             for part in _blocks(slice(0, len(self.student)), rows):
                 dz = self._dz(part, span, shape, state, grads)
                 self._add(out, block, dz, part, span)
-            if block is not None and block.dtype != head.weight.dtype:
+            if summed:
                 out.weight[span] = block
         if out.weight is not None:
             out.weight[head.columns :] = 0
@@ -260,16 +260,15 @@ class Linear:
         like = (self.student, head.weight, head.bias)
         return [None if g is None else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
 
-    def _rounds(self, weight: torch.Tensor, rows: int) -> bool:
-        """Whether one product a span gives the weight's gradient in its own dtype, by the back end."""
-        one = rows >= len(self.student) and weight.stride(1) == 1
-        return one and self.student.dtype == weight.dtype and self.tiles.multiplies(weight.dtype)
+    def _sums_weight(self, gradient: torch.Tensor, rows: int) -> bool:
+        """Whether the weight's gradient is summed in float32 blocks that are rounded once: it is narrower, and no single product
+        of the back end gives a block of it.
+        """
+        single = rows >= len(self.student) and gradient.stride(1) == 1 and self.student.dtype == gradient.dtype
+        return gradient.dtype != self.wide and not (single and self.tiles.multiplies(gradient.dtype))
 
-    def _weight_sums(self, out: _Sums, span: slice, summed: bool) -> torch.Tensor | None:
-        """Where the weight's gradient of this span is summed: in place, or in a float32 block that is rounded once."""
-        if not summed or out.weight.dtype == self.wide:
-            return None if out.weight is None else out.weight[span]
-        return self.buffer("weight sums", span.stop - span.start, out.weight.shape[1], dtype=self.wide)
+    def _weight_sums(self, span: slice) -> torch.Tensor:
+        return self.buffer("weight sums", span.stop - span.start, self.head.weight.shape[1], dtype=self.wide)
 
     def _dz(self, part: slice, span: slice, shape: tuple[int, int], state: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         dz = self.buffer("dz", part.stop - part.start, span.stop - span.start, dtype=self.dz_dtype)
