@@ -2,10 +2,17 @@
 
 A checkpoint holds ZeRO-3's shards (parameters, float32 masters, Adam's moments) and those of a teacher that follows the policy.
 Nothing else has state: problems, sampling seeds and the learning rate are functions of (seed, step).
+
+`checkpoints/step-N` is finished once `manifest.json` stands in it, with the size and SHA-256 of every file; `checkpoints/latest`
+names the finished one to go on from. A kill at any moment leaves `latest` on a finished one: what is above it is removed before
+the next save, what is below it only after `latest` has moved.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,38 +21,130 @@ import torch
 import torch.distributed as dist
 
 from gear_trainer.config import Config, ConfigError
+from gear_trainer.runs import RunError
+from gear_trainer.runs.files import aside, sync, write_whole
 from gear_trainer.sync import whole_state_dict
 from gear_trainer.teacher import Teacher
 
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d+)")
+
 
 def save(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) -> None:
-    """Write `checkpoints/step-N`, then point `latest` at it in one rename: a kill between leaves the one before. Collective."""
-    root = cfg.run_dir / "checkpoints"
-    engine.save_checkpoint(str(root), tag=f"step-{step}", client_state={"step": step}, save_latest=False)
-    if teacher is not None and teacher.follows:
-        torch.save(teacher.state(), _teacher_file(root, step))
-    dist.barrier()
+    """Write `checkpoints/step-N`, then point `latest` at it. Collective.
+
+    Raises RunError where the weights are not finite (nothing is written then) or the files cannot be written.
+    """
+    root = _root(cfg)
+    before = latest_step(cfg)
+    _check_finite(engine, step, before)
     if dist.get_rank() == 0:
-        partial = root / "latest.partial"
-        partial.write_text(f"step-{step}")
-        partial.replace(root / "latest")
-        for old in sorted(root.glob("step-*"), key=_step)[: -cfg.checkpoint.keep]:
-            shutil.rmtree(old)
+        _clear_above(root, before)
     dist.barrier()
+    try:
+        engine.save_checkpoint(str(root), tag=f"step-{step}", client_state={"step": step}, save_latest=False)
+        if teacher is not None and teacher.follows:
+            torch.save(teacher.state(), _teacher_file(root, step))
+        _finish(root / f"step-{step}", cfg.checkpoint.keep)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError about positions
+        if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise RunError(_cannot_write(root, step, before, error)) from error
+
+
+def _finish(folder: Path, keep: int) -> None:
+    """Have the shards on the disk, list them, move `latest`, prune. In this order, each step done before the next."""
+    sums = {path.name: _describe(path, flush=True) for path in _own_files(folder)}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, sums)
+    if dist.get_rank() == 0:
+        files = {name: entry for part in gathered for name, entry in part.items()}
+        write_whole(folder / MANIFEST, json.dumps(files, indent=1, sort_keys=True))
+        sync(folder.parent)
+        write_whole(folder.parent / "latest", folder.name)
+        for old in [path for path in _steps(folder.parent) if _number(path) < _number(folder)][: -(keep - 1) or None]:
+            _remove(old)
+    dist.barrier()
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """The files that this rank has written, and reads again; rank 0 answers for those that bear no rank."""
+    own = []
+    for path in sorted(folder.glob("*.pt")):
+        found = re.search(r"rank_?(\d+)", path.name)
+        if int(found.group(1)) == dist.get_rank() if found else dist.get_rank() == 0:
+            own.append(path)
+    return own
+
+
+def _describe(path: Path, flush: bool = False) -> list[Any]:
+    """[bytes, SHA-256]: 0.7 s a GB, of what is in the page cache anyway."""
+    if flush:
+        sync(path)
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _cannot_write(root: Path, step: int, before: int, error: Exception) -> str:
+    free = shutil.disk_usage(root).free
+    reason = "the disk is full" if free < 1 << 20 or getattr(error, "errno", None) == 28 else str(error).splitlines()[0]
+    return (
+        f"{root}/step-{step} could not be written: {reason} ({free / 1e9:.2f} GB free there); make room, "
+        f"then --resume goes on {f'from step {before}' if before else 'from the start, as no checkpoint was finished'}"
+    )
+
+
+def _check_finite(engine: Any, step: int, before: int) -> None:
+    """Every rank looks at its own shards: a policy of NaN must never replace one that can be gone on with."""
+    shards = [getattr(p, "ds_tensor", p.detach()) for p in engine.module.parameters()]
+    bad = torch.tensor(int(not all(bool(torch.isfinite(t).all()) for t in shards)), device=engine.device)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if bad:
+        where = f"step {before}, the last checkpoint," if before else "the start, as no checkpoint was finished,"
+        raise RunError(
+            f"step {step}: the policy's weights are not finite, no checkpoint was written; go on from {where} with --resume "
+            "and a lower train.lr"
+        )
 
 
 def latest_step(cfg: Config) -> int:
-    """The step that --resume goes on from; 0 where no checkpoint was finished."""
-    pointer = cfg.run_dir / "checkpoints" / "latest"
-    return _step(Path(pointer.read_text())) if pointer.is_file() else 0
+    """The step that --resume goes on from; 0 where no checkpoint was finished. Raises ConfigError where `latest` is damaged."""
+    root = _root(cfg)
+    pointer = root / "latest"
+    finished = [path.name for path in _finished(root)]
+    if not pointer.is_file():
+        if not finished:
+            return 0
+        raise ConfigError(f"{pointer} is missing: write one of {', '.join(finished)} into it, the checkpoint to go on from")
+    text = pointer.read_bytes().decode("utf-8", "replace").strip()
+    if not _STEP.fullmatch(text) or not (root / text).is_dir():
+        known = f"write one of {', '.join(finished)} into it" if finished else "start anew without --resume"
+        raise ConfigError(f"{pointer} says {text[:40]!r}, which is no checkpoint in {root}: {known}")
+    return _number(root / text)
+
+
+def check(cfg: Config, step: int) -> None:
+    """Hold `checkpoints/step-N` to its manifest, before any engine starts; each rank reads its own files. Collective.
+
+    Raises ConfigError, the same on all ranks, where a file is damaged or as many ranks as now did not write it.
+    """
+    root = _root(cfg)
+    folder = root / f"step-{step}"
+    ranks = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
+    if ranks != dist.get_world_size():
+        raise ConfigError(f"{folder}: written by {ranks} ranks, resumed with {dist.get_world_size()}; use as many")
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _damage(folder))
+    damaged = [text for text in found if text]
+    if damaged:
+        others = [path.name for path in _finished(root) if path != folder]
+        mend = f"write {others[-1]} into {root}/latest to go on from there" if others else "no other one is left: start anew"
+        raise ConfigError(f"{damaged[0]}; the checkpoint cannot be used: copy the file again, or {mend}")
 
 
 def load(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) -> None:
-    """Collective. Raises ConfigError where the checkpoint was written by another number of ranks, or for another teacher."""
-    root = cfg.run_dir / "checkpoints"
-    ranks = len(list((root / f"step-{step}").glob("*zero_pp_rank_*_optim_states.pt")))
-    if ranks != dist.get_world_size():
-        raise ConfigError(f"{root}/step-{step}: written by {ranks} ranks, resumed with {dist.get_world_size()}; use as many")
+    """Load `checkpoints/step-N`, which `check` has passed. Collective. Raises ConfigError where it is for another teacher."""
+    root = _root(cfg)
     path, _ = engine.load_checkpoint(str(root), tag=f"step-{step}")
     if path is None:
         raise ConfigError(f"{root}/step-{step}: DeepSpeed could not load it; remove it and set `latest` to an earlier step")
@@ -54,6 +153,25 @@ def load(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) ->
         if not own.is_file():
             raise ConfigError(f"{own} is missing: the run had no teacher.weights={cfg.teacher.weights}; resume as it was started")
         teacher.load_state(torch.load(own, weights_only=True))
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with this rank's part of a checkpoint; None where nothing is."""
+    manifest = folder / MANIFEST
+    try:
+        files = json.loads(manifest.read_text())
+    except (OSError, ValueError):
+        return f"{manifest} is missing or damaged"
+    own = {path.name: path for path in _own_files(folder)}
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, {size} were written"
+        if name in own and _describe(path)[1] != digest:
+            return f"{path} is damaged: its bytes are not those that were written (SHA-256)"
+    return None
 
 
 def _teacher_file(root: Path, step: int) -> Path:
@@ -71,13 +189,38 @@ def export(engine: Any, cfg: Config, tokenizer: Any) -> None:
     dist.barrier()
 
 
-def _step(path: Path) -> int:
-    return int(path.name.split("-")[1])
+def _root(cfg: Config) -> Path:
+    return cfg.run_dir / "checkpoints"
 
 
-def next_free(path: Path) -> Path:
-    """`path`.1, .2, ...: the first that does not exist. A new run moves an older one of its name there: nothing is lost."""
-    n = 1
-    while (moved := path.with_name(f"{path.name}.{n}")).exists():
-        n += 1
-    return moved
+def _steps(root: Path) -> list[Path]:
+    """The step folders there by rising number, finished or not."""
+    return sorted((path for path in root.glob("step-*") if _STEP.fullmatch(path.name)), key=_number)
+
+
+def _finished(root: Path) -> list[Path]:
+    return [path for path in _steps(root) if (path / MANIFEST).is_file()]
+
+
+def _number(path: Path) -> int:
+    return int(_STEP.fullmatch(path.name).group(1))
+
+
+def _clear_above(root: Path, step: int) -> None:
+    """Remove what a kill left unfinished past `step`. A finished one stands there where `latest` was set back: it moves aside."""
+    for path in _steps(root):
+        if _number(path) > step:
+            if (path / MANIFEST).is_file():
+                path.rename(aside(root.parent, step) / path.name)
+            else:
+                _remove(path)
+    for path in root.glob("*.removing"):
+        shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """In two moves, so that a folder that bears a step's name is never half empty."""
+    gone = path.with_name(f"{path.name}.removing")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)

@@ -74,7 +74,7 @@ class WriterConfig(Section):
 
 class TrainConfig(Section):
     steps: int = Field(100, ge=1, description="rollout steps")
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, le=1, description="of AdamW; above 1 the first update already destroys the policy")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -157,6 +157,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_logprob_gap: float = Field(
         0.5, gt=0, description="nats; a mean trainer-vs-vLLM gap above it on the first step stops the run (weights not in sync)"
+    )
+    rank_timeout: float = Field(
+        600.0, gt=0, description="seconds without a sign of life after which a rank counts as lost, and the run ends naming it"
     )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged over the generated DeepSpeed config")
 

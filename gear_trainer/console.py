@@ -42,7 +42,7 @@ def _line(m: dict[str, Any], steps: int) -> str:
         f"success {m['success']:.3f}",
         f"segments {m['segments_per_trajectory'] or 0:.2f}",
         f"W+ {_or_one(m['mean_weight_positive']):.3f} W- {_or_one(m['mean_weight_negative']):.3f}",
-        f"gap {m['logprob_gap_max']:.1e}",
+        "[red]gap not finite[/]" if m["logprob_gap_max"] is None else f"gap {m['logprob_gap_max']:.1e}",
         f"{m['tokens_per_second']:.0f} tok/s",
         f"{m['seconds']['step']:.1f} s",
     ]
@@ -50,6 +50,8 @@ def _line(m: dict[str, Any], steps: int) -> str:
         parts.insert(3, f"divergence {m['divergence']:.3f}")
     if m.get("references_failed"):
         parts.append(f"[yellow]{m['references_failed']:.0f} group(s) without a reference[/]")
+    if m["updates_skipped"]:
+        parts.append(f"[red]{m['updates_skipped']:.0f} update(s) skipped: not finite[/]")
     if "held_out_success" in m:
         parts.append(f"[bold]held-out success {m['held_out_success']:.3f}[/]")
     return " | ".join(parts)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gear_trainer.config import Config
+from gear_trainer.runs.files import aside, write_whole
 
 
 class Sums:
@@ -32,7 +33,8 @@ class Sums:
         self.add(name, values.double().sum().item(), values.numel())
 
     def peak(self, name: str, value: float) -> None:
-        self._peaks[name] = max(self._peaks.get(name, 0.0), float(value))
+        before, value = self._peaks.get(name, 0.0), float(value)
+        self._peaks[name] = value if value != value else max(before, value)  # a NaN stays: max(0, nan) would hide it
 
     def means(self, device: torch.device) -> dict[str, float | None]:
         """Mean of each name over ranks (None where nothing was counted) and the largest of each peak."""
@@ -67,7 +69,7 @@ class Phases:
 
 
 class RunFiles:
-    """Rank 0's writer: metrics.jsonl, TensorBoard, one rollout file a step. Everything past a resumed step is cut first."""
+    """Rank 0's writer: metrics.jsonl, TensorBoard, one rollout file a step. What is past a resumed step is moved aside first."""
 
     def __init__(self, cfg: Config, resume_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -75,10 +77,7 @@ class RunFiles:
         self.dir = cfg.run_dir
         (self.dir / "rollouts").mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.dir / "metrics.jsonl"
-        _keep_until(self.metrics_path, resume_step)
-        for path in (self.dir / "rollouts").glob("step-*.jsonl"):
-            if int(path.stem.split("-")[1]) > resume_step:
-                path.unlink()
+        _keep_until(self.dir, resume_step)
         self.board = SummaryWriter(str(self.dir / "tensorboard"), purge_step=resume_step + 1)
 
     def metrics(self, values: dict[str, Any]) -> None:
@@ -92,10 +91,7 @@ class RunFiles:
         self.board.flush()
 
     def rollouts(self, step: int, records: list[dict[str, Any]]) -> None:
-        path = self.dir / "rollouts" / f"step-{step:05d}.jsonl"
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in records))
-        partial.replace(path)
+        write_whole(self.dir / "rollouts" / f"step-{step:05d}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -109,11 +105,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def _keep_until(path: Path, step: int) -> None:
-    kept = [m for m in read_metrics(path) if m["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(m) + "\n" for m in kept))
-    partial.replace(path)
+def _keep_until(run_dir: Path, step: int) -> None:
+    """Leave the steps that a resumed run goes on from; those past them will be made again, and move to a folder of their own."""
+    metrics = run_dir / "metrics.jsonl"
+    steps = read_metrics(metrics)
+    files = [path for path in (run_dir / "rollouts").glob("step-*.jsonl") if int(path.stem.split("-")[1]) > step]
+    past = [m for m in steps if m["step"] > step]
+    if past or files:
+        moved = aside(run_dir, step)
+        write_whole(moved / metrics.name, "".join(json.dumps(m) + "\n" for m in past))
+        for path in files:
+            path.rename(moved / path.name)
+    write_whole(metrics, "".join(json.dumps(m) + "\n" for m in steps if m["step"] <= step))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

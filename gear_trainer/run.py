@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
+import errno
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -29,18 +30,51 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     _share_cores()
     _quiet()
-    from gear_kernels import GearKernelsError
-    from gear_trainer.tasks.base import TaskError
-
     try:
         cfg = load_config(args.config, args.overrides)
         return _dry_run(cfg) if args.dry_run else _train(cfg, args.resume)
-    except (ConfigError, TaskError, GearKernelsError) as error:
+    except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"gear_trainer: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # a launcher kills all ranks once one has exited: let rank 0 print first
-        return 2
+            print("gear_trainer: interrupted before training began", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Say once, on one of the ranks, why the run ends; what the user can mend is one line. Returns the exit code."""
+    from gear_kernels import GearKernelsError
+    from gear_trainer.runs import RunError
+    from gear_trainer.runs.ranks import Beats
+    from gear_trainer.tasks.base import TaskError
+
+    beats, rank = Beats.running, int(os.environ.get("RANK", 0))
+    line = beats.blame(error) if beats else None
+    if line:
+        beats.leave(line)
+    if beats:
+        beats.fail(f"{type(error).__name__}: {error}")
+    code = 2 if isinstance(error, (ConfigError, TaskError, GearKernelsError)) else 1
+    if code == 1 and not isinstance(error, RunError) and getattr(error, "errno", None) != errno.ENOSPC:
+        said = "".join(traceback.format_exception(error))
+    elif isinstance(error, OSError):
+        said = f"gear_trainer: the disk is full ({error.filename or 'a file of the run'}): make room, then --resume goes on\n"
+    else:
+        said = f"gear_trainer: {error}\n"
+    if rank and not _speaks(beats, error):
+        return code
+    print((f"[rank {rank}] " if rank else "") + said, end="", file=sys.stderr, flush=True)
+    return code
+
+
+def _speaks(beats, error: Exception) -> bool:
+    """Whether a rank other than 0 has something to say that rank 0 does not: the same error is most often raised on all."""
+    import torch.distributed as dist
+
+    time.sleep(3)  # a launcher kills all ranks once one has exited: let rank 0 print first
+    if not dist.is_initialized():
+        return False
+    return beats is None or beats.said_by(0) != f"{type(error).__name__}: {error}"
 
 
 def _share_cores() -> None:
@@ -71,9 +105,13 @@ def _dry_run(cfg: Config) -> int:
 
 def _train(cfg: Config, resume: bool) -> int:
     from gear_trainer.plan import check, check_launch
+    from gear_trainer.runs.files import lock_run
+    from gear_trainer.runs.interrupts import Interrupts
 
     check_launch(cfg)
     task, method = check(cfg)
+    interrupts = Interrupts()
+    lock = lock_run(cfg) if int(os.environ["RANK"]) == 0 else None  # before anything that takes time, or that is written
     _set_environment()
     from gear_trainer.endpoint import connect
     from gear_trainer.model import check_hub_model, resolve_model_path
@@ -82,9 +120,12 @@ def _train(cfg: Config, resume: bool) -> int:
     # every rank asks for itself, as it will during the run
     endpoint = connect(cfg.writer, cfg.rollout.max_model_len) if cfg.writes_references and cfg.writer.url else None
     model_path = resolve_model_path(cfg, task)  # before the process group: a warm start outlasts a collective's patience
-    trainer, start = _build(cfg, task, method, model_path, endpoint, resume)
+    trainer, start = _build(cfg, task, method, model_path, endpoint, interrupts, resume)
     done = trainer.train(start)
-    return _finish(cfg, trainer, done)
+    code = _finish(cfg, trainer, done)
+    if lock:
+        lock.release()
+    return code
 
 
 def _set_environment() -> None:
@@ -98,7 +139,7 @@ def _set_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _build(cfg: Config, task, method, model_path: str, endpoint, resume: bool):
+def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, resume: bool):
     """Process group, then vLLM (it would make a group of its own), then the ZeRO-3 engine."""
     import logging
 
@@ -114,6 +155,8 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, resume: bool):
     from gear_trainer.model import build_engine
     from gear_trainer.plan import check_prompts, sees_sibling
     from gear_trainer.rollout.vllm_colocated import ColocatedVllm
+    from gear_trainer.runs.files import prepare_run_dir
+    from gear_trainer.runs.ranks import Beats
     from gear_trainer.siblings import Siblings
     from gear_trainer.teacher import Teacher, has_own_weights
     from gear_trainer.trainer import Trainer
@@ -128,10 +171,13 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, resume: bool):
     chat = Chat(AutoTokenizer.from_pretrained(model_path), task.tools, cfg.chat_template_args)
     check_prompts(cfg, task, method, chat, endpoint and endpoint.context)
     start = checkpoint.latest_step(cfg) if resume else 0
+    if start:
+        checkpoint.check(cfg, start)
     if dist.get_rank() == 0:
-        _prepare_run_dir(cfg, resume, start)
+        prepare_run_dir(cfg, resume, start)
         print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
     dist.barrier()
+    Beats(cfg.run_dir, dist.get_rank(), cfg.world_size, cfg.rank_timeout).start()
     sampler = ColocatedVllm(cfg, model_path)
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
     engine = build_engine(cfg, model_path)
@@ -141,25 +187,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, resume: bool):
     model = endpoint or PolicyWriter(cfg, chat, sampler)
     writer = Writer(cfg, chat, model, model.context) if cfg.writes_references else None
     writer = Siblings(chat) if sees_sibling(cfg, method) else writer
-    return Trainer(cfg, task, chat, method, engine, sampler, teacher, writer), start
-
-
-def _prepare_run_dir(cfg: Config, resume: bool, start: int) -> None:
-    from gear_trainer.checkpoint import next_free
-    from gear_trainer.config import changes
-
-    if cfg.run_dir.exists() and not resume:
-        moved = next_free(cfg.run_dir)
-        cfg.run_dir.rename(moved)
-        print(f"{cfg.run_dir} existed: moved to {moved} (--resume goes on with a run instead)", flush=True)
-    cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    stored = cfg.run_dir / "config.json"
-    if resume and stored.is_file():
-        for change in changes(json.loads(stored.read_text()), json.loads(cfg.model_dump_json())):
-            print(f"resuming with another value: {change}", flush=True)
-    stored.write_text(cfg.model_dump_json(indent=2))
-    if resume:
-        print(f"resuming {cfg.run_dir} after step {start}" if start else f"{cfg.run_dir}: no checkpoint yet, starting at step 1")
+    return Trainer(cfg, task, chat, method, engine, sampler, teacher, writer, interrupts), start
 
 
 def _finish(cfg: Config, trainer, done: int) -> int:
@@ -167,6 +195,7 @@ def _finish(cfg: Config, trainer, done: int) -> int:
 
     from gear_trainer import checkpoint
     from gear_trainer.report import write_report
+    from gear_trainer.runs.ranks import Beats
 
     finished = done == cfg.train.steps
     if finished and cfg.checkpoint.export:
@@ -175,7 +204,9 @@ def _finish(cfg: Config, trainer, done: int) -> int:
         if finished:
             print(write_report(cfg.run_dir), flush=True)
         else:
-            print(f"stopped after step {done}; --resume goes on from there", flush=True)
+            why = f" ({trainer.interrupts.why})" if trainer.interrupts.why else ""
+            print(f"stopped after step {done}{why}; --resume goes on from there", flush=True)
+    Beats.running.stop()  # from here on a rank that ends is not lost
     dist.barrier()  # vLLM's own shutdown at exit takes the process groups down
     return 0 if finished else 130
 

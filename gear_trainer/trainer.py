@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,23 @@ from gear_trainer.distill import TEACHER_ROWS, make_distillation
 from gear_trainer.metrics import Phases, RunFiles, Sums
 from gear_trainer.model import learning_rate
 from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out
+from gear_trainer.runs import RunError
+from gear_trainer.runs.interrupts import Interrupts
 from gear_trainer.siblings import Siblings
 from gear_trainer.sync import gathered_weights
 from gear_trainer.tasks.base import Problem, Task
 from gear_trainer.teacher import Teacher
 from gear_trainer.writer import Writer
 
+BAD_STEPS = 3  # in a row, of updates skipped or log-probs that are not finite; then the run ends: nothing is learnt any more
 
-class SyncError(RuntimeError):
+
+class SyncError(RunError):
     """vLLM does not hold the trainer's weights."""
+
+
+class NonFiniteError(RunError):
+    """Losses, gradients or log-probs were not finite for too long."""
 
 
 @dataclass
@@ -79,13 +87,14 @@ class Trainer:
         sampler: Sampler,
         teacher: Teacher | None = None,
         writer: Writer | Siblings | None = None,
+        interrupts: Interrupts | None = None,
     ):
         """teacher: None where the policy itself is the teacher, or where nothing reads one. writer: gives the teacher something
         to see in place of the ground truth."""
         self.cfg, self.task, self.chat, self.method = cfg, task, chat, method
         self.engine, self.sampler, self.teacher, self.writer = engine, sampler, teacher, writer
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device
-        self.phases, self.stop_asked, self.gap_checked = Phases(), False, False
+        self.phases, self.interrupts, self.gap_checked = Phases(), interrupts or Interrupts(), False
         r = cfg.rollout
         self.limits = Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len)
         self.needs_teacher = bool({"signal", *TEACHER_ROWS} & set(method.needs))
@@ -100,13 +109,18 @@ class Trainer:
         cfg = self.cfg
         files = RunFiles(cfg, start) if self.rank == 0 else None
         console = Console(cfg, start, quiet=self.rank != 0)
-        self._catch_signals()
+        self.interrupts.arm()
+        bad_steps = 0
         self.push()  # after a resume vLLM holds the initial checkpoint, not the policy
         if start == 0 and cfg.eval.every:
             self._report(files, console, {"step": 0, "held_out_success": self.evaluate()})
         with console:
             for step in range(start + 1, cfg.train.steps + 1):
-                self._report(files, console, self.step(step, files))
+                values = self.step(step, files)
+                self._report(files, console, values)
+                bad_steps = bad_steps + 1 if values["updates_skipped"] or values["nonfinite_tokens"] else 0
+                if bad_steps == BAD_STEPS:
+                    raise NonFiniteError(self._nonfinite(step))
                 stop = self._stop_agreed()
                 if step % cfg.checkpoint.every == 0 or step == cfg.train.steps or stop:
                     checkpoint.save(self.engine, cfg, step, self.teacher)
@@ -264,6 +278,7 @@ class Trainer:
         rows = [i for i in part if self.distill or credit.advantages[i].any()]  # the rest has no gradient; the means count it
         ran, distill = False, self.distill
         stats = ("logprobs", *(distill.stats if distill else ()))
+        sums.add("updates_skipped", 0.0, 0)
         for name in ("clip_fraction", "dual_clip_fraction", "approx_kl", "grad_norm", *(("divergence",) if distill else ())):
             sums.add(name, 0.0, 0)
         for batch in self._micro_batches(rollouts, rows, teacher=bool(distill and distill.full)):
@@ -274,7 +289,9 @@ class Trainer:
                 added, parts["divergence"] = self._distillation(batch, out, inputs, scores)
                 loss = loss + added
             ran = True
-            self.engine.backward(loss * self.world)  # DeepSpeed averages over ranks; the weights already are global means
+            # DeepSpeed averages over ranks; the weights already are global means. A loss that is not finite makes every gradient
+            # NaN, also where a clip would have stopped it: DeepSpeed then skips the step, on all ranks alike.
+            self.engine.backward(loss * self.world * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
             n = len(batch.targets) if batch.rows else 0
             for name, value in parts.items():
                 sums.add(name, value.item() * n, n)
@@ -282,7 +299,9 @@ class Trainer:
         sums.add("loss", 0.0, 1)
         if ran:  # on every rank or on none; with all rewards of every group alike there is nothing to step on
             self.engine.step()
+            sums.add("updates_skipped", not self.engine.was_step_applied(), 0)
             sums.add("grad_norm", float(self.engine.get_global_grad_norm() or 0.0))
+        sums.add("updates_skipped", 0.0, 1 / self.cfg.train.updates_per_step)  # a total: all ranks skip together
 
     def _policy_loss(
         self, batch: MicroBatch, logprobs: torch.Tensor, inputs: list[torch.Tensor], scores: Scores
@@ -371,7 +390,7 @@ class Trainer:
             return
         self.gap_checked = True
         mean = sums.means(self.device)["logprob_gap_mean"]
-        if mean > self.cfg.max_logprob_gap:
+        if not mean <= self.cfg.max_logprob_gap:  # NaN too
             raise SyncError(
                 f"step {step}: trainer and vLLM differ by {mean:.3g} nats a token on the same tokens "
                 f"(max_logprob_gap={self.cfg.max_logprob_gap}): the pushed weights did not arrive, or the models differ"
@@ -379,7 +398,7 @@ class Trainer:
 
     def _metrics(self, step: int, sums: Sums, held_out: float | None) -> dict[str, Any]:
         seconds = self.phases.split()
-        means = {k: None if v is None else float(f"{v:.6g}") for k, v in sums.means(self.device).items()}
+        means = {k: _number(v) for k, v in sums.means(self.device).items()}
         tokens = means.pop("policy_tokens") * self.world
         total = sum(seconds.values())
         out = {"step": step, **means, "lr": learning_rate(self.cfg, step), "policy_tokens": tokens}
@@ -399,26 +418,23 @@ class Trainer:
         if files:
             files.rollouts(step, [record for part in gathered for record in part])
 
-    def _catch_signals(self) -> None:
-        """Ctrl-C or SIGTERM ends the run after this step with a checkpoint; a second Ctrl-C ends it at once.
-
-        One Ctrl-C under the deepspeed launcher comes as SIGINT, then as the launcher's SIGTERM, so a SIGTERM never counts as the
-        second one. The launcher kills what is left after 30 s: a longer step goes on from the checkpoint before.
-        """
-
-        def ask(number: int, _frame: Any) -> None:
-            if number == signal.SIGINT and self.stop_asked:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            self.stop_asked = True
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask)
+    def _nonfinite(self, step: int) -> str:
+        last = checkpoint.latest_step(self.cfg)
+        where = f"step {last}, the last checkpoint" if last else "the start, as there is no checkpoint"
+        return (
+            f"steps {step - BAD_STEPS + 1} to {step}: losses, gradients or log-probs were not finite, and updates skipped; "
+            f"--resume goes on from {where}: lower train.lr, or look at the rewards and advantages in the run's rollouts"
+        )
 
     def _stop_agreed(self) -> bool:
-        flag = torch.tensor(int(self.stop_asked), device=self.device)
+        flag = torch.tensor(int(self.interrupts.asked), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+def _number(value: float | None) -> float | None:
+    """Six digits of it; None for what was not counted or is not finite, which JSON cannot say."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -456,6 +472,7 @@ def _count(sums: Sums, rollouts: list[Rollout], advantages: list[float], scores:
     sums.add("zero_advantage", sum(a == 0 for a in advantages), n)
     sums.add("policy_tokens", sum(len(x) for x in scores.logprobs))
     sums.add("response_length", sum(len(x) for x in scores.logprobs), n)
+    sums.add("nonfinite_tokens", sum(int((~torch.isfinite(x)).sum()) for x in scores.logprobs), 1 / dist.get_world_size())
     sums.mean_of("entropy", torch.cat(scores.entropy))
     gap = torch.cat(scores.logprobs) - torch.cat(scores.sampler_logprobs)
     sums.mean_of("logprob_gap_mean", gap.abs())
@@ -476,7 +493,8 @@ def _record(chat: Chat, r: Rollout, advantage: float, scores: Scores, credit: To
         if values is None:
             return None
         given = iter(values.tolist())
-        return [round(next(given), digits) if is_policy else None for is_policy in r.mask]
+        rounded = (round(x, digits) if math.isfinite(x) else None for x in given)
+        return [next(rounded) if is_policy else None for is_policy in r.mask]
 
     return {
         "problem": r.problem.id,

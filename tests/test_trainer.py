@@ -10,11 +10,11 @@ from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Gigpo, Turn
 from gear_trainer.batching import micro_batch, padding_micro_batch, split_rows
 from gear_trainer.chat import Chat
-from gear_trainer.checkpoint import next_free
 from gear_trainer.config import load_config
 from gear_trainer.metrics import Phases, RunFiles, Sums, read_metrics
 from gear_trainer.report import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
+from gear_trainer.runs.files import next_free
 from gear_trainer.sync import buckets, gathered_weights, tied_head
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Problem
