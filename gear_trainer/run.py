@@ -168,6 +168,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
         # init_distributed would compile a C++ op (100 CPU seconds); a killed build leaves a lock that hangs every later run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
+    Beats(cfg.run_dir, dist.get_rank(), cfg.world_size, cfg.rank_timeout).start()
     chat = Chat(AutoTokenizer.from_pretrained(model_path), task.tools, cfg.chat_template_args)
     check_prompts(cfg, task, method, chat, endpoint and endpoint.context)
     start = checkpoint.latest_step(cfg) if resume else 0
@@ -177,7 +178,6 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
         prepare_run_dir(cfg, resume, start)
         print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
     dist.barrier()
-    Beats(cfg.run_dir, dist.get_rank(), cfg.world_size, cfg.rank_timeout).start()
     sampler = ColocatedVllm(cfg, model_path)
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
     engine = build_engine(cfg, model_path)

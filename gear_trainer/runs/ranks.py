@@ -1,0 +1,190 @@
+"""Which rank was lost: every rank leaves a beat a second beside the run's folder, and reads the others' when a collective breaks.
+
+A rank that dies shows to the others as a broken connection (gloo) or as a collective that never ends (NCCL); neither names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import torch.distributed as dist
+
+from gear_trainer.runs.files import beside, write_whole
+
+INTERVAL = 1.0
+WARN_AFTER = 30.0  # seconds of silence; a busy machine starves the beating thread for a few
+GRACE = 15.0  # for the main thread to notice by itself, with its own message, that a peer is gone
+_NETWORK = ("gloo", "nccl", "connection", "socket", "broken pipe", "processgroup", "store", "timed out", "timeout")
+
+
+class Beats:
+    """This rank's beat and its view of the others'. `limit`: seconds of silence after which a rank counts as lost."""
+
+    running: ClassVar[Beats | None] = None  # of this process, for whoever reports its end
+
+    def __init__(self, run_dir: Path, rank: int, world: int, limit: float):
+        self.folder, self.rank, self.world, self.limit = beside(run_dir, "ranks"), rank, world, limit
+        self.own = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time(), "ended": None}
+        self._seen: dict[int, tuple[float, float]] = {}  # rank -> (its file's time, when that last changed by our clock)
+        self._told: set[int] = set()
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._beat, name="beats", daemon=True)
+
+    def start(self) -> Beats:
+        """Begin to beat. Collective, on the first rank's clean folder; the process group is there already."""
+        if self.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        dist.barrier()
+        self._write()
+        self._thread.start()
+        Beats.running = self
+        return self
+
+    def stop(self) -> None:
+        """Before the process ends in good order: nobody is lost any more."""
+        self._stopped.set()
+
+    def fail(self, what: str) -> None:
+        """Leave word for the others of why this rank ends."""
+        self.stop()
+        self.own["ended"] = what
+        self._write()
+
+    def said_by(self, rank: int) -> str | None:
+        """The word that another rank left when it ended by an error."""
+        return (self._read(rank) or {}).get("ended")
+
+    def blame(self, error: BaseException, wait: float = 5.0) -> str | None:
+        """One line that names the rank behind a broken collective; None where the error is this rank's own. Waits for word."""
+        if not _is_network(error):
+            return None
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline:
+            lost = self.lost()
+            if lost:
+                return self._line(lost)
+            time.sleep(0.2)
+        return None
+
+    def lost(self) -> dict[int, str]:
+        """The other ranks that ended by an error, whose process is gone, or that have been silent past the limit."""
+        found = {}
+        for rank in range(self.world):
+            beat = self._read(rank) if rank != self.rank else None
+            if beat is None:
+                continue
+            if beat["ended"]:
+                found[rank] = f"ended ({beat['ended']})"
+            elif beat["host"] == self.own["host"] and not _alive(beat):
+                found[rank] = f"was killed (pid {beat['pid']})"
+            elif self._silence(rank) > self.limit:
+                found[rank] = f"has been silent for {self.limit:.0f} s ({_whereabouts(beat, self.own['host'])})"
+        return found
+
+    def _line(self, lost: dict[int, str]) -> str:
+        return "; ".join(f"rank {rank} {what}" for rank, what in lost.items()) + ": --resume goes on from the last checkpoint"
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        since = None
+        while not self._stopped.wait(INTERVAL):
+            with suppress(OSError):
+                os.utime(self._file(self.rank))
+            self._warn()
+            lost = self.lost()
+            since = since or time.monotonic() if lost else None
+            if lost and time.monotonic() - since > GRACE and not self._stopped.is_set():
+                self.leave(self._line(lost))
+
+    def leave(self, line: str) -> None:
+        """End this process with the line on the terminal, from any thread; the main one may be stuck in a collective."""
+        with self._lock:  # never let go: said once
+            if self._speaks():
+                print(f"gear_trainer: {line}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _speaks(self) -> bool:
+        """Whether this is the first of the ranks that are left: one of them tells."""
+        return all(rank in self.lost() for rank in range(self.rank))
+
+    def _warn(self) -> None:
+        for rank in range(self.world):
+            beat = self._read(rank) if rank != self.rank else None
+            if beat is None or beat["ended"]:
+                continue
+            silence = self._silence(rank)
+            if silence < WARN_AFTER:
+                self._told.discard(rank)
+            elif rank not in self._told and self._speaks_beside(rank):
+                self._told.add(rank)
+                print(
+                    f"gear_trainer: rank {rank} has been silent for {silence:.0f} s ({_whereabouts(beat, self.own['host'])}); "
+                    f"waiting, up to {self.limit:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _speaks_beside(self, rank: int) -> bool:
+        return self.rank == (1 if rank == 0 else 0)
+
+    # --- the files --------------------------------------------------------------------------------------------------
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.json"
+
+    def _write(self) -> None:
+        with suppress(OSError):  # a full disk: the run has louder trouble
+            write_whole(self._file(self.rank), json.dumps(self.own))
+
+    def _read(self, rank: int) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._file(rank).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _silence(self, rank: int) -> float:
+        """Seconds by this machine's clock since the rank's file last changed: clocks of several machines need not agree."""
+        now = time.monotonic()
+        try:
+            stamp = self._file(rank).stat().st_mtime
+        except OSError:
+            return 0.0
+        if rank not in self._seen or self._seen[rank][0] != stamp:
+            self._seen[rank] = (stamp, now)
+        return now - self._seen[rank][1]
+
+
+def _is_network(error: BaseException) -> bool:
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in _NETWORK)
+
+
+def _alive(beat: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(beat["pid"])
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) and process.create_time() == beat["started"]
+    except psutil.Error:
+        return False
+
+
+def _whereabouts(beat: dict[str, Any], here: str) -> str:
+    """Its process and machine, and what the process is doing where it is on this machine."""
+    where = f"pid {beat['pid']} on {beat['host']}"
+    if beat["host"] != here:
+        return where
+    try:
+        return f"{where}, {psutil.Process(beat['pid']).status()}"
+    except psutil.Error:
+        return f"{where}, gone"

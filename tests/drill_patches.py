@@ -1,0 +1,93 @@
+"""What breaks in a fault drill, from inside: each function is called in every rank of tests/forked_ranks.py before it starts."""
+
+import os
+import shutil
+import signal
+
+from gear_trainer import checkpoint
+from gear_trainer.trainer import Trainer
+
+
+def _die():
+    os.killpg(0, signal.SIGKILL)
+
+
+def kill_at():
+    """Kill all ranks at the moment KILL_AT, a point of a save, of the first save that reaches it."""
+    if os.environ["RANK"] != "0":
+        return
+    point = os.environ["KILL_AT"]
+    targets = {
+        "before the shards": (checkpoint, "_clear_above", "after"),
+        "after the shards": (checkpoint, "_finish", "before"),
+        "before the manifest": (checkpoint, "write_whole", "before"),
+        "after the manifest": (checkpoint, "write_whole", "after"),
+        "before latest moves": (checkpoint, "sync_last", "after"),
+        "after latest moved": (checkpoint, "_remove", "before"),
+        "while pruning": (shutil, "rmtree", "before"),
+    }
+    owner, name, when = targets[point]
+    if name == "sync_last":  # the folder's names are on the disk, the pointer is next
+        owner, name = checkpoint, "sync"
+        real, wanted = checkpoint.sync, lambda args: args[0].name == "checkpoints"
+    else:
+        real, wanted = getattr(owner, name), lambda args: True
+
+    def call(*args, **kwargs):
+        if when == "before" and wanted(args) and _in_checkpoints(name, args):
+            _die()
+        result = real(*args, **kwargs)
+        if when == "after" and wanted(args):
+            _die()
+        return result
+
+    setattr(owner, name, call)
+
+
+def _in_checkpoints(name, args):
+    return name != "rmtree" or str(args[0]).endswith(".removing") and os.path.exists(args[0])
+
+
+def nan_loss_on_one_rank():
+    """From step 3 on rank 1's surrogate is NaN in value, with a gradient that a clip has stopped."""
+    if os.environ["RANK"] != "1":
+        return
+    policy_loss, step = Trainer._policy_loss, Trainer.step
+
+    def remember(self, number, files):
+        self.number = number
+        return step(self, number, files)
+
+    def broken(self, batch, logprobs, inputs, scores):
+        loss, parts = policy_loss(self, batch, logprobs, inputs, scores)
+        return (loss * 0 + float("nan") if self.number >= 3 else loss), parts
+
+    Trainer.step, Trainer._policy_loss = remember, broken
+
+
+def error_on_one_rank():
+    """Rank 1 raises in the update of step 2."""
+    if os.environ["RANK"] != "1":
+        return
+    update = Trainer.update
+
+    def broken(self, step, *rest):
+        if step == 2:
+            raise ZeroDivisionError("planted")
+        return update(self, step, *rest)
+
+    Trainer.update = broken
+
+
+def nan_weights_before_the_save():
+    """The policy's own shard is not finite when the checkpoint of step 2 is due, on rank 1 alone."""
+    if os.environ["RANK"] != "1":
+        return
+    save = checkpoint.save
+
+    def broken(engine, cfg, step, teacher=None):
+        if step == 2:
+            next(p for p in engine.module.parameters()).ds_tensor.fill_(float("nan"))
+        return save(engine, cfg, step, teacher)
+
+    checkpoint.save = broken

@@ -1,0 +1,144 @@
+"""Ranks without a launcher, each run forked off one process that has imported everything: of a rank's start that is 20 of 24 s.
+
+As a script it is that process: a line of JSON on its input starts a run or asks how one ended, a line on its output answers.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
+
+
+class Ranks:
+    """One run's processes: `pids` by rank, in a process group of their own; `log` holds what they print."""
+
+    def __init__(self, server, pids, log):
+        self.server, self.pids, self.log = server, pids, log
+
+    def kill(self, number=signal.SIGKILL):
+        os.killpg(self.pids[0], number)
+
+    def codes(self):
+        """Exit codes by rank, negative for a signal, None of those that go on."""
+        return self.server.ask({"codes": self.pids})
+
+    def wait(self, seconds=600):
+        deadline = time.monotonic() + seconds
+        while None in (codes := self.codes()):
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"still running after {seconds} s: {codes}\n{self.log.read_text()[-6000:]}")
+            time.sleep(0.05)
+        return codes
+
+    def until(self, condition, seconds=600):
+        """Wait for what the test waits for; the run must not end before."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert None in self.codes() and time.monotonic() < deadline, self.log.read_text()[-6000:]
+            time.sleep(0.002)
+
+    def text(self):
+        return self.log.read_text()
+
+
+class Server:
+    """The process that runs are forked off."""
+
+    def __init__(self):
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.port = 29640
+
+    def ask(self, question):
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, log, *argv, patch=None, ranks=2, **environment):
+        """Fork a run of the trainer; `patch`: `module:function` of tests/, called in every rank before it starts."""
+        self.port += 1  # a killed run's port may linger
+        order = {"argv": ["--config", DEMO, *argv], "log": str(log), "patch": patch, "ranks": ranks, "environment": environment}
+        return Ranks(self, self.ask({**order, "port": self.port}), log)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def _serve():
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import vllm
+
+    vllm.LLM, vllm.SamplingParams  # noqa: B018  (the package loads them when they are asked for)
+    import deepspeed  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+
+    import gear_trainer.plan
+    import gear_trainer.run
+    import gear_trainer.trainer  # noqa: F401
+
+    codes = {}
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "codes" in question:
+            _reap(codes)
+            answer = [codes.get(pid) for pid in question["codes"]]
+        else:
+            answer = [_fork(question, rank) for rank in range(question["ranks"])]
+            for pid in answer:
+                os.setpgid(pid, answer[0])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _reap(codes):
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        codes[pid] = os.waitstatus_to_exitcode(status)
+
+
+def _fork(question, rank):
+    pid = os.fork()
+    if pid:
+        return pid
+    out = os.open(question["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for old, new in ((nothing, 0), (out, 1), (out, 2)):
+        os.dup2(old, new)
+    world = str(question["ranks"])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(question["port"])} | question["environment"]
+    code = 1
+    try:
+        if question["patch"]:
+            module, name = question["patch"].split(":")
+            getattr(importlib.import_module(module), name)()
+        from gear_trainer.run import main
+
+        code = main(question["argv"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,382 @@
+"""Fault drills on the trainer for real, two ZeRO-3 ranks with a vLLM engine each: what was lost, and what was left running.
+
+`GEAR_KILLS=40 pytest tests/test_drills.py -s` kills at 40 moments of a save instead of 8; -s shows the table.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from forked_ranks import DEMO, ROOT, Server
+
+from gear_trainer.checkpoint import MANIFEST
+from gear_trainer.metrics import read_metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+KILLS = int(os.environ.get("GEAR_KILLS", 8))
+POINTS = (
+    "before the shards", "after the shards", "before the manifest", "after the manifest", "before latest moves",
+    "after latest moved", "while pruning",
+)  # fmt: skip
+SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=4", "eval.every=0", "checkpoint.export=false", "checkpoint.every=1"]
+NOISE = re.compile(r"Triton is installed|^\[rank\d\]:\[W|NUMA binding")
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("drills")
+
+
+@pytest.fixture(scope="module")
+def table():
+    rows = []
+    yield rows
+    width = [max(len(str(row[i])) for row in rows) for i in range(5)] if rows else []
+    print()
+    for row in rows:
+        print(" | ".join(str(cell).ljust(w) for cell, w in zip(row, width, strict=True)))
+
+
+class Drill:
+    """Starts runs of one name in a folder and reads what they left; `row` writes a line of the drill's table."""
+
+    def __init__(self, server, out, name, table):
+        self.server, self.out, self.name, self.dir, self.starts, self.table = server, out, name, out / name, 0, table
+
+    def row(self, what, outcome, started, lost):
+        seconds = f"{time.monotonic() - started:.1f} s"
+        left = f"{self.left_running()} processes left"
+        self.table.append((what, outcome.replace(str(self.out), "..."), seconds, f"lost: {lost}", left))
+
+    def start(self, *more, **how):
+        self.starts += 1
+        log = self.out / f"{self.name}.{self.starts}.log"
+        return self.server.start(log, f"name={self.name}", f"output_dir={self.out}", *SMALL, *more, **how)
+
+    def metrics(self, name="metrics.jsonl"):
+        timed = ("seconds", "tokens_per_second")
+        return [{k: v for k, v in m.items() if k not in timed} for m in read_metrics(self.dir / name)]
+
+    def steps(self):
+        return [m["step"] for m in self.metrics()]
+
+    def latest(self):
+        pointer = self.dir / "checkpoints" / "latest"
+        return int(pointer.read_text().removeprefix("step-")) if pointer.exists() else 0
+
+    def left_running(self):
+        """Processes of the run that still are, a few seconds after its end."""
+        deadline = time.monotonic() + 20
+        while (left := self._running()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return len(left)
+
+    def _running(self):
+        found = []
+        for path in (self.out / f".{self.name}.ranks").glob("rank-*.json"):
+            with contextlib.suppress(psutil.Error, ValueError, OSError):
+                process = psutil.Process(json.loads(path.read_text())["pid"])
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+
+@pytest.fixture
+def drill(server, out, table, request):
+    return Drill(server, out, re.sub(r"\W+", "-", request.node.name.removeprefix("test_")).strip("-"), table)
+
+
+def said(run):
+    """What the terminal shows, without the start and the steps."""
+    lines = [line for line in run.text().splitlines() if line.strip() and not NOISE.search(line)]
+    return [line for line in lines if not line.startswith(("step ", "report:", "resuming")) and "starting vLLM" not in line]
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_D1_killed_inside_a_save_at_many_moments(drill, keep):
+    """Every resume starts, loses one interval at most, and in the end the run is the uninterrupted one."""
+    total = KILLS // 2 + 2
+    common = (f"checkpoint.keep={keep}", f"train.steps={total}")
+    reference = Drill(drill.server, drill.out, f"reference-{keep}", drill.table)
+    whole = reference.start(*common)
+    seconds = _seconds_of_a_save(whole, reference, 2)
+    assert whole.wait() == [0, 0], whole.text()[-3000:]
+    moments, resumes = [], 0
+    for i in range(KILLS // 2):
+        before = drill.latest()
+        point = POINTS[i // 2 % len(POINTS)] if i % 2 else None
+        late = {"patch": "drill_patches:kill_at", "KILL_AT": point} if point else {}
+        started = time.monotonic()
+        run = drill.start(*common, *(["--resume"] if i else []), **late)
+        if point is None:
+            torn = drill.dir / "checkpoints" / f"step-{before + 1}"
+            run.until(torn.exists)
+            time.sleep(1.2 * seconds * (i + 1) / (KILLS // 2))
+            run.kill()
+        assert run.wait() == [-9, -9], run.text()[-3000:]
+        if i:
+            assert f"resuming {drill.dir} after step {before}" in run.text() or before == 0
+            resumes += 1
+        assert drill.latest() - before in (0, 1), "an interval is lost at most"
+        finished = {p.name for p in (drill.dir / "checkpoints").glob("step-*") if (p / MANIFEST).exists()}
+        assert drill.latest() == 0 or f"step-{drill.latest()}" in finished
+        moments.append((point or f"{seconds * (i + 1) / (KILLS // 2):.2f} s in", drill.latest() - before))
+    final = drill.start(*common, "--resume")
+    assert final.wait() == [0, 0], final.text()[-3000:]
+    assert drill.metrics() == reference.metrics() and drill.steps() == list(range(1, total + 1))
+    for step in range(1, total + 1):
+        file = Path("rollouts") / f"step-{step:05d}.jsonl"
+        assert (drill.dir / file).read_bytes() == (reference.dir / file).read_bytes()
+    kept = sorted(p.name for p in (drill.dir / "checkpoints").glob("step-*"))
+    assert kept == sorted(f"step-{n}" for n in range(total - keep + 1, total + 1))
+    lost = sum(not moved for _, moved in moments)
+    drill.row(
+        f"{KILLS // 2} kills inside a save, keep={keep}; the last start",
+        f"{resumes + 1} of {resumes + 1} resumes went on",
+        started,
+        f"{lost} times the save's step, else nothing",
+    )
+    print(moments)
+
+
+def _seconds_of_a_save(run, drill, step):
+    run.until((drill.dir / "checkpoints" / f"step-{step}").exists)
+    started = time.monotonic()
+    run.until(lambda: drill.latest() >= step)
+    return time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def three_steps(server, out, table):
+    """A finished run of three steps with both of its checkpoints, to be damaged in copies."""
+    drill = Drill(server, out, "three-steps", table)
+    run = drill.start("train.steps=3")
+    assert run.wait() == [0, 0], run.text()[-3000:]
+    return drill
+
+
+def _copy(drill, source):
+    shutil.copytree(source.dir, drill.dir)
+    return drill.dir / "checkpoints"
+
+
+def _resume_refused(drill, what):
+    started = time.monotonic()
+    before = _files(drill.dir)
+    run = drill.start("train.steps=4", "--resume")
+    assert run.wait() == [2, 2], run.text()[-3000:]
+    lines = said(run)
+    assert len(lines) == 1, lines
+    assert _files(drill.dir) == before, "nothing was removed or written"
+    drill.row(what, lines[0], started, "nothing")
+    return lines[0]
+
+
+def _files(path):
+    return {p: p.stat().st_size for p in path.rglob("*") if p.is_file()}
+
+
+def test_D14_flipped_bytes_in_a_shard(drill, three_steps):
+    shard = _copy(drill, three_steps) / "step-3" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    with shard.open("r+b") as file:
+        file.seek(200_000)
+        flipped = bytes(255 - b for b in file.read(4096))
+        file.seek(200_000)
+        file.write(flipped)
+    line = _resume_refused(drill, "4,096 flipped bytes in a shard")
+    assert str(shard) in line and "write step-2 into" in line
+
+
+def test_D14_a_torn_shard(drill, three_steps):
+    shard = _copy(drill, three_steps) / "step-3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    os.truncate(shard, shard.stat().st_size // 2)
+    line = _resume_refused(drill, "a torn shard")
+    assert str(shard) in line and "bytes" in line and "write step-2 into" in line
+
+
+@pytest.mark.parametrize("content", [b"step-9", b"\xff\x00junk", b""])
+def test_D12_a_damaged_pointer(drill, three_steps, content):
+    pointer = _copy(drill, three_steps) / "latest"
+    pointer.write_bytes(content)
+    line = _resume_refused(drill, f"`latest` holds {content!r}")
+    assert str(pointer) in line and "step-2, step-3" in line
+
+
+def test_D12_resume_with_checkpoints_deleted_keeps_what_was_there(drill, three_steps):
+    shutil.rmtree(_copy(drill, three_steps))
+    kept = {p.relative_to(drill.dir): n for p, n in _files(drill.dir).items()}
+    started = time.monotonic()
+    run = drill.start("train.steps=1", "--resume")
+    assert run.wait() == [0, 0], run.text()[-3000:]
+    moved = drill.dir.with_name(drill.dir.name + ".1")
+    assert {p.relative_to(moved): n for p, n in _files(moved).items()} == kept and drill.steps() == [1]
+    assert any("no checkpoint to resume from: moved to" in line for line in said(run))
+    drill.row("checkpoints deleted, --resume", "starts at step 1, the old folder moved aside", started, "nothing")
+
+
+def test_resuming_an_earlier_checkpoint_moves_the_later_steps_aside(drill, three_steps):
+    checkpoints = _copy(drill, three_steps)
+    (checkpoints / "latest").write_text("step-2")
+    run = drill.start("train.steps=3", "--resume")
+    assert run.wait() == [0, 0], run.text()[-3000:]
+    assert drill.metrics() == three_steps.metrics()
+    moved = [p for p in drill.dir.glob("before-resume-at-2*")]
+    assert {p.name for folder in moved for p in folder.iterdir()} == {"step-3", "step-00003.jsonl", "metrics.jsonl"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root alone")
+def test_D19_a_full_disk_in_a_save(server, tmp_path, table):
+    """On a file system of 20 MB: two checkpoints of 8.4 MB fit, a third beside them does not."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", tmp_path], check=True)
+    try:
+        drill = Drill(server, tmp_path, "full", table)
+        started = time.monotonic()
+        run = drill.start("train.steps=5")
+        codes = run.wait()
+        lines = said(run)
+        assert codes == [1, 1], lines
+        assert len(lines) == 1 and "could not be written: the disk is full" in lines[0] and "goes on from step 2" in lines[0], (
+            lines
+        )
+        assert drill.latest() == 2
+        drill.row("a full disk in a save", lines[0], started, "step 3")
+        subprocess.run(["mount", "-o", "remount,size=60m", tmp_path], check=True)
+        resumed = drill.start("train.steps=4", "--resume")
+        assert resumed.wait() == [0, 0] and drill.steps() == [1, 2, 3, 4], resumed.text()[-3000:]
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------------
+
+
+def test_D15_updates_that_are_not_finite_are_skipped_and_stop_the_run(drill):
+    started = time.monotonic()
+    run = drill.start("train.steps=9", "checkpoint.every=2", patch="drill_patches:nan_loss_on_one_rank")
+    assert run.wait() == [1, 1], run.text()[-3000:]
+    metrics = drill.metrics()
+    assert [m["updates_skipped"] for m in metrics] == [0, 0, 1, 1, 1]
+    assert metrics[2]["grad_norm"] is None and metrics[2]["loss"] is None
+    assert metrics[4]["logprob_gap_max"] < 1e-4, "what was skipped on one rank was skipped on both"
+    lines = [line for line in said(run) if "Error" in line or line.startswith("gear_trainer")]
+    assert len(lines) == 1 and "steps 3 to 5" in lines[0] and "goes on from step 4" in lines[0], lines
+    drill.row("a loss of NaN on one rank", lines[0], started, "nothing: no update of it was made")
+
+
+def test_D15_weights_that_are_not_finite_replace_no_checkpoint(drill):
+    started = time.monotonic()
+    run = drill.start("train.steps=3", "checkpoint.keep=1", patch="drill_patches:nan_weights_before_the_save")
+    assert run.wait() == [1, 1], run.text()[-3000:]
+    lines = said(run)
+    assert len(lines) == 1 and "weights are not finite, no checkpoint was written; go on from step 1" in lines[0], lines
+    assert [p.name for p in (drill.dir / "checkpoints").glob("step-*")] == ["step-1"] and drill.latest() == 1
+    drill.row("weights of NaN at a save", lines[0], started, "step 2")
+
+
+# --- ranks --------------------------------------------------------------------------------------------------------------
+
+
+def test_D4_D19_a_second_run_of_the_name_then_a_killed_rank(drill):
+    run = drill.start("train.steps=1000")
+    run.until(lambda: len(drill.steps()) > 1)
+    started = time.monotonic()
+    second = drill.start("train.steps=2")
+    second.until(lambda: second.codes()[0] is not None) if second.codes()[0] is None else None
+    assert second.codes()[0] == 2
+    second.kill()  # rank 1 waits for rank 0; a launcher would end it
+    lines = said(second)
+    assert len(lines) == 1 and f"in use by another run of this name (pid {run.pids[0]} on" in lines[0], lines
+    assert run.codes() == [None, None], "the first goes on"
+    drill.row("a second run of the name", lines[0], started, "nothing; the first goes on")
+    started = time.monotonic()
+    os.kill(run.pids[1], signal.SIGKILL)
+    assert run.wait(60) == [1, -9], run.text()[-3000:]
+    lines = said(run)
+    assert lines == [f"gear_trainer: rank 1 was killed (pid {run.pids[1]}): --resume goes on from the last checkpoint"]
+    lost = drill.steps()[-1] - drill.latest()
+    assert lost in (0, 1)
+    drill.row("one rank killed", lines[0], started, f"{lost} steps and the one begun")
+
+
+def test_D19_rank_0_killed(drill):
+    run = drill.start("train.steps=1000")
+    run.until(lambda: len(drill.steps()) > 1)
+    started = time.monotonic()
+    os.kill(run.pids[0], signal.SIGKILL)
+    assert run.wait(60) == [-9, 1], run.text()[-3000:]
+    lines = said(run)
+    assert lines == [f"gear_trainer: rank 0 was killed (pid {run.pids[0]}): --resume goes on from the last checkpoint"]
+    drill.row("rank 0 killed", lines[0], started, "the step begun")
+
+
+def test_D19_a_stopped_rank(drill):
+    """Stopped for a while, the run goes on; stopped for longer than rank_timeout, it ends and names the rank."""
+    run = drill.start("train.steps=1000", "rank_timeout=12")
+    run.until(lambda: len(drill.steps()) > 1)
+    os.kill(run.pids[1], signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(run.pids[1], signal.SIGCONT)
+    steps = len(drill.steps())
+    run.until(lambda: len(drill.steps()) > steps + 2)
+    started = time.monotonic()
+    os.kill(run.pids[1], signal.SIGSTOP)
+    run.until(lambda: run.codes()[0] is not None) if run.codes()[0] is None else None
+    lines = said(run)
+    assert run.codes()[0] == 1 and len(lines) == 1, lines
+    assert re.search(rf"rank 1 has been silent for 12 s \(pid {run.pids[1]} on .*, stopped\)", lines[0]), lines
+    run.kill()  # a launcher would
+    drill.row("a stopped rank, rank_timeout=12", lines[0], started, "the step begun")
+
+
+def test_D5_an_error_on_a_rank_other_than_0_is_shown(drill):
+    started = time.monotonic()
+    run = drill.start("train.steps=4", patch="drill_patches:error_on_one_rank")
+    assert run.wait() == [1, 1], run.text()[-3000:]
+    text = "\n".join(said(run))
+    assert "[rank 1] Traceback" in text and "ZeroDivisionError: planted" in text
+    assert "gear_trainer: rank 1 ended (ZeroDivisionError: planted): --resume goes on from the last checkpoint" in text
+    assert "peer" not in text.replace("by peer", "") or "Connection closed" not in text
+    drill.row("an error on rank 1", "its traceback marked [rank 1]; rank 0 names it", started, "the step begun")
+
+
+def test_D16_sigterm_to_the_launcher_alone(drill):
+    program = [Path(sys.executable).with_name("deepspeed"), "--log_level", "error", "--num_gpus", "2", "--master_port", "29639"]
+    arguments = ["--config", DEMO, f"name={drill.name}", f"output_dir={drill.out}", *SMALL, "train.steps=5000"]
+    log = (drill.out / "launcher.log").open("w")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [*program, "gear_trainer/run.py", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+    deadline = time.monotonic() + 900
+    while len(drill.steps()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, (drill.out / "launcher.log").read_text()[-3000:]
+        time.sleep(0.1)
+    process.terminate()
+    process.wait(60)
+    started, steps = time.monotonic(), len(drill.steps())
+    while drill._running() and time.monotonic() - started < 120:
+        time.sleep(0.1)
+    text = (drill.out / "launcher.log").read_text()
+    assert not drill._running() and drill.latest() == drill.steps()[-1], text[-3000:]
+    assert "(its launcher is gone); --resume goes on from there" in text
+    more = drill.steps()[-1] - steps
+    drill.row("SIGTERM to the deepspeed command", "ranks end with a checkpoint", started, f"nothing; {more} more steps")
