@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from gear_trainer.config import Config, ConfigError, changes
 
+
 def next_free(path: Path) -> Path:
     """`path`.1, .2, ...: the first that does not exist."""
     n = 1
@@ -31,10 +32,10 @@ def lock_run(cfg: Config) -> FileLock:
         lock.acquire(blocking=False)
     except Timeout:
         raise ConfigError(
-            f"{cfg.run_dir} is in use by another run of this name{_owner(cfg.run_dir)}: end that one, or give this one another name="
+            f"{cfg.run_dir} is in use by another run of this name{_owner(cfg.run_dir)}: end that one, or give another name="
         ) from None
     except OSError as error:
-        raise ConfigError(f"output_dir={cfg.output_dir}: {error.strerror} ({error.filename}); give a folder to write to") from None
+        raise ConfigError(f"output_dir={cfg.output_dir}: {error.strerror}; give a folder that can be written") from None
     return lock
 
 

@@ -18,7 +18,7 @@ _MODULES = ("deepspeed.launcher", "torch.distributed")
 
 
 class Interrupts:
-    """`asked` is True once the run is to end after its step; before `arm`, an interrupt ends it at once: there is nothing to save."""
+    """`asked` is True once the run is to end after its step; before `arm` an interrupt ends it at once, with nothing to save."""
 
     def __init__(self) -> None:
         self.asked, self.armed, self.why = False, False, ""
