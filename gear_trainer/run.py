@@ -53,7 +53,7 @@ def _report(error: Exception) -> int:
     if line:
         beats.leave(line)
     if beats:
-        beats.fail(f"{type(error).__name__}: {error}")
+        beats.fail(error)
     code = 2 if isinstance(error, (ConfigError, TaskError, GearKernelsError)) else 1
     if code == 1 and not isinstance(error, RunError) and getattr(error, "errno", None) != errno.ENOSPC:
         said = "".join(traceback.format_exception(error))
@@ -74,7 +74,7 @@ def _speaks(beats, error: Exception) -> bool:
     time.sleep(3)  # a launcher kills all ranks once one has exited: let rank 0 print first
     if not dist.is_initialized():
         return False
-    return beats is None or beats.said_by(0) != f"{type(error).__name__}: {error}"
+    return beats is None or not beats.said_by(0, error)
 
 
 def _share_cores() -> None:

@@ -1,6 +1,7 @@
 """The trainer's parts that need no process group: advantages, batching, chat rendering, rollouts, metrics, sync, report."""
 
 import json
+import math
 import random
 
 import pytest
@@ -231,6 +232,13 @@ def test_a_rank_without_a_teaching_trajectory_counts_for_nothing(method):
     credit = trainer.credit(1, [_rollout(), _rollout()], [0.0, 0.0], Scores(ones, ones, ones, *[none] * 4), sums)
     assert [x.tolist() for x in credit.weights] == [[1.0] * 3, [1.0] * 2] and not any(x.any() for x in credit.advantages)
     assert len(sums._sums) == 8 and all(total == count == 0 for total, count in sums._sums.values())
+
+
+def test_D15_a_peak_of_nan_is_not_hidden():
+    sums = Sums()
+    for value in (1.0, math.nan, 2.0):
+        sums.peak("gap", value)
+    assert math.isnan(sums._peaks["gap"])
 
 
 def test_an_older_run_is_moved_not_overwritten(tmp_path):

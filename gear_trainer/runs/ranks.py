@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 import psutil
 import torch.distributed as dist
 
-from gear_trainer.runs.files import beside, write_whole
+from gear_trainer.runs.files import beside
 
 INTERVAL = 1.0
 WARN_AFTER = 30.0  # seconds of silence; a busy machine starves the beating thread for a few
-GRACE = 15.0  # for the main thread to notice by itself, with its own message, that a peer is gone
+GRACE = 6.0  # for the main thread to notice by itself, with its own message, that a peer is gone
+_SIZE = 1024  # bytes of a beat's file, written in place: on a full disk it can still say why a rank ended
 _NETWORK = ("gloo", "nccl", "connection", "socket", "broken pipe", "processgroup", "store", "timed out", "timeout")
 
 
@@ -56,15 +57,15 @@ class Beats:
         """Before the process ends in good order: nobody is lost any more."""
         self._stopped.set()
 
-    def fail(self, what: str) -> None:
+    def fail(self, error: BaseException) -> None:
         """Leave word for the others of why this rank ends."""
         self.stop()
-        self.own["ended"] = what
+        self.own["ended"] = _word(error)
         self._write()
 
-    def said_by(self, rank: int) -> str | None:
-        """The word that another rank left when it ended by an error."""
-        return (self._read(rank) or {}).get("ended")
+    def said_by(self, rank: int, error: BaseException) -> bool:
+        """Whether another rank ended by the same error."""
+        return (self._read(rank) or {}).get("ended") == _word(error)
 
     def blame(self, error: BaseException, wait: float = 5.0) -> str | None:
         """One line that names the rank behind a broken collective; None where the error is this rank's own. Waits for word."""
@@ -146,8 +147,9 @@ class Beats:
         return self.folder / f"rank-{rank}.json"
 
     def _write(self) -> None:
-        with suppress(OSError):  # a full disk: the run has louder trouble
-            write_whole(self._file(self.rank), json.dumps(self.own))
+        path = self._file(self.rank)
+        with suppress(OSError), path.open("r+b" if path.exists() else "wb") as file:
+            file.write(json.dumps(self.own).encode().ljust(_SIZE))
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         try:
@@ -165,6 +167,11 @@ class Beats:
         if rank not in self._seen or self._seen[rank][0] != stamp:
             self._seen[rank] = (stamp, now)
         return now - self._seen[rank][1]
+
+
+def _word(error: BaseException) -> str:
+    text = f"{type(error).__name__}: {error}"
+    return json.dumps(text)[1:-1][: _SIZE // 2]  # ASCII, so that its length in bytes is known
 
 
 def _is_network(error: BaseException) -> bool:
