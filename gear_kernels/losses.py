@@ -45,8 +45,8 @@ def policy_gradient_loss(
 
     Returns the loss (a scalar) and detached scalars over the tokens of weight other than 0: tokens (their number), clip_fraction
     (where the clipped term is the smaller), dual_clip_fraction (where c A is the larger, 0 without dual_clip), ratio_mean,
-    ratio_max, approx_kl (KL(old || new) by r - 1 - log r, nats, at most 10 a token); 0 if there are no tokens. Raises GearKernelsError where shapes
-    differ, and for a dual_clip that is not above 1.
+    ratio_max, approx_kl (KL(old || new) by r - 1 - log r, nats, at most 10 a token); 0 if there are no tokens. Raises
+    GearKernelsError where shapes differ, and for a dual_clip that is not above 1.
     """
     if dual_clip is not None and not dual_clip > 1:
         raise bad_input(f"dual_clip is {dual_clip}", "a number above 1, or None", "3.0 is usual")
@@ -104,7 +104,7 @@ def reference_kl_loss(
 
     With d = reference_logprobs - logprobs: k1 is -d (unbiased, noisy, its gradient is zero on average), k2 is d^2 / 2 (its
     gradient is the KL's on average), k3 is e^d - 1 - d (unbiased, never negative; GRPO's, arXiv 2402.03300), d cut at +-20 and k3
-    at 10 nats (d = 2.6): a token beyond passes no gradient. For the exact KL over the vocabulary use the reverse_kl statistic with
+    at 10 nats (d = 2.6): a token beyond passes no gradient. For the exact KL over the vocabulary use the reverse_kl statistic,
     the reference as teacher. Only `logprobs` is differentiated.
 
     Returns the loss and the detached mean over tokens of weight other than 0, `reference_kl` (nats). Raises GearKernelsError on
@@ -186,9 +186,9 @@ def sampled_distillation_loss(
     """Reverse KL(policy || teacher) from the sampled tokens alone, as a policy gradient: their reward is lpT - lpS.
 
     -sum of token_weights * r * (lpT - lpS), r = exp(logprobs - old_logprobs), lpT - lpS held constant, the log ratio cut at +-20
-    (a token beyond passes no gradient): on policy (r = 1) the gradient is -token_weights * (lpT - lpS) in logprobs, on average that
-    of the full KL, and the loss is its k1 estimate. (The estimate's own gradient would be 0 on average: see `reference_kl_loss`.)
-    All arguments have one shape, nats, any floating dtype. Only `logprobs` is differentiated.
+    (a token beyond passes no gradient): on policy (r = 1) the gradient is -token_weights * (lpT - lpS) in logprobs, on average
+    that of the full KL, and the loss is its k1 estimate. (The estimate's own gradient would be 0 on average: see
+    `reference_kl_loss`.) All arguments have one shape, nats, any floating dtype. Only `logprobs` is differentiated.
 
     Returns the loss and the detached mean of lpS - lpT over tokens of weight other than 0, `divergence` (nats; noisy, may be
     negative). Raises GearKernelsError where shapes differ.

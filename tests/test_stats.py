@@ -557,7 +557,13 @@ BAD_LOGITS = {
 }
 BAD_HIDDEN = {
     "student_hidden has shape .* expected .*4.* for this head": lambda: linear_token_stats(H[:, :2], W, Y, **ENTROPY),
-    "student_hidden has dtype torch.bfloat16; expected the head weight's": lambda: linear_token_stats(H.bfloat16(), W, **ENTROPY),
+    "student_hidden has dtype torch.float32; expected the head weight's": lambda: linear_token_stats(H, W.bfloat16(), **ENTROPY),
+    "student_hidden has dtype torch.bfloat16; expected the head weight's torch.float64": lambda: linear_token_stats(
+        H.bfloat16(), W.double(), **ENTROPY
+    ),
+    "head is a Linear module; expected a Head or a weight.*Head.from_model": lambda: linear_token_stats(
+        H, torch.nn.Linear(4, 5), **ENTROPY
+    ),
     "student_hidden is on meta": lambda: linear_token_stats(H.to("meta"), W, **ENTROPY),
     r"head.weight has shape \(5,\); expected \[V, D\]": lambda: linear_token_stats(H, W[:, 0], **ENTROPY),
     "head.weight is empty: shape .* gather the shards": lambda: linear_token_stats(H, W[:0], **ENTROPY),
@@ -596,7 +602,7 @@ def test_partitioned_and_distributed_weights():
     try:
         from torch.distributed.tensor import DeviceMesh, distribute_tensor
 
-        with pytest.raises(GearKernelsError, match=r"head.weight is a DTensor.*full_tensor\(\)"):
+        with pytest.raises(GearKernelsError, match=r"head.weight is a DTensor.*FusedHead.adopt.*grad_placements"):
             linear_token_stats(H, distribute_tensor(W, DeviceMesh("cpu", [0])), **ENTROPY)
     finally:
         torch.distributed.destroy_process_group()
