@@ -218,7 +218,7 @@ def _check_no_tangents(tensors: dict[str, torch.Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             given = f"{name} carries a forward-mode tangent (jvp)"
-            raise bad_input(given, "reverse mode alone", "use backward, torch.autograd.grad or torch.func.vjp")
+            raise bad_input(given, "reverse mode alone", "use backward() or torch.autograd.grad")
 
 
 def _check_float(name: str, tensor) -> None:
