@@ -661,7 +661,7 @@ def test_R5_gradients_at_low_temperature_are_off_by_what_cancels(backend, temper
     assert_rounded(got, want, cancelling(student, teacher, targets, **options))
     kl = exact(student, teacher, targets, **options).reverse_kl
     weights = row_weights(exact(student, teacher, targets, **options))["reverse_kl"].abs()
-    limit = 4 * 2**-23 * (kl + 40) * weights / temperature  # docs/operators.md
+    limit = 2e-7 * (kl + 40) * weights / temperature  # docs/operators.md; 40: where log p adds what the KL lacks
     assert ((got.double() - want).abs().amax(-1) <= limit + GRAD_ROUNDING[torch.float32] * want.abs().amax(-1)).all()
 
 
