@@ -4,6 +4,8 @@ PYTHON   ?= python3
 PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 RANKS    ?= 2
 CONFIG   ?= gear_trainer/configs/mathapi_cpu.yaml
+SEED     ?= fresh
+FUZZ     := tests/test_stats.py -k fuzz
 BIN      := .venv/bin
 PIP      := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEPS     := .venv/.deps-$(PLATFORM)
@@ -13,12 +15,16 @@ PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
 
 LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
 
-.PHONY: train test bench venv lint clean
+.PHONY: train test fuzz bench venv lint clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
+
+# the drawn cases with a fresh seed, which the first lines print: `make fuzz SEED=<number>` repeats it
+fuzz: venv
+	GEAR_FUZZ=$(SEED) $(BIN)/python -m pytest $(FUZZ) $(ARGS)
 
 # all peers, those that compile too, on small shapes and Qwen3's heads: seven minutes on two cores; prints the table, keeps the
 # figures in build/

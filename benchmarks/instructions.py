@@ -102,7 +102,7 @@ def _counts(module: Path, recorder: Recorder) -> tuple[str, list[int], str]:
         arrays.write_bytes(recorder.arrays)
         child = (sys.executable, "-S", Path(__file__).with_name("replay.py"), module, calls, arrays)
         command = ["valgrind", *_VALGRIND, f"--callgrind-out-file={out}", *map(str, child)]
-        done = subprocess.run(command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, env=os.environ | _ENVIRONMENT, capture_output=True, text=True, timeout=800)
         if done.returncode:
             return "", [], f"valgrind gave {done.returncode}: {' '.join(done.stderr.splitlines()[-1:])}"
         # out.1 holds what came before the first call

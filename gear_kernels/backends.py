@@ -284,13 +284,18 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     if name is not None:
         reason = BACKENDS[name].why_not(device, dtype)
         if reason:
-            raise bad_input(
-                f"{where} asks for the back end {name!r}, but {reason}", "a back end that can serve", "choose reference"
-            )
+            given = f"{where} asks for the back end {name!r}, but {reason}"
+            raise bad_input(given, "a back end that can serve", "choose " + " or ".join(_able(device, dtype)))
         return name
     if device.type == "cpu" and _load_native()[0] is None:
         _warn_missing(_load_native()[1])
-    return next(n for n in _preference(device) if BACKENDS[n].why_not(device, dtype) is None)
+    return _able(device, dtype)[0]
+
+
+def _able(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The back ends that can serve this device and dtype, those that are chosen without a request first; never empty."""
+    names = dict.fromkeys((*_preference(device), *BACKENDS))
+    return [name for name in names if BACKENDS[name].why_not(device, dtype) is None]
 
 
 def _preference(device: torch.device) -> tuple[str, ...]:

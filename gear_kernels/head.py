@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .errors import bad_input
+from . import model_head
 from .stats import Head, TokenStats, linear_token_stats
 
 
@@ -31,13 +31,20 @@ class FusedHead(nn.Linear):
         """Turn a model's head into a FusedHead in place: same object, same Parameter. Call it before deepspeed.initialize.
 
         softcap, scale: what the model does to its logits after the head (see Head); pass them, the model's own code is bypassed.
-        Raises GearKernelsError for anything but a plain nn.Linear (quantised or LoRA layers compute something else).
+        Raises GearKernelsError for anything but a plain nn.Linear: quantised and LoRA layers, which are named, compute something
+        else. A LoRA layer that peft puts around an adopted head raises when it is given targets; see `Head.from_model`.
         """
         if type(linear) not in (nn.Linear, cls):
-            raise bad_input(f"the head is a {type(linear).__name__}", "a plain nn.Linear", "merge or unwrap it first")
+            raise model_head.not_plain(linear)
         linear.__class__ = cls
         linear.softcap, linear.scale = softcap, scale
         return linear
+
+    def __call__(self, hidden: torch.Tensor, *positional, **named) -> torch.Tensor | TokenStats:
+        """As `forward`. What follows hidden travels by name, because the hook of torch's ColwiseParallel drops all but the first
+        positional argument: logits came back, and now the sharded weight is refused.
+        """
+        return super().__call__(hidden, **dict(zip(("targets", "teacher_hidden"), positional, strict=False)), **named)
 
     def forward(
         self,

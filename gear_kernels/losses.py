@@ -2,10 +2,15 @@
 
 Every loss is a weighted sum over tokens, so `aggregation_weights` (which mean) and the loss (of what) are chosen apart, and the
 sums of micro-batches and ranks add up to the whole. Tokens of weight 0 contribute exactly nothing, whatever they hold.
+
+Log ratios are cut at +-20 before they are raised (+-11 in float16), and the k3 estimate of a KL at 10 nats a token, as in verl:
+e^88.8 is +inf in float32, and 0 * inf made NaN of the gradient of a token that was clipped. A token beyond a cut keeps its finite
+value and passes no gradient through it; within the cuts nothing is changed, bit by bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +19,7 @@ from torch import nn
 from .errors import bad_input
 from .stats import Head, linear_token_stats
 
+_LOG_RATIO_LIMIT, _K3_LIMIT = 20.0, 10.0  # nats; e^20 is 4.9e8
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 
 
@@ -30,7 +36,8 @@ def policy_gradient_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-sum of token_weights * importance_weights * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A): the clipped surrogate.
 
-    All arguments have one shape, such as [T]; r = exp(logprobs - old_logprobs). Only `logprobs` is differentiated.
+    All arguments have one shape, such as [T]; r = exp(logprobs - old_logprobs), the log ratio cut at +-20: a token beyond that
+    passes no gradient. Only `logprobs` is differentiated.
     token_weights: see `aggregation_weights`. clip_high above clip_low is DAPO's clip-higher (arXiv 2503.14476). dual_clip: a
     number c above 1 bounds the term of a token of negative advantage from below by c A, so that a ratio that exploded cannot
     rule the step (arXiv 1912.09729); None for none. importance_weights: a factor per token, such as the truncated ratio of
@@ -38,8 +45,8 @@ def policy_gradient_loss(
 
     Returns the loss (a scalar) and detached scalars over the tokens of weight other than 0: tokens (their number), clip_fraction
     (where the clipped term is the smaller), dual_clip_fraction (where c A is the larger, 0 without dual_clip), ratio_mean,
-    ratio_max, approx_kl (KL(old || new) by r - 1 - log r, nats); 0 if there are no tokens. Raises GearKernelsError where shapes
-    differ, and for a dual_clip that is not above 1.
+    ratio_max, approx_kl (KL(old || new) by r - 1 - log r, nats, at most 10 a token); 0 if there are no tokens. Raises
+    GearKernelsError where shapes differ, and for a dual_clip that is not above 1.
     """
     if dual_clip is not None and not dual_clip > 1:
         raise bad_input(f"dual_clip is {dual_clip}", "a number above 1, or None", "3.0 is usual")
@@ -48,7 +55,7 @@ def policy_gradient_loss(
         given["importance_weights"] = importance_weights
     _check_shapes(logprobs, given)
     used = token_weights != 0
-    log_ratio = torch.where(used, logprobs - old_logprobs.detach(), 0)
+    log_ratio = _bounded(torch.where(used, logprobs - old_logprobs.detach(), 0))
     ratio = log_ratio.exp()
     advantages = torch.where(used, token_advantages, 0).detach()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -60,6 +67,17 @@ def policy_gradient_loss(
     loss = -(weights.detach() * term).sum()
     metrics = _policy_metrics(log_ratio.detach(), used, (clipped < plain).detach())
     return loss, metrics | {"dual_clip_fraction": (bounded & used).sum() / metrics["tokens"].clamp_min(1)}
+
+
+def _bounded(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Log ratios whose exponential is finite in their dtype: within +-20, in float16 +-11."""
+    limit = min(_LOG_RATIO_LIMIT, math.floor(math.log(torch.finfo(log_ratio.dtype).max)))
+    return log_ratio.clamp(-limit, limit)
+
+
+def _k3(d: torch.Tensor) -> torch.Tensor:
+    """e^d - 1 - d of bounded log ratios, at most 10; expm1, because e^d - 1 loses all digits near d = 0."""
+    return (torch.expm1(d) - d).clamp(max=_K3_LIMIT)
 
 
 def _check_shapes(first: torch.Tensor, others: dict[str, torch.Tensor], owner: str = "logprobs'") -> None:
@@ -74,7 +92,7 @@ def _policy_metrics(log_ratio: torch.Tensor, used: torch.Tensor, clipped: torch.
     count = tokens.clamp_min(1)
     ratio = torch.where(used, log_ratio.exp(), 0)
     ratio_max = ratio.max() if ratio.numel() else ratio.sum()
-    k3 = torch.where(used, torch.expm1(log_ratio) - log_ratio, 0)  # expm1: r - 1 loses all digits near r = 1
+    k3 = torch.where(used, _k3(log_ratio), 0)
     means = {"clip_fraction": (clipped & used).sum() / count, "ratio_mean": ratio.sum() / count, "approx_kl": k3.sum() / count}
     return {"tokens": tokens, "ratio_max": ratio_max, **means}
 
@@ -85,8 +103,9 @@ def reference_kl_loss(
     """sum of token_weights * an estimate of KL(policy || reference) from the sampled tokens' log-probs, all of one shape.
 
     With d = reference_logprobs - logprobs: k1 is -d (unbiased, noisy, its gradient is zero on average), k2 is d^2 / 2 (its
-    gradient is the KL's on average), k3 is e^d - 1 - d (unbiased, never negative; GRPO's, arXiv 2402.03300). For the exact KL
-    over the vocabulary use the reverse_kl statistic with the reference as teacher. Only `logprobs` is differentiated.
+    gradient is the KL's on average), k3 is e^d - 1 - d (unbiased, never negative; GRPO's, arXiv 2402.03300), d cut at +-20 and k3
+    at 10 nats (d = 2.6): a token beyond passes no gradient. For the exact KL over the vocabulary use the reverse_kl statistic,
+    the reference as teacher. Only `logprobs` is differentiated.
 
     Returns the loss and the detached mean over tokens of weight other than 0, `reference_kl` (nats). Raises GearKernelsError on
     shapes and on an unknown estimator.
@@ -96,7 +115,7 @@ def reference_kl_loss(
     _check_shapes(logprobs, {"reference_logprobs": reference_logprobs, "token_weights": token_weights})
     used = token_weights != 0
     d = torch.where(used, reference_logprobs.detach() - logprobs, 0)
-    value = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(d) - d}[estimator]()
+    value = {"k1": lambda: -d, "k2": lambda: d.square() / 2, "k3": lambda: _k3(_bounded(d))}[estimator]()
     mean = torch.where(used, value.detach(), 0).sum() / used.sum().clamp_min(1)
     return (token_weights.detach() * value).sum(), {"reference_kl": mean}
 
@@ -166,16 +185,16 @@ def sampled_distillation_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Reverse KL(policy || teacher) from the sampled tokens alone, as a policy gradient: their reward is lpT - lpS.
 
-    -sum of token_weights * r * (lpT - lpS), r = exp(logprobs - old_logprobs), lpT - lpS held constant: on policy (r = 1) the
-    gradient is -token_weights * (lpT - lpS) in logprobs, on average that of the full KL, and the loss is its k1 estimate. (The
-    estimate's own gradient would be 0 on average: see `reference_kl_loss`.) All arguments have one shape, nats, any floating
-    dtype. Only `logprobs` is differentiated.
+    -sum of token_weights * r * (lpT - lpS), r = exp(logprobs - old_logprobs), lpT - lpS held constant, the log ratio cut at +-20
+    (a token beyond passes no gradient): on policy (r = 1) the gradient is -token_weights * (lpT - lpS) in logprobs, on average
+    that of the full KL, and the loss is its k1 estimate. (The estimate's own gradient would be 0 on average: see
+    `reference_kl_loss`.) All arguments have one shape, nats, any floating dtype. Only `logprobs` is differentiated.
 
     Returns the loss and the detached mean of lpS - lpT over tokens of weight other than 0, `divergence` (nats; noisy, may be
     negative). Raises GearKernelsError where shapes differ.
     """
     used, gap = _teacher_gap(logprobs, teacher_logprobs, token_weights, old_logprobs=old_logprobs)
-    ratio = torch.where(used, logprobs - old_logprobs.detach(), 0).exp()
+    ratio = _bounded(torch.where(used, logprobs - old_logprobs.detach(), 0)).exp()
     return -(token_weights.detach() * ratio * gap.detach()).sum(), _gap_metrics(gap, used)
 
 

@@ -3,6 +3,9 @@
 What crosses the ranks is a row's twelve partial sums, never logits. Collectives of one `linear_token_stats` call: one all_gather
 of [N, 12] float64 in forward (and one all_reduce of [N, 2] float64 for jsd), one all_reduce of the hidden states' gradient
 [N, D] in float32 in backward, where that gradient is asked for. None of them waits for the device.
+
+Either all ranks pass the argument checks or none does: these run before the first collective and ask no other rank. Where one
+rank alone raises (a target out of range in its copy), the others wait in the all_gather until the group's timeout ends it.
 """
 
 from __future__ import annotations

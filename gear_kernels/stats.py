@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
-from . import backends, ops, parallel, reference, tiling
-from .errors import bad_input
+from . import backends, model_head, ops, parallel, reference, tiling
+from .errors import GearKernelsError, bad_input
 
 DEFAULT_STATS = ("logprobs", "entropy", "reverse_kl")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class _NotLogits(GearKernelsError, AttributeError):
+    """Both types: hasattr(stats, "dtype") stays False."""
 
 
 class TokenStats(NamedTuple):
@@ -30,6 +36,13 @@ class TokenStats(NamedTuple):
     reverse_kl: torch.Tensor | None = None  # KL(student || teacher)
     forward_kl: torch.Tensor | None = None  # KL(teacher || student)
     jsd: torch.Tensor | None = None  # beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student
+
+    @property
+    def dtype(self):
+        """What a wrapper reads first that takes a FusedHead's result for logits: peft's LoRA layer around an adopted head."""
+        given = "token statistics were taken for logits: a layer around FusedHead, such as peft's LoRA, adds to its output"
+        mend = "leave the head out of target_modules, or use Head.from_model(model), which merges the adapter"
+        raise _NotLogits(*bad_input(given, "FusedHead called by its model, without an adapter around it", mend).args)
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,18 @@ class Head:
     scale: float | None = None
     valid_vocab: int | None = None
     group: Any = None
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module) -> Head:
+        """The head of a causal LM (transformers', or peft's around it): weight, bias, softcap, scale and adapters as it has them.
+
+        Plain LoRA on the head is merged in float32, weight + scaling * B A, and its gradient reaches A and B: a new [V, D]
+        tensor, so call this again after every optimiser step. bfloat16 hidden states go with it (see `linear_token_stats`).
+
+        Raises GearKernelsError, naming the adapter, for what is no such sum (DoRA, lora_bias, dropout while training, other peft
+        layers), for layers other than nn.Linear, and for sharded weights under an adapter.
+        """
+        return cls(*model_head.read(model))
 
 
 def token_stats(
@@ -90,6 +115,7 @@ def token_stats(
     if teacher_logits is not None:
         _check_float("teacher_logits", teacher_logits)
         _check_alike("teacher_logits", teacher_logits, "student_logits", student_logits)
+    _check_no_tangents({"student_logits": student_logits})
     shape, columns = student_logits.shape[:-1], student_logits.shape[-1]
     targets, inverse = _rows(student_logits, shape, targets, temperature)
     student = student_logits.reshape(-1, columns)
@@ -114,18 +140,20 @@ def linear_token_stats(
 ) -> TokenStats:
     """Statistics of hidden states [N, D] (or [..., D]) under a head, without ever holding [N, V] logits.
 
-    student_hidden, teacher_hidden: the same leading shape, the dtype of their head's weight.  head: a Head, or just its weight
-    [V, D].  teacher_head: the teacher's own; None means that it shares `head`, and then both rows go through one GEMM. Heads of
-    unequal width (padding) need one valid_vocab on both.  targets, temperature, ignore_index, stats, jsd_beta: as in
-    `token_stats`, as are all rules on -inf, NaN and ignored rows.  workspace_bytes: bound on the logits tiles and dz alive at a
-    time (at least 64 columns of one row); None means 24 MiB on a CPU, 160 MiB on a GPU. Besides them the backward holds the
-    hidden states' gradient in float32, and for half inputs a block of the weight's.
+    student_hidden, teacher_hidden: the same leading shape, the dtype of their head's weight; bfloat16 and float16 also with a
+    float32 head: they are widened, and their gradients rounded once.  head: a Head, or just its weight [V, D].  teacher_head:
+    the teacher's own; None means that it shares `head`, and then both rows go through one GEMM. Heads of unequal width (padding)
+    need one valid_vocab on both.  targets, temperature, ignore_index, stats, jsd_beta: as in `token_stats`, as are all rules on
+    -inf, NaN and ignored rows.  workspace_bytes: bound on the logits tiles and dz alive at a time (at least 64 columns of one
+    row); None means 24 MiB on a CPU, 160 MiB on a GPU. Besides them the backward holds the hidden states' gradient in float32,
+    and for half inputs a block of the weight's.
 
     Logits are float32 whatever the inputs (float64 for float64), never rounded to bfloat16: that alone would bias KL by about
     1e-4 nats. On CUDA, and with bfloat16 on processors with AVX512-BF16, the backward's GEMMs read dz rounded to the inputs'
     dtype; elsewhere all of it is float32. Gradients of hidden states, weight and bias are summed in float32 and rounded once
     to their dtype. A weight that needs no gradient costs none. Tiles are recomputed in backward, so a ZeRO-3 partitioned
-    weight must be gathered there too: use FusedHead.
+    weight must be gathered there too: use FusedHead. Forward-mode tangents (jvp) are refused. Reentrant checkpointing
+    (use_reentrant=True) returns a plain tuple in the fields' order: TokenStats(*out).
 
     Raises GearKernelsError as `token_stats`, on partitioned (size-0) or DTensor weights, and on a vocabulary shard without group.
     """
@@ -133,8 +161,9 @@ def linear_token_stats(
     names = _checked_names(stats, targets, teacher_hidden is not None, "teacher_hidden")
     if workspace_bytes is not None and workspace_bytes <= 0:
         raise bad_input(f"workspace_bytes is {workspace_bytes}", "a positive number of bytes", "leave it at its default")
-    _check_hidden("student_hidden", student_hidden, head)
-    own = _checked_teacher(student_hidden, teacher_hidden, head, teacher_head)
+    student_hidden = _checked_hidden("student_hidden", student_hidden, head)
+    teacher_hidden, own = _checked_teacher(student_hidden, teacher_hidden, head, teacher_head)
+    _check_no_tangents({"student_hidden": student_hidden, "head.weight": head.weight, "head.bias": head.bias})
     targets, inverse = _rows(student_hidden, student_hidden.shape[:-1], targets, temperature)
     backend = backends.choose(student_hidden.device, student_hidden.dtype)
     workspace = workspace_bytes or tiling.limits(student_hidden.device).workspace
@@ -173,8 +202,23 @@ def _check_plain(name: str, tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise bad_input(f"{name} is a {type(tensor).__name__}", "a torch.Tensor", "convert it")
     if type(tensor).__name__ == "DTensor":
-        mend = "pass tensor.full_tensor(), or tensor.to_local() with Head(group=...) where the vocabulary is sharded"
+        # a bare full_tensor() hands each rank its slice of its own gradient, not of the ranks' mean: 97 % off on 2 ranks
+        mend = (
+            "under fully_shard make it a FusedHead first, FusedHead.adopt(lm_head), and call that as a module, lm_head(hidden, "
+            'targets, ...), or pass tensor.full_tensor(grad_placements=[Partial("avg")]); where tensor parallelism shards the '
+            "vocabulary, pass Head(tensor.to_local(), group=mesh)"
+        )
         raise bad_input(f"{name} is a DTensor", "a plain tensor", mend)
+
+
+def _check_no_tangents(tensors: dict[str, torch.Tensor | None]) -> None:
+    """Refuse forward-mode differentiation: torch.library has no formula for it and would return tangents of 0."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            given = f"{name} carries a forward-mode tangent (jvp)"
+            raise bad_input(given, "reverse mode alone", "use backward() or torch.autograd.grad")
 
 
 def _check_float(name: str, tensor) -> None:
@@ -195,6 +239,9 @@ def _check_alike(name: str, tensor: torch.Tensor, other_name: str, other: torch.
 
 
 def _checked_head(name: str, head: Head | torch.Tensor) -> Head:
+    if isinstance(head, torch.nn.Module):
+        mend = "pass Head.from_model(model), which reads scale, softcap and adapters too, or the layer's weight"
+        raise bad_input(f"{name} is a {type(head).__name__} module", "a Head or a weight", mend)
     head = head if isinstance(head, Head) else Head(head)
     _check_float(f"{name}.weight", head.weight)
     ops.check_gathered(f"{name}.weight", head.weight)
@@ -224,32 +271,35 @@ def _check_bias(name: str, head: Head) -> None:
         raise bad_input(given, f"{head.weight.dtype} {wanted} on {head.weight.device}", "give the bias of the same layer")
 
 
-def _check_hidden(name: str, hidden, head: Head) -> None:
+def _checked_hidden(name: str, hidden, head: Head) -> torch.Tensor:
+    """Hidden states in their head's dtype: halves are widened for a float32 head (TRL's cast_lm_head_to_fp32), which is exact."""
     _check_float(name, hidden)
     width = head.weight.shape[1]
     if hidden.dim() < 2 or hidden.shape[-1] != width:
         raise bad_input(f"{name} has shape {tuple(hidden.shape)}", f"[..., {width}] for this head", "pass the last hidden states")
-    if hidden.dtype != head.weight.dtype:
+    widened = hidden.dtype in _HALVES and head.weight.dtype == torch.float32
+    if hidden.dtype != head.weight.dtype and not widened:
         raise bad_input(f"{name} has dtype {hidden.dtype}", f"the head weight's {head.weight.dtype}", f"cast {name}")
     if hidden.device != head.weight.device:
         raise bad_input(f"{name} is on {hidden.device}", f"the head weight's {head.weight.device}", "move one of them")
+    return hidden.to(head.weight.dtype)
 
 
-def _checked_teacher(student_hidden, teacher_hidden, head: Head, teacher_head) -> Head | None:
-    """The teacher's own head, checked; None where it shares the student's."""
+def _checked_teacher(student_hidden, teacher_hidden, head: Head, teacher_head) -> tuple[torch.Tensor | None, Head | None]:
+    """The teacher's hidden states and its own head, checked; no head where it shares the student's."""
     if teacher_hidden is None:
         if teacher_head is not None:
             raise bad_input("teacher_head was given without teacher_hidden", "both or neither", "pass teacher_hidden")
-        return None
+        return None, None
     own = None if teacher_head is None else _checked_head("teacher_head", teacher_head)
-    _check_hidden("teacher_hidden", teacher_hidden, own or head)
+    teacher_hidden = _checked_hidden("teacher_hidden", teacher_hidden, own or head)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1] or teacher_hidden.device != student_hidden.device:
         given = f"teacher_hidden has rows {tuple(teacher_hidden.shape[:-1])} on {teacher_hidden.device}"
         wanted = f"student_hidden's {tuple(student_hidden.shape[:-1])} on {student_hidden.device}"
         raise bad_input(given, wanted, "align them row by row")
     if own is not None:
         _check_heads_match(own, head)
-    return None if own is not None and _same_head(own, head) else own
+    return teacher_hidden, None if own is not None and _same_head(own, head) else own
 
 
 def _check_heads_match(own: Head, head: Head) -> None:

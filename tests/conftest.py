@@ -1,8 +1,15 @@
-"""Without a GPU the Triton kernels are loaded in Triton's interpreter, so that every test of back ends runs them too."""
+"""Without a GPU the Triton kernels are loaded in Triton's interpreter, so that every test of back ends runs them too. Seeds of
+drawn cases are pinned, and pytest's first lines say so: see fuzzing.py.
+"""
 
 import os
 
+import fuzzing  # registers hypothesis' profiles and loads one
 import torch
+
+
+def pytest_report_header():
+    return "fuzz: pinned seeds" if fuzzing.SEED is None else f"fuzz: repeat with GEAR_FUZZ={fuzzing.SEED}"
 
 
 def _load_interpreted():

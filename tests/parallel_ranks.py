@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 parallel_ranks.py RESULT.json     rank 0 writes {case: {quantity: error}} and a few facts
 """
 
+import datetime
 import faulthandler
 import json
 import sys
@@ -102,6 +103,21 @@ def unequal_shards(group):
         return str(problem)
 
 
+def lone_refusal():
+    """Rank 0 alone raises on its arguments: what each rank reads. The other waits until the group's timeout, here 5 seconds."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=5))
+    student, _, weight, _, _, targets = tensors(torch.float32)
+    mine = weight[dist.get_rank() * 366 :][:366]
+    try:
+        linear_token_stats(student, Head(mine, group=group), targets + 1000 * (dist.get_rank() == 0), stats=("logprobs",))
+        found = "no error"
+    except (GearKernelsError, RuntimeError) as problem:
+        found = f"{type(problem).__name__}: {problem}"
+    everyone = [None, None]
+    dist.all_gather_object(everyone, found)
+    return everyone
+
+
 def compiled(group):
     student, _, weight, _, _, targets = tensors(torch.float32)
     part = weight[dist.get_rank() * 366 : (dist.get_rank() + 1) * 366]
@@ -113,7 +129,7 @@ def compiled(group):
 
 
 def main():
-    faulthandler.dump_traceback_later(200, exit=True)  # a hang prints nothing by itself; the tests import this file, so not above
+    faulthandler.dump_traceback_later(800, exit=True)  # a hang prints nothing by itself; the tests import this file, so not above
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     results = {}
@@ -124,6 +140,7 @@ def main():
     results["collectives"] = collectives(group)
     results["unequal"] = unequal_shards(group)
     results["compiled"] = compiled(group)
+    results["lone refusal"] = lone_refusal()
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)

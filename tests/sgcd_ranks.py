@@ -8,7 +8,7 @@ from gear_trainer.endpoint import connect
 from gear_trainer.run import main
 from gear_trainer.trainer import Trainer
 
-faulthandler.dump_traceback_later(240, exit=True)
+faulthandler.dump_traceback_later(1000, exit=True)
 write = Trainer._write_references
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-faulthandler.dump_traceback_later(280, exit=True)  # a hang prints nothing by itself
+faulthandler.dump_traceback_later(1000, exit=True)  # a hang prints nothing by itself
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402

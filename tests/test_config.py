@@ -248,7 +248,7 @@ def test_errors_end_with_code_2_and_one_line(tmp_path):
 
 def _run(*args):
     command = [sys.executable, "-m", "gear_trainer.run", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("credit", ["turn", "gigpo"])

@@ -16,7 +16,7 @@ from gear_trainer.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533"]
@@ -31,7 +31,7 @@ def _start(program, name, out, *more, launcher=DEEPSPEED):
 
 
 def _finish(process, name, out, code=0):
-    assert process.wait(800) == code, (out / f"{name}.log").read_text()[-6000:]
+    assert process.wait(3200) == code, (out / f"{name}.log").read_text()[-6000:]
     return read_metrics(out / name / "metrics.jsonl")
 
 
@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(out):
         assert process.poll() is None, (out / "stopped.log").read_text()[-6000:]
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(120)
+    process.wait(600)
     _wait_for_ranks("name=stopped")
     steps = [m["step"] for m in read_metrics(out / "stopped" / "metrics.jsonl")]
     assert (out / "stopped" / "checkpoints" / "latest").read_text() == f"step-{steps[-1]}"
@@ -168,6 +168,6 @@ def _kill_ranks(marker):
 
 
 def _wait_for_ranks(marker):
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while [p for p in _ranks(marker) if p.status() != "zombie"] and time.time() < deadline:
         time.sleep(0.2)

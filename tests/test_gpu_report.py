@@ -32,7 +32,6 @@ def items(found, phase):
     return found["phases"][phase]["items"]
 
 
-@pytest.mark.timeout(300)
 def test_self_test_passes(made):
     found, stored, text, told = made
     assert report.failures(found) == [] and "No failures." in text

@@ -32,7 +32,7 @@ def zero3(tmp_path_factory):
         str(RANKS),
         str(path),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads(path.read_text())
 

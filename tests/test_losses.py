@@ -161,6 +161,63 @@ def test_reference_kl_skips_weightless_tokens():
     assert metrics["reference_kl"].item() == pytest.approx(math.exp(-1))
 
 
+# --- exploded ratios ----------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("gap", (15.0, 21.0, 88.8, 800.0, math.inf))
+@pytest.mark.parametrize("dual_clip", (None, 3.0))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_R2_exploded_ratios_stay_finite(dtype, dual_clip, gap):
+    """exp overflows from a log ratio of 88.8 on (float16: 11.1): the clipped token's gradient is 0, never 0 * inf."""
+    logprobs = torch.tensor([0.0, 0.0, -1.0], dtype=dtype, requires_grad=True)
+    old, advantages = torch.tensor([-gap, -gap, -1.0], dtype=dtype), torch.tensor([1.0, -1.0, 1.0], dtype=dtype)
+    loss, metrics = policy_gradient_loss(logprobs, old, advantages, torch.ones(3, dtype=dtype), dual_clip=dual_clip)
+    loss.backward()
+    assert logprobs.grad[0] == 0 and logprobs.grad.isfinite().all() and logprobs.grad[2] == -1, logprobs.grad
+    assert loss.isfinite() and metrics["ratio_max"].isfinite() and 0 < metrics["approx_kl"] <= 10, (loss, metrics)
+    assert dual_clip is None or (logprobs.grad[1] == 0 and loss.item() == pytest.approx(-1.2 + 3 - 1, rel=1e-2))
+
+
+@pytest.mark.parametrize("estimator", ("k1", "k2", "k3"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_R2_a_far_reference_costs_a_bounded_k3(dtype, estimator):
+    logprobs = torch.tensor([-90.0, 0.0, -1.0], dtype=dtype, requires_grad=True)
+    reference = torch.tensor([0.0, -90.0, -2.0], dtype=dtype)
+    loss, metrics = reference_kl_loss(logprobs, reference, torch.ones(3, dtype=dtype), estimator=estimator)
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite().all() and metrics["reference_kl"].isfinite()
+    if estimator == "k3":
+        assert loss.item() == pytest.approx(20 + math.exp(-1), rel=1e-2) and logprobs.grad[:2].tolist() == [0, 0]
+        assert logprobs.grad[2].item() == pytest.approx(1 - math.exp(-1), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_R2_sampled_distillation_off_policy_stays_finite(dtype):
+    logprobs = torch.tensor([0.0, -1.0], dtype=dtype, requires_grad=True)
+    old, teacher = torch.tensor([-90.0, -1.0], dtype=dtype), torch.tensor([-0.5, -3.0], dtype=dtype)
+    loss, _ = sampled_distillation_loss(logprobs, old, teacher, torch.ones(2, dtype=dtype))
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.tolist() == [0, 2]
+
+
+def test_R2_ordinary_ratios_are_what_they_were_bit_by_bit():
+    """Log ratios of up to +-19.9 and k3 below 10, against the formulas without a cut."""
+    g = torch.Generator().manual_seed(0)
+    logprobs, advantages, weights = torch.randn(3, 400, generator=g)
+    d = torch.linspace(-19.9, 19.9, 400)
+    plain = logprobs.clone().requires_grad_()
+    ratio = (plain - (logprobs - d)).exp()
+    (-(weights * torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)).sum()).backward()
+    ours = logprobs.clone().requires_grad_()
+    policy_gradient_loss(ours, logprobs - d, advantages, weights)[0].backward()
+    assert torch.equal(ours.grad, plain.grad)
+    d, gap = d[d.abs() < 2.5], logprobs[: int((d.abs() < 2.5).sum())]
+    k3 = torch.expm1(gap + d - gap) - (gap + d - gap)
+    assert torch.equal(reference_kl_loss(gap, gap + d, torch.ones_like(gap))[0], k3.sum())
+
+
 # --- distillation -----------------------------------------------------------------------------------------------------------
 
 

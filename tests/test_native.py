@@ -144,6 +144,16 @@ def test_unknown_and_impossible_choices(monkeypatch, compiled_triton):
         token_stats(torch.zeros(1, 2), stats=("entropy",))
 
 
+def test_R7_the_back_ends_that_can_serve_are_named(monkeypatch, compiled_triton):
+    monkeypatch.setenv(backends.ENVIRONMENT, "triton")
+    with pytest.raises(GearKernelsError, match=r"GEAR_KERNELS_BACKEND asks for .*To mend: choose native or reference\.$"):
+        token_stats(torch.zeros(1, 2), stats=("entropy",))
+    monkeypatch.setattr(backends, "_load_native", lambda: (None, "the compiled module is missing (test)"))
+    for name in ("triton", "native"):
+        with gear_kernels.backend(name), pytest.raises(GearKernelsError, match=r"To mend: choose reference\.$"):
+            token_stats(torch.zeros(1, 2), stats=("entropy",))
+
+
 def test_missing_module_warns_once_and_says_so(monkeypatch, capsys):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     monkeypatch.setattr(backends, "_load_native", lambda: (None, "the compiled module is missing (test)"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from parallel_ranks import CASES
 
-from gear_kernels import reference
+from gear_kernels import parallel, reference
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def results(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
     script = Path(__file__).with_name("parallel_ranks.py")
     run = subprocess.run(
-        [*command, script, path], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280
+        [*command, script, path], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(path.read_text())
@@ -42,6 +42,14 @@ def test_number_of_collectives_is_as_documented(results):
 
 def test_unequal_shards_are_refused_on_every_rank(results):
     assert "the ranks' vocabulary shards have [366, 365] rows; expected shards of one size" in results["unequal"]
+
+
+def test_R5_a_rank_that_raises_alone_leaves_the_others_to_the_timeout(results):
+    """As parallel.py says: checks run before the first collective and ask no other rank."""
+    first, second = results["lone refusal"]
+    assert first.startswith("GearKernelsError: targets holds 1")
+    assert not second.startswith(("GearKernelsError", "no error")), second
+    assert "ask no other rank" in parallel.__doc__ and "group's timeout" in parallel.__doc__
 
 
 def test_compiled_without_a_graph_break(results):

@@ -287,10 +287,10 @@ def test_an_endpoint_writes_concurrently_and_with_seeds(chat):
 
 def test_failures_cost_a_reference_not_the_run(caplog):
     def behave(body):
-        return {"fail": 500, "hang": 9.0, "refuse": 400, "empty": ""}.get(body["messages"][0]["content"], "fine")
+        return {"fail": 500, "hang": 12.0, "refuse": 400, "empty": ""}.get(body["messages"][0]["content"], "fine")
 
     with fake_openai(behave=behave) as server:
-        endpoint = connect(settings(server, "writer.timeout=1", "writer.max_retries=1"), 4096)
+        endpoint = connect(settings(server, "writer.timeout=4", "writer.max_retries=1"), 4096)
         got = endpoint.complete(["a", "fail", "hang", "refuse", "empty", "b"], list(range(6)))
         tried = [body["messages"][0]["content"] for body in server.requests]
     assert got == ["fine", None, None, None, None, "fine"] and "4 of 6 references failed" in caplog.text

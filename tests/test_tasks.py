@@ -264,7 +264,7 @@ def test_a_degenerate_answer_cannot_hang(gsm8k):
     episode = task.episode(task.held_out(1)[0])
     start = time.perf_counter()
     episode.step("\\boxed{9^{9^{9^{9^9}}}}")
-    assert episode.outcome().reward == 0.0 and time.perf_counter() - start < 60
+    assert episode.outcome().reward == 0.0 and time.perf_counter() - start < 240
     episode.step("\\boxed{2}")
     assert episode.outcome().reward == 1.0  # a new worker took over
 

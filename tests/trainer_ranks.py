@@ -6,7 +6,7 @@ import sys
 from gear_trainer.run import main
 from gear_trainer.trainer import Trainer
 
-faulthandler.dump_traceback_later(240, exit=True)
+faulthandler.dump_traceback_later(1000, exit=True)
 push, pushes = Trainer.push, []
 
 

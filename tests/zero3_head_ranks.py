@@ -7,7 +7,7 @@ import faulthandler
 import json
 import sys
 
-faulthandler.dump_traceback_later(200, exit=True)  # a hang prints nothing by itself
+faulthandler.dump_traceback_later(800, exit=True)  # a hang prints nothing by itself
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
