@@ -83,9 +83,9 @@ def credit_weights(
     Its diagnostics are taken over policy tokens: share_above_threshold, share_in_segments, segments_per_trajectory
     (trajectories with a policy token), mean_segment_length (policy tokens), share_unclosed (of segments: those that reach
     the last policy token with no rule ending them), mean_signal (nats), silent_trajectories (share of trajectories with a policy
-    token whose signal is below 1e-3 nats by the normaliser's own measure, what it divides by where no signal_floor is larger;
-    0 for methods without one), mean_weight_positive and mean_weight_negative (W where A > 0, A < 0). All finite for finite
-    input: a mean over nothing is 0, for the weights 1.
+    token whose scale, what the normaliser divides by without a floor, is below max(signal_floor, 1e-3 nats); a constant
+    signal's is 0; the share is 0 for methods without a normaliser), mean_weight_positive and mean_weight_negative (W where
+    A > 0, A < 0). All finite for finite input: a mean over nothing is 0, for the weights 1.
 
     Raises GearKernelsError on wrong shapes, dtypes, devices, unknown methods, missing inputs; for CPU tensors also on offsets
     that do not rise from 0 to T and on NaN in a policy token's row or in an advantage. On a GPU these looks would be

@@ -62,7 +62,7 @@ class PolicyCredit(NamedTuple):
     above: torch.Tensor  # [n] bool, g above the method's threshold
     unclosed: int  # segments that reached the last policy token without a rule ending them there
     token_advantages: torch.Tensor | None = None  # [n]; None: weights times the sequence's advantage
-    silent: int = 0  # trajectories whose normaliser divided by less than reference.SILENT
+    silent: int = 0  # trajectories whose scale is below the signal floor or reference.SILENT
 
 
 class Scan(NamedTuple):
@@ -89,7 +89,6 @@ class Scan(NamedTuple):
     normalizer: str = "none"
     segmenter: str = "token"
     quantile: float = 0.95
-    signal_floor: float = 0.0  # nats, the least that the normaliser divides by
     threshold: float = 0.0
     ratio: float = 1.0
     floor: float = 0.0
@@ -98,6 +97,7 @@ class Scan(NamedTuple):
     renormalize: bool = False
     stop_at_turn: bool = False
     level: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
+    signal_floor: float = 0.0  # nats, the least that the normaliser divides by
 
     @property
     def segmented(self) -> bool:
@@ -168,7 +168,6 @@ class Gear:
 
     normalizer: str = "relu_max"  # how g comes from the signal, see reference.normalise
     quantile: float = 0.95  # of normalizer "quantile"
-    signal_floor: float = 0.0  # nats; g = signal / max(scale, signal_floor), 0: the paper. normalizer "none" has no scale
     kl_threshold: float = 0.1  # on g, strict
     entropy_ratio: float = 1.5
     alpha: float = 0.2  # share of the advantage that is redistributed, in [0, 2)
@@ -180,6 +179,7 @@ class Gear:
     fixed_len: int = 8  # of segmenter "fixed", in policy tokens
     seed: int = 0  # of segmenter "random"
     window: int = 8  # of segmenter "entropy_window", in policy tokens
+    signal_floor: float = 0.0  # nats; g = signal / max(scale, signal_floor), 0: the paper. normalizer "none" has no scale
 
     def __post_init__(self) -> None:
         check_choice("Gear.normalizer", self.normalizer, NORMALIZERS)

@@ -413,7 +413,7 @@ SCALED = [name for name in NORMALIZERS if name != "none"]
 
 @pytest.mark.parametrize("normalizer", SCALED)
 def test_D10_noise_of_a_silent_trajectory_gets_no_spread(normalizer):
-    """Without a floor 1e-5 nats weigh as 1 nat does; with one their g is at most 0.01, and the other trajectory keeps every bit."""
+    """Without a floor 1e-5 nats weigh as 1 nat does; with one their g is at most 0.01. The other trajectory keeps every bit."""
     rows = spoken_and_silent(loud=1.0)
     paper = credit_weights(*rows, method=Gear(normalizer=normalizer, quantile=1.0))
     torch.testing.assert_close(paper.signal[6:], paper.signal[:6], rtol=0, atol=1e-12)
@@ -456,12 +456,13 @@ def share_silent(signal, lengths, method, mask=None):
 
 
 def test_D10_silent_trajectories_are_counted():
-    """Scale below 1e-3 nats, whatever the floor; trajectories without a policy token count for nothing, constant ones as silent."""
+    """Scale below 1e-3 nats or the floor; trajectories without a policy token count for nothing, constant ones as silent."""
     signal, lengths = [0.0, 2e-3, 0.0, 9e-4, -5.0, 9e-4, 7.0, 7.0, 1.0, 0.0], [2, 2, 2, 2, 0, 2]
-    for floor in (0.0, 1e-3, 10.0):
+    # with no floor the second, the third (its -5 counts for nothing) and the constant one
+    for floor, share in ((0.0, 3 / 5), (9e-4, 3 / 5), (1e-3, 3 / 5), (2.5e-3, 4 / 5), (1.0, 4 / 5), (10.0, 1.0)):
         for segmenter in SEGMENTERS:
-            share = share_silent(signal, lengths, Gear(segmenter=segmenter, signal_floor=floor))
-            assert share.item() == pytest.approx(3 / 5)  # the second, the third (its -5 counts for nothing) and the constant one
+            got = share_silent(signal, lengths, Gear(segmenter=segmenter, signal_floor=floor))
+            assert got.item() == pytest.approx(share)
     expected = {"max": 3 / 5, "minmax": 2 / 5, "abs_max": 2 / 5, "quantile": 3 / 5, "none": 0.0}
     for normalizer, share in expected.items():
         got = share_silent(signal, lengths, Gear(normalizer=normalizer, quantile=1.0))
@@ -593,7 +594,7 @@ BAD_OPTIONS = [
     ({"signal_floor": math.nan}, r"Gear.signal_floor: given nan; expected a finite number"),
     ({"signal_floor": math.inf}, r"Gear.signal_floor: given inf; expected a finite number"),
     ({"signal_floor": True}, r"Gear.signal_floor: given True"),
-    ({"signal_floor": 0.1, "normalizer": "none"}, r'Gear.signal_floor: given 0.1; expected 0 with normalizer "none". To mend: ch'),
+    ({"signal_floor": 0.1, "normalizer": "none"}, r'signal_floor: given 0.1; expected 0 with normalizer "none". To mend: choose'),
     ({"kl_threshold": -0.1}, r"Gear.kl_threshold: given -0.1"),
     ({"kl_threshold": "0.1"}, r"Gear.kl_threshold: given '0.1'; expected a finite number"),
     ({"entropy_ratio": 0}, r"Gear.entropy_ratio: given 0; expected a finite number above 0"),

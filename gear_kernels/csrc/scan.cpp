@@ -169,10 +169,10 @@ class Sequence {
     for (int64_t i = 0; i < n_; ++i) g_[i] = std::min(g_[i] / scale, T(1));  // dividing by 1 (`none`) changes nothing
   }
 
-  // What the signal is divided by; a scale below kSilent makes the sequence a silent one, whatever the floor.
+  // What the signal is divided by; notes whether the sequence is silent.
   T divisor(T scale) {
     if (o_.normalizer == kNone) return scale;
-    tally_[tSilent] = n_ && scale < T(kSilent);
+    tally_[tSilent] = n_ && scale < (T)std::max(kSilent, o_.signal_floor);
     return std::max(scale, (T)o_.signal_floor);
   }
 

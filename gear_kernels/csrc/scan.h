@@ -9,11 +9,11 @@ enum Rule { kGear, kRatio, kGatedRatio, kShare, kMargin, kAtLeast, kLift };
 enum Normalizer { kReluMax, kMax, kMinMax, kAbsMax, kQuantile, kNone };
 enum Segmenter { kEntropySegments, kToken, kKlOnly, kEntropyOnly, kTurn, kEntropyWindow, kRandom, kFixed, kStable };
 
-// Columns of `tallies` [sequences, kTallies], float64: sums over a sequence's policy tokens; tSilent: 1 if its scale is below kSilent.
+// Columns of `tallies` [sequences, kTallies], float64: sums over a sequence's policy tokens; tSilent: 1 if its scale is small.
 enum Tally {
   tTokens, tAbove, tInside, tSegments, tUnclosed, tSignal, tPositive, tWeightPositive, tNegative, tWeightNegative, tSilent, kTallies
 };
-constexpr double kSilent = 1e-3;  // nats, reference.SILENT
+constexpr double kSilent = 1e-3;  // nats, reference.SILENT: a scale below this or below the floor is silent
 
 struct ScanOptions {  // fields of methods.Scan; `level` is its value over the pack
   int rule = kGear, normalizer = kNone, segmenter = kToken;

@@ -206,7 +206,7 @@ def _scale(ROWS, start, end, q, signal_floor, like, NORMALIZER: tl.constexpr, BL
     else:
         scale = high
     scale = tl.where((low < high) & (scale > 0), scale, 0.0)
-    silent = (scale < _SILENT) & (count > 0)
+    silent = (scale < _larger(signal_floor, _SILENT)) & (count > 0)
     if NORMALIZER == _NONE:
         silent = count < 0
     else:
