@@ -234,7 +234,7 @@ def _scan(module: ModuleType, what, masked: bool, tokens: int = 1024, dtype: tor
     bounds = row(torch.int32, 2)
     level = None if what.level is None else row(dtype, 1)
     rows = (row(dtype), second, row(dtype, 1), row(torch.bool) if masked else None, turns, bounds, level)
-    out = (*(row(dtype) for _ in range(4)), row(torch.int32), row(torch.bool), _meta(1, 10, dtype=torch.float64))
+    out = (*(row(dtype) for _ in range(4)), row(torch.int32), row(torch.bool), _meta(1, 11, dtype=torch.float64))
     module.scan(module.ScanRows(*rows), module.ScanOutputs(*out), what, tokens)
 
 

@@ -82,8 +82,10 @@ def credit_weights(
     Returns a `Credit`. No gradient flows. Computed in float64 where an input row is, else in float32 (thresholds too).
     Its diagnostics are taken over policy tokens: share_above_threshold, share_in_segments, segments_per_trajectory
     (trajectories with a policy token), mean_segment_length (policy tokens), share_unclosed (of segments: those that reach
-    the last policy token with no rule ending them), mean_signal (nats), mean_weight_positive and mean_weight_negative (W
-    where A > 0, A < 0). All finite for finite input: a mean over nothing is 0, for the weights 1.
+    the last policy token with no rule ending them), mean_signal (nats), silent_trajectories (share of trajectories with a policy
+    token whose scale, what the normaliser divides by without a floor, is below max(signal_floor, 1e-3 nats); a constant
+    signal's is 0; the share is 0 for methods without a normaliser), mean_weight_positive and mean_weight_negative (W where
+    A > 0, A < 0). All finite for finite input: a mean over nothing is 0, for the weights 1.
 
     Raises GearKernelsError on wrong shapes, dtypes, devices, unknown methods, missing inputs; for CPU tensors also on offsets
     that do not rise from 0 to T and on NaN in a policy token's row or in an advantage. On a GPU these looks would be
@@ -145,8 +147,9 @@ def _choose(method: object, device: torch.device) -> tuple[Scan | None, str]:
 
 # --- one pass over each sequence ------------------------------------------------------------------------------------------
 
-# columns of the tallies [B, 10], sums over a sequence's policy tokens; csrc/scan.h and triton/scan.py have the same
-TALLIES = ("tokens", "above", "inside", "segments", "unclosed", "signal", "positive", "up", "negative", "down")
+# columns of the tallies [B, 11], sums over a sequence's policy tokens but for silent, its 1 or 0; csrc/scan.h and triton/scan.py
+# have the same
+TALLIES = ("tokens", "above", "inside", "segments", "unclosed", "signal", "positive", "up", "negative", "down", "silent")
 
 
 def _outputs(pack: Pack) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -263,35 +266,40 @@ def _scatter(result: PolicyCredit, tokens: PolicyTokens, index: torch.Tensor, pa
 
 
 def _tally(result: PolicyCredit, tokens: PolicyTokens) -> torch.Tensor:
-    """The sums over policy tokens that the scans take on their way: [10] float64 in the order of TALLIES."""
+    """The sums over policy tokens that the scans take on their way: [11] float64 in the order of TALLIES."""
     up, down = tokens.advantages > 0, tokens.advantages < 0
     weights = result.weights.double()
     sums = (
         *(up.numel(), result.above.sum(), (result.segment_ids >= 0).sum(), result.onsets.sum(), result.unclosed),
         *(tokens.signal.double().sum(), up.sum(), torch.where(up, weights, 0).sum()),
-        *(down.sum(), torch.where(down, weights, 0).sum()),
+        *(down.sum(), torch.where(down, weights, 0).sum(), result.silent),
     )
     full = (torch.full((), float(x), device=up.device) if isinstance(x, int) else x for x in sums)
     return torch.stack([x.double() for x in full])
 
 
-DIAGNOSTICS = (
-    *("share_above_threshold", "share_in_segments", "segments_per_trajectory", "mean_segment_length"),
-    *("share_unclosed", "mean_signal", "mean_weight_positive", "mean_weight_negative"),
-)
+DIAGNOSTICS = {  # the tally summed, and what it is the mean over
+    "share_above_threshold": ("above", "tokens"),
+    "share_in_segments": ("inside", "tokens"),
+    "segments_per_trajectory": ("segments", "trajectories"),
+    "mean_segment_length": ("inside", "segments"),
+    "share_unclosed": ("unclosed", "segments"),
+    "mean_signal": ("signal", "tokens"),
+    "silent_trajectories": ("silent", "trajectories"),
+    "mean_weight_positive": ("up", "positive"),
+    "mean_weight_negative": ("down", "negative"),
+}
 
 
 def _diagnostics(tally: torch.Tensor, trajectories: torch.Tensor) -> dict[str, torch.Tensor]:
-    """From sums [10] over policy tokens and the number of trajectories that have one."""
-    t = dict(zip(TALLIES, tally, strict=True))
-    tokens, segments = t["tokens"].clamp(min=1), t["segments"].clamp(min=1)
+    """From sums [11] over policy tokens and the number of trajectories that have one."""
+    t = dict(zip(TALLIES, tally, strict=True)) | {"trajectories": trajectories}
+    sums = torch.stack([t[name] for name, _ in DIAGNOSTICS.values()])
+    counts = torch.stack([t[name] for _, name in DIAGNOSTICS.values()])
+    means = (sums / counts.clamp(min=1)).float()
     # 1, the weight that changes nothing, where there is none: a NaN would spoil the logs
-    up, down = (torch.where(n > 0, x / n.clamp(min=1), 1.0) for n, x in ((t["positive"], t["up"]), (t["negative"], t["down"])))
-    means = (
-        *(t["above"] / tokens, t["inside"] / tokens, t["segments"] / trajectories.clamp(min=1), t["inside"] / segments),
-        *(t["unclosed"] / segments, t["signal"] / tokens, up, down),
-    )
-    return {name: x.float() for name, x in zip(DIAGNOSTICS, means, strict=True)}
+    means[-2:] += counts[-2:] == 0
+    return dict(zip(DIAGNOSTICS, means, strict=True))
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class PolicyCredit(NamedTuple):
     above: torch.Tensor  # [n] bool, g above the method's threshold
     unclosed: int  # segments that reached the last policy token without a rule ending them there
     token_advantages: torch.Tensor | None = None  # [n]; None: weights times the sequence's advantage
+    silent: int = 0  # trajectories whose scale is below the signal floor or reference.SILENT
 
 
 class Scan(NamedTuple):
@@ -96,6 +97,7 @@ class Scan(NamedTuple):
     renormalize: bool = False
     stop_at_turn: bool = False
     level: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
+    signal_floor: float = 0.0  # nats, the least that the normaliser divides by
 
     @property
     def segmented(self) -> bool:
@@ -157,6 +159,11 @@ class Gear:
 
     random draws from a generator seeded by `seed` and the sequence's own signal and length, so a sequence gets the same
     places wherever it is packed; two sequences with equal signals and segment lengths get equal places.
+
+    signal_floor bounds what the normaliser divides by from below: without it a trajectory about which the teacher says nothing
+    has its rounding noise stretched over all of [0, 1] and gets the full spread of W. Under a floor of 1e-3 nats a signal of at
+    most 1e-4 keeps g within 0.1, so the default threshold opens no segment, and W is within 0.1 alpha of its value for g = 0,
+    1 + alpha / 2 for A > 0, 1 - alpha / 2 for A < 0. Nothing jumps at the floor; signals with a scale above it keep every bit.
     """
 
     normalizer: str = "relu_max"  # how g comes from the signal, see reference.normalise
@@ -172,11 +179,16 @@ class Gear:
     fixed_len: int = 8  # of segmenter "fixed", in policy tokens
     seed: int = 0  # of segmenter "random"
     window: int = 8  # of segmenter "entropy_window", in policy tokens
+    signal_floor: float = 0.0  # nats; g = signal / max(scale, signal_floor), 0: the paper. normalizer "none" has no scale
 
     def __post_init__(self) -> None:
         check_choice("Gear.normalizer", self.normalizer, NORMALIZERS)
         check_choice("Gear.segmenter", self.segmenter, SEGMENTERS)
         check_number("Gear.quantile", self.quantile, lambda x: 0 < x <= 1, "in (0, 1]")
+        check_number("Gear.signal_floor", self.signal_floor, lambda x: x >= 0, "of nats, at least 0")
+        unscaled = self.normalizer == "none" and self.signal_floor > 0
+        mend = "choose a normalizer that divides, or leave signal_floor out"
+        require(not unscaled, f"Gear.signal_floor: given {self.signal_floor!r}", '0 with normalizer "none"', mend)
         check_number("Gear.kl_threshold", self.kl_threshold, lambda x: 0 <= x <= 1, "in [0, 1], for g is normalised")
         check_number("Gear.entropy_ratio", self.entropy_ratio, lambda x: x > 0, "above 0")
         check_number("Gear.alpha", self.alpha, lambda x: 0 <= x < 2, "in [0, 2), or W could reach 0")
@@ -207,6 +219,7 @@ class Gear:
             normalizer=self.normalizer,
             segmenter=self.segmenter,
             quantile=self.quantile,
+            signal_floor=self.signal_floor,
             threshold=self.kl_threshold,
             ratio=self.entropy_ratio,
             floor=self.entropy_floor,
@@ -217,15 +230,16 @@ class Gear:
         )
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        found = []
+        found, silent = [], 0
         for signal, entropy, turns in tokens.sequences():
-            g = reference.normalise(signal, self.normalizer, self.quantile)
+            g, quiet = reference.normalise(signal, self.normalizer, self.quantile, self.signal_floor)
             found.append((g, self.segments(g, signal, entropy, turns)))
+            silent += quiet
         g, credit, ids, onsets, unclosed = _joined(found, tokens)
         weights = reference.credit_weight(credit, tokens.advantages, self.alpha)
         if self.renormalize:
             weights = reference.renormalise(weights, tokens.sequence, tokens.lengths)
-        return PolicyCredit(weights, g, credit, ids, onsets, g > self.kl_threshold, unclosed)
+        return PolicyCredit(weights, g, credit, ids, onsets, g > self.kl_threshold, unclosed, silent=silent)
 
     def segments(
         self, g: torch.Tensor, signal: torch.Tensor, entropy: torch.Tensor, turn_ids: list[int] | None
@@ -466,13 +480,15 @@ class Sgcd:
         )
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        sizes, found = tokens.lengths.tolist(), []
+        sizes, found, silent = tokens.lengths.tolist(), [], 0
         for signal, entropy in zip(tokens.signal.split(sizes), tokens.teacher_entropy.split(sizes), strict=True):
-            g = reference.normalise(signal, "quantile", self.quantile)
+            g, quiet = reference.normalise(signal, "quantile", self.quantile)
+            silent += quiet
             found.append((g, reference.stable_segments((g > self.kl_threshold).tolist(), entropy.tolist(), self.stable)))
         g, credit, ids, onsets, unclosed = _joined(found, tokens)
         s = torch.where(ids >= 0, credit, 0)
-        return PolicyCredit((1 + self.gamma * s).clamp(1, self.cap), g, s, ids, onsets, g > self.kl_threshold, unclosed)
+        weights = (1 + self.gamma * s).clamp(1, self.cap)
+        return PolicyCredit(weights, g, s, ids, onsets, g > self.kl_threshold, unclosed, silent=silent)
 
 
 # --- turns --------------------------------------------------------------------------------------------------------------

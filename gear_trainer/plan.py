@@ -87,6 +87,19 @@ def check_turns(cfg: Config, method: Any, task: Task) -> None:
         raise ConfigError(f"credit={cfg.credit} reads turn rewards, and task={cfg.task} gives none: choose another method")
 
 
+def warnings(cfg: Config, method: Any) -> list[str]:
+    """A line for each setting that works and is likely not meant."""
+    divides = isinstance(method, Gear) and method.normalizer != "none"
+    if cfg.model.dtype == "bfloat16" and divides and method.signal_floor == 0:
+        # measured on the demo's policy, 64 of its rollouts with the teacher's prompt: the largest error of a rollout's signals
+        # against float32 is 8e-4 nats (median) to 0.2, and the largest signal of 38 % of the rollouts is below 1e-3
+        return [
+            "model.dtype=bfloat16 rounds hidden states, so signals are off by about 1e-3 nats: where the teacher has nothing to "
+            "say that noise gets the full spread of weights; credit_args.signal_floor=0.001 holds it back"
+        ]
+    return []
+
+
 def check_launch(cfg: Config) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != cfg.world_size or "RANK" not in os.environ:
@@ -197,3 +210,5 @@ def print_plan(cfg: Config, task: Task, method: Any) -> None:
         out.print(table)
     out.print(yaml.safe_dump({"deepspeed": deepspeed_config(cfg)}, sort_keys=False), markup=False)
     out.print(yaml.safe_dump({"vllm": engine_kwargs(cfg, cfg.model.path)}, sort_keys=False), markup=False)
+    for line in warnings(cfg, method):
+        out.print(f"warning: {line}", markup=False, soft_wrap=True)

@@ -153,7 +153,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
     from gear_trainer import checkpoint
     from gear_trainer.chat import Chat
     from gear_trainer.model import build_engine
-    from gear_trainer.plan import check_prompts, sees_sibling
+    from gear_trainer.plan import check_prompts, sees_sibling, warnings
     from gear_trainer.rollout.vllm_colocated import ColocatedVllm
     from gear_trainer.runs.files import prepare_run_dir
     from gear_trainer.runs.ranks import Beats
@@ -176,6 +176,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
         checkpoint.check(cfg, start)
     if dist.get_rank() == 0:
         prepare_run_dir(cfg, resume, start)
+        print(*(f"warning: {line}\n" for line in warnings(cfg, method)), sep="", end="")
         print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
     dist.barrier()
     sampler = ColocatedVllm(cfg, model_path)

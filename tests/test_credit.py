@@ -35,11 +35,11 @@ def cases(backend, count, rng, interpreted=None):
 # --- the paper, one token at a time, on Python floats -----------------------------------------------------------------
 
 
-def slow_normalise(x, kind, q):
+def slow_normalise(x, kind, q, floor=0.0):
     if not x or min(x) == max(x):
         return [0.0] * len(x)
     if kind == "minmax":
-        return [(v - min(x)) / (max(x) - min(x)) for v in x]
+        return [(v - min(x)) / max(max(x) - min(x), floor) for v in x]
     if kind == "none":
         return [min(max(v, 0.0), 1.0) for v in x]
     x = [abs(v) if kind == "abs_max" else max(v, 0.0) for v in x]
@@ -50,7 +50,7 @@ def slow_normalise(x, kind, q):
         place = q * (len(x) - 1)
         below, above = sorted(x)[math.floor(place)], sorted(x)[math.ceil(place)]
         top = below + (place - math.floor(place)) * (above - below) or top
-    return [min(v / top, 1.0) for v in x]
+    return [min(v / max(top, floor), 1.0) for v in x]
 
 
 def slow_segments(gear, g, h, turns):
@@ -94,7 +94,7 @@ def slow_segments(gear, g, h, turns):
 
 def slow_sequence(gear, signal, h, turns, advantage, segments=None):
     """Eq. 2-5 on one trajectory's policy tokens: (token advantages, W, g, c, segment ids, onsets)."""
-    g = slow_normalise(signal, gear.normalizer, gear.quantile)
+    g = slow_normalise(signal, gear.normalizer, gear.quantile, gear.signal_floor)
     segments = slow_segments(gear, g, h, turns) if segments is None else segments
     sign = (advantage > 0) - (advantage < 0)
     weights, credit, ids, onsets = [], [], [], []
@@ -158,9 +158,12 @@ def random_case(rng, max_sequences=5, max_tokens=30):
 
 
 def random_gear(rng, segmenter):
+    """Scales of random_case are 0.7 (constant), tenths (grid) and anything up to 2: floors lie below, at and above them."""
+    normalizer = rng.choice(NORMALIZERS)
     return Gear(
-        normalizer=rng.choice(NORMALIZERS),
+        normalizer=normalizer,
         quantile=rng.choice([0.5, 0.95, 1.0]),
+        signal_floor=0.0 if normalizer == "none" else rng.choice([0.0, 1e-3, 0.7, 0.9, 1.0, 2 * rng.random()]),
         kl_threshold=rng.choice([0.0, 0.1, 0.5, 1.0, rng.random()]),
         entropy_ratio=rng.choice([0.5, 1.0, 1.5, 3.0]),
         alpha=rng.choice([0.0, 0.2, 1.0, 1.9]),
@@ -226,6 +229,7 @@ def test_worked_example_diagnostics():
         "mean_segment_length": 4.0,
         "share_unclosed": 0.0,  # the entropy of the last token ends the last segment
         "mean_signal": 0.385,
+        "silent_trajectories": 0.0,
         "mean_weight_positive": 0.9795,
         "mean_weight_negative": 1.0,
     }
@@ -393,6 +397,83 @@ def test_renormalize_gives_mean_one_per_trajectory(backend):
             assert not len(weights) or weights.mean().item() == pytest.approx(1, abs=1e-12)
 
 
+# --- silent trajectories -----------------------------------------------------------------------------------------------
+
+
+def spoken_and_silent(loud, quiet=1e-5, dtype=torch.float64):
+    """Two packed trajectories of equal shape: the largest signals are `loud` and `quiet` nats."""
+    shape = torch.tensor([0.0, 0.05, 1.0, 0.1, 0.4, 0.0], dtype=dtype)
+    entropy = torch.tensor([0.5, 0.4, 1.0, 0.2, 0.9, 1.6], dtype=dtype)
+    rows = torch.cat([shape * loud, shape * quiet]), entropy.repeat(2), torch.tensor([1.0, -1.0], dtype=dtype)
+    return *rows, torch.tensor([0, 6, 12], dtype=torch.int32)
+
+
+SCALED = [name for name in NORMALIZERS if name != "none"]
+
+
+@pytest.mark.parametrize("normalizer", SCALED)
+def test_D10_noise_of_a_silent_trajectory_gets_no_spread(normalizer):
+    """Without a floor 1e-5 nats weigh as 1 nat does; with one their g is at most 0.01. The other trajectory keeps every bit."""
+    rows = spoken_and_silent(loud=1.0)
+    paper = credit_weights(*rows, method=Gear(normalizer=normalizer, quantile=1.0))
+    torch.testing.assert_close(paper.signal[6:], paper.signal[:6], rtol=0, atol=1e-12)
+    got = credit_weights(*rows, method=Gear(normalizer=normalizer, quantile=1.0, signal_floor=1e-3))
+    for name in (*FLOATS, "segment_ids", "onsets"):
+        assert torch.equal(getattr(got, name)[:6], getattr(paper, name)[:6]), name
+    torch.testing.assert_close(got.signal[6:], rows[0][6:] / 1e-3, rtol=1e-12, atol=0)
+    assert got.signal[6:].max().item() == pytest.approx(0.01) and not got.onsets[6:].any()
+    assert ((got.weights[6:] - 0.9).abs() <= 0.2 * 0.01 + 1e-12).all()
+
+
+@pytest.mark.parametrize("normalizer", SCALED)
+def test_D10_nothing_jumps_at_the_floor(normalizer):
+    """A scale a millionth below, at and a millionth above the floor: g moves by no more than that."""
+    floor, found = 0.01, []
+    for loud in (floor * (1 - 1e-6), floor, floor * (1 + 1e-6)):
+        method = Gear(normalizer=normalizer, quantile=1.0, signal_floor=floor)
+        found.append(credit_weights(*spoken_and_silent(loud), method=method).signal[:6])
+    assert (found[0] - found[1]).abs().max() <= 1.1e-6 and (found[2] - found[1]).abs().max() <= 1.1e-6
+    assert found[2].max() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("segmenter", SEGMENTERS)
+def test_D10_floor_zero_and_a_floor_below_every_scale_are_the_paper(segmenter, dtype):
+    rows = spoken_and_silent(1.0, 0.5, dtype)
+    turns = torch.arange(12) // 3
+    results = [credit_weights(*rows, turn_ids=turns, method=Gear(segmenter=segmenter))]
+    for floor in (0.0, 0.49, 0.5):
+        results.append(credit_weights(*rows, turn_ids=turns, method=Gear(segmenter=segmenter, signal_floor=floor)))
+        assert_same(results[-1], results[0])
+
+
+def share_silent(signal, lengths, method, mask=None):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    n = bounds[-1]
+    rows = torch.tensor(signal), torch.ones(n), torch.ones(len(lengths)), bounds
+    more = {name: torch.ones(n) for name in ("teacher_entropy", "forward_kl")}
+    return credit_weights(*rows, method=method, mask=mask, turn_ids=torch.arange(n), **more).diagnostics["silent_trajectories"]
+
+
+def test_D10_silent_trajectories_are_counted():
+    """Scale below 1e-3 nats or the floor; trajectories without a policy token count for nothing, constant ones as silent."""
+    signal, lengths = [0.0, 2e-3, 0.0, 9e-4, -5.0, 9e-4, 7.0, 7.0, 1.0, 0.0], [2, 2, 2, 2, 0, 2]
+    # with no floor the second, the third (its -5 counts for nothing) and the constant one
+    for floor, share in ((0.0, 3 / 5), (9e-4, 3 / 5), (1e-3, 3 / 5), (2.5e-3, 4 / 5), (1.0, 4 / 5), (10.0, 1.0)):
+        for segmenter in SEGMENTERS:
+            got = share_silent(signal, lengths, Gear(segmenter=segmenter, signal_floor=floor))
+            assert got.item() == pytest.approx(share)
+    expected = {"max": 3 / 5, "minmax": 2 / 5, "abs_max": 2 / 5, "quantile": 3 / 5, "none": 0.0}
+    for normalizer, share in expected.items():
+        got = share_silent(signal, lengths, Gear(normalizer=normalizer, quantile=1.0))
+        assert got.item() == pytest.approx(share), normalizer
+    mask = torch.tensor([True] * 8 + [False] * 2)
+    assert share_silent(signal, lengths, "gear", mask).item() == pytest.approx(3 / 4)
+    assert share_silent(signal, lengths, "sgcd").item() == pytest.approx(3 / 5)
+    assert all(share_silent(signal, lengths, name) == 0 for name in ("grpo", "rlsd", "sc_grpo", "high_entropy", "amr_sd"))
+    assert share_silent([], [0], "gear") == 0
+
+
 # --- options, dtypes, edges -------------------------------------------------------------------------------------------
 
 
@@ -509,6 +590,11 @@ BAD_OPTIONS = [
     ({"normalizer": "softmax"}, r"Gear.normalizer: given 'softmax'; expected one of relu_max, .*. To mend: correct"),
     ({"segmenter": "sentence"}, r"Gear.segmenter: given 'sentence'"),
     ({"quantile": 0.0}, r"Gear.quantile: given 0.0; expected a finite number in \(0, 1\]"),
+    ({"signal_floor": -1e-3}, r"Gear.signal_floor: given -0.001; expected a finite number of nats, at least 0"),
+    ({"signal_floor": math.nan}, r"Gear.signal_floor: given nan; expected a finite number"),
+    ({"signal_floor": math.inf}, r"Gear.signal_floor: given inf; expected a finite number"),
+    ({"signal_floor": True}, r"Gear.signal_floor: given True"),
+    ({"signal_floor": 0.1, "normalizer": "none"}, r'signal_floor: given 0.1; expected 0 with normalizer "none". To mend: choose'),
     ({"kl_threshold": -0.1}, r"Gear.kl_threshold: given -0.1"),
     ({"kl_threshold": "0.1"}, r"Gear.kl_threshold: given '0.1'; expected a finite number"),
     ({"entropy_ratio": 0}, r"Gear.entropy_ratio: given 0; expected a finite number above 0"),
@@ -587,9 +673,15 @@ def test_scan_is_bitwise_the_reference(segmenter, dtype, backend):
         signal = torch.randn(total, generator=g, dtype=dtype) * (torch.rand(total, generator=g) > 0.3)
         entropy = (torch.rand(total, generator=g, dtype=dtype) * 8).round() / 4  # ties
         mask = torch.rand(total, generator=g) > 0.2 if draw.random() < 0.7 else None
+        normalizer = draw.choice(NORMALIZERS)
+        if draw.random() < 0.3:
+            signal *= 5e-4  # scales from half of SILENT to three times that
+        top = signal.abs().max().item()  # one sequence's scale, to the bit, with abs_max and often with others
+        floor = draw.choice([0.0, 1e-3, top, top / 2, 2.0])
         method = Gear(
             segmenter=segmenter,
-            normalizer=draw.choice(NORMALIZERS),
+            normalizer=normalizer,
+            signal_floor=0.0 if normalizer == "none" else floor,
             quantile=draw.choice([0.5, 0.95, 1.0]),
             kl_threshold=draw.choice([0.0, 0.1, 0.5]),
             entropy_ratio=draw.choice([0.9, 1.5]),

@@ -258,6 +258,7 @@ NB_MODULE(_native, m) {
       .def_rw("c", &ScanOptions::c)
       .def_rw("level", &ScanOptions::level)
       .def_rw("quantile", &ScanOptions::quantile)
+      .def_rw("signal_floor", &ScanOptions::signal_floor)
       .def_rw("threshold", &ScanOptions::threshold)
       .def_rw("ratio", &ScanOptions::ratio)
       .def_rw("floor", &ScanOptions::floor)

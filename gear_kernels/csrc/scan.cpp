@@ -149,9 +149,10 @@ class Sequence {
     const T first = n_ ? x[0] : 0;
     const T low = reduce(x, n_, first, [](T a, T b) { return b < a ? b : a; });
     const T high = reduce(x, n_, first, [](T a, T b) { return b > a ? b : a; });
-    if (low == high) return std::fill_n(g_, n_, T(0)), void();
+    if (low == high) return divisor(T(0)), std::fill_n(g_, n_, T(0)), void();
     if (o_.normalizer == kMinMax) {
-      for (int64_t i = 0; i < n_; ++i) g_[i] = (x[i] - low) / (high - low);
+      const T scale = divisor(high - low);
+      for (int64_t i = 0; i < n_; ++i) g_[i] = (x[i] - low) / scale;
       return;
     }
     const bool absolute = o_.normalizer == kAbsMax;
@@ -163,8 +164,16 @@ class Sequence {
       scale = quantile_of(w_.sorted, o_.quantile);
       if (!(scale > 0)) scale = most;
     }
+    scale = divisor(scale);
     if (!(scale > 0)) return std::fill_n(g_, n_, T(0)), void();
     for (int64_t i = 0; i < n_; ++i) g_[i] = std::min(g_[i] / scale, T(1));  // dividing by 1 (`none`) changes nothing
+  }
+
+  // What the signal is divided by; notes whether the sequence is silent.
+  T divisor(T scale) {
+    if (o_.normalizer == kNone) return scale;
+    tally_[tSilent] = n_ && scale < (T)std::max(kSilent, o_.signal_floor);
+    return std::max(scale, (T)o_.signal_floor);
   }
 
   void window_mean() {  // adds in the reference's order: own token first, then backwards

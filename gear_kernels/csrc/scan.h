@@ -9,13 +9,16 @@ enum Rule { kGear, kRatio, kGatedRatio, kShare, kMargin, kAtLeast, kLift };
 enum Normalizer { kReluMax, kMax, kMinMax, kAbsMax, kQuantile, kNone };
 enum Segmenter { kEntropySegments, kToken, kKlOnly, kEntropyOnly, kTurn, kEntropyWindow, kRandom, kFixed, kStable };
 
-// Columns of `tallies` [sequences, kTallies], float64: sums over a sequence's policy tokens.
-enum Tally { tTokens, tAbove, tInside, tSegments, tUnclosed, tSignal, tPositive, tWeightPositive, tNegative, tWeightNegative, kTallies };
+// Columns of `tallies` [sequences, kTallies], float64: sums over a sequence's policy tokens; tSilent: 1 if its scale is small.
+enum Tally {
+  tTokens, tAbove, tInside, tSegments, tUnclosed, tSignal, tPositive, tWeightPositive, tNegative, tWeightNegative, tSilent, kTallies
+};
+constexpr double kSilent = 1e-3;  // nats, reference.SILENT: a scale below this or below the floor is silent
 
 struct ScanOptions {  // fields of methods.Scan; `level` is its value over the pack
   int rule = kGear, normalizer = kNone, segmenter = kToken;
   double a = 0, b = 0, c = 0, level = 1;
-  double quantile = 0.95, threshold = 0, ratio = 1, floor = 0;
+  double quantile = 0.95, signal_floor = 0, threshold = 0, ratio = 1, floor = 0;
   int64_t longest = 0, window = 1;
   bool renormalize = false, stop_at_turn = false;
 };

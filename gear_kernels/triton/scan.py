@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..methods import NORMALIZERS, RULES, SCAN_SEGMENTERS, Scan
+from ..reference import SILENT
 from .stats import INTERPRETED, Config
 
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr
@@ -30,7 +31,9 @@ _ENTROPY, _TOKEN, _KL_ONLY, _ENTROPY_ONLY, _TURN, _WINDOW, _RANDOM, _FIXED, _STA
     _constant(i) for i in range(len(SCAN_SEGMENTERS))
 )
 _BIG32, _BIG64 = (_constant(torch.finfo(dtype).max / 4) for dtype in (torch.float32, torch.float64))
-_TALLIES = _constant(10)
+_TALLIES = _constant(11)
+_DIAGNOSTICS = _constant(9)
+_SILENT = _constant(SILENT)
 
 
 class ScanRows(NamedTuple):
@@ -46,7 +49,7 @@ class ScanRows(NamedTuple):
 
 
 class ScanOutputs(NamedTuple):
-    """As in Credit; tallies [B, 10] float64 in the order of credit.TALLIES."""
+    """As in Credit; tallies [B, 11] float64 in the order of credit.TALLIES."""
 
     token_advantages: Any
     weights: Any
@@ -180,8 +183,8 @@ def _quantile(ROWS, start, end, count, q, like, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale(ROWS, start, end, q, like, NORMALIZER: tl.constexpr, BLOCK: tl.constexpr):
-    """(low, scale) of a sequence: g = min(raw / scale, 1); scale 0 where every g is 0."""
+def _scale(ROWS, start, end, q, signal_floor, like, NORMALIZER: tl.constexpr, BLOCK: tl.constexpr):
+    """(low, scale, silent) of a sequence: g = min(raw / scale, 1); scale 0 where every g is 0; silent: the tally, 1 or 0."""
     low, high = like * 0 + float("inf"), like * 0 - float("inf")
     count = tl.zeros((), tl.int64)
     for base in range(start, end, BLOCK):
@@ -202,7 +205,13 @@ def _scale(ROWS, start, end, q, like, NORMALIZER: tl.constexpr, BLOCK: tl.conste
         scale = tl.where(scale > 0, scale, high)
     else:
         scale = high
-    return low, tl.where((low < high) & (scale > 0), scale, 0.0)
+    scale = tl.where((low < high) & (scale > 0), scale, 0.0)
+    silent = (scale < _larger(signal_floor, _SILENT)) & (count > 0)
+    if NORMALIZER == _NONE:
+        silent = count < 0
+    else:
+        scale = tl.where(scale > 0, _larger(scale, signal_floor), 0.0)
+    return low, scale, silent.to(tl.float64)
 
 
 @triton.jit
@@ -271,6 +280,7 @@ def _scan_kernel(
     total,
     longest,
     quantile: fp64,
+    signal_floor: fp64,
     threshold: fp64,
     ratio: fp64,
     floor: fp64,
@@ -296,20 +306,21 @@ def _scan_kernel(
     advantage = tl.load(ROWS.advantages + row)
     sign = tl.where(advantage > 0, 1.0, tl.where(advantage < 0, -1.0, 0.0)).to(advantage.dtype)
     like = tl.zeros((), advantage.dtype)  # 0 in the dtype of the rows
-    a, b, c, ratio, floor, threshold = (
+    a, b, c, ratio, floor, threshold, signal_floor = (
         _as(a, like),
         _as(b, like),
         _as(c, like),
         _as(ratio, like),
         _as(floor, like),
         _as(threshold, like),
+        _as(signal_floor, like),
     )
     level = like + 1.0
     if ROWS.level is not None:
         level = tl.load(ROWS.level)
-    low, scale = like, like
+    low, scale, silent = like, like, tl.zeros((), tl.float64)
     if SEGMENTED:
-        low, scale = _scale(ROWS, start, end, quantile, like, NORMALIZER, BLOCK)
+        low, scale, silent = _scale(ROWS, start, end, quantile, signal_floor, like, NORMALIZER, BLOCK)
     lanes = tl.arange(0, BLOCK)
     # an open segment, carried from block to block: its first token's g, limit (or entropy) and turn, and its last rank
     is_open, held, limit = tl.zeros((), tl.int32), like, like
@@ -419,7 +430,7 @@ def _scan_kernel(
     tokens = seen.to(tl.float64)
     up_weights, down_weights = tl.where(advantage > 0, weights, 0.0), tl.where(advantage < 0, weights, 0.0)
     counts = (tokens, above.to(tl.float64), inside.to(tl.float64), segments.to(tl.float64), is_open.to(tl.float64))
-    tallies = counts + (signals, up * tokens, up_weights, down * tokens, down_weights)
+    tallies = counts + (signals, up * tokens, up_weights, down * tokens, down_weights, silent)
     for i in tl.static_range(_TALLIES):
         tl.store(OUT.tallies + row * _TALLIES + i, tallies[i])
 
@@ -436,7 +447,7 @@ def _mean(total, count, empty):
 
 @triton.jit(do_not_specialize=["sequences"])
 def _tally_kernel(TALLIES, OUT, sequences, ROWS: tl.constexpr):
-    """One program: TALLIES [B, 10] -> OUT [8] float32, as credit._diagnostics."""
+    """One program: TALLIES [B, 11] -> OUT [9] float32, as credit._diagnostics."""
     columns = tl.arange(0, 16)
     sums = tl.zeros((16,), tl.float64)
     trajectories = tl.zeros((16,), tl.float64)
@@ -455,10 +466,11 @@ def _tally_kernel(TALLIES, OUT, sequences, ROWS: tl.constexpr):
         _mean(inside, segments, 0.0),
         _mean(_column(sums, columns, 4), segments, 0.0),
         _mean(_column(sums, columns, 5), tokens, 0.0),
+        _mean(_column(sums, columns, 10), _column(trajectories, columns, 0), 0.0),
         _mean(_column(sums, columns, 7), _column(sums, columns, 6), 1.0),
         _mean(_column(sums, columns, 9), _column(sums, columns, 8), 1.0),
     )
-    for i in tl.static_range(8):
+    for i in tl.static_range(_DIAGNOSTICS):
         tl.store(OUT + i, means[i].to(tl.float32))
 
 
@@ -480,13 +492,13 @@ def config(tokens: int, sequences: int, segmented: bool) -> Config:
 
 
 def scan(rows: ScanRows, out: ScanOutputs, what: Scan, total: int) -> tuple[torch.Tensor, ...]:
-    """Fills `out`; returns the eight diagnostics, 0-d float32 each."""
+    """Fills `out`; returns the nine diagnostics, 0-d float32 each."""
     sequences = rows.advantages.numel()
     chosen = config(total, sequences, what.segmented)
     if sequences:
         _scan_kernel[(sequences,)](
             *(rows, out, total, what.longest),
-            *(what.quantile, what.threshold, what.ratio, what.floor, what.a, what.b, what.c),
+            *(what.quantile, what.signal_floor, what.threshold, what.ratio, what.floor, what.a, what.b, what.c),
             RULE=RULES.index(what.rule),
             NORMALIZER=NORMALIZERS.index(what.normalizer),
             SEGMENTER=SCAN_SEGMENTERS.index(what.segmenter),
@@ -497,6 +509,6 @@ def scan(rows: ScanRows, out: ScanOutputs, what: Scan, total: int) -> tuple[torc
             num_warps=chosen.num_warps,
             enable_fp_fusion=False,
         )
-    diagnostics = torch.empty(8, dtype=torch.float32, device=rows.advantages.device)
+    diagnostics = torch.empty(9, dtype=torch.float32, device=rows.advantages.device)
     _tally_kernel[(1,)](out.tallies, diagnostics, sequences, ROWS=64, num_warps=4)
     return diagnostics.unbind(0)
