@@ -156,7 +156,9 @@ class Config(Section):
     task_args: dict[str, Any] = Field(default_factory=dict)
     chat_template_args: dict[str, Any] = Field(default_factory=dict, description="for example enable_thinking: false")
     credit: str = Field(
-        "gear", description="a credit method such as gear or grpo, a distillation loss (opsd, sdar), or both: opsd+gear"
+        "gear",
+        description="a credit method such as gear or grpo, or your own module:Class; a distillation loss (opsd, sdar); "
+        "or both: opsd+gear",
     )
     credit_args: dict[str, Any] = Field(default_factory=dict, description="fields of the method, for example alpha: 0.4")
     signal: Literal["k1", "reverse_kl"] | None = Field(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 
 from gear_kernels import FusedHead, Head, TokenStats
 from gear_trainer.batching import MicroBatch
-from gear_trainer.config import Config, ConfigError
+from gear_trainer.config import Config, ConfigError, parse_yaml
 from gear_trainer.tasks.base import Task
+from gear_trainer.user_code import said
 
 
 def resolve_model_path(cfg: Config, task: Task) -> str:
@@ -61,6 +66,40 @@ def check_hub_model(spec: str) -> None:
             f"model.path={spec}: not a local directory, and the hub's copy cannot be had ({reason}); "
             "download the model and give its path"
         ) from None
+
+
+def offline_without_hub() -> None:
+    """Where the hub cannot be reached, say so to its clients before they are imported: each would try for half a minute."""
+    if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def model_sizes(spec: str) -> Any | None:
+    """The model's configuration (transformers'), without weights and without the network; None where it is not at hand.
+
+    From the directory; from the sizes that ship in configs/models, under the model's name with -- for / and :; or from the hub's
+    cache. Raises ConfigError where a directory's cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if spec == "builtin:tiny-qwen3":
+        from gear_trainer.warm_start import sizes
+
+        return sizes()
+    shipped = Path(__file__).parent / "configs" / "models" / f"{re.sub('[/:]', '--', spec)}.yaml"
+    try:
+        if not Path(spec).is_dir() and shipped.is_file():
+            return AutoConfig.for_model(**parse_yaml(shipped.read_text()))
+        return AutoConfig.from_pretrained(spec, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(spec).is_dir():
+            raise ConfigError(f"model.path={spec}: its config.json cannot be read ({said(error)}): mend it") from None
+        return None
 
 
 class Policy(nn.Module):
