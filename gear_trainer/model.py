@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -79,27 +80,50 @@ def offline_without_hub() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def model_sizes(spec: str) -> Any | None:
-    """The model's configuration (transformers'), without weights and without the network; None where it is not at hand.
+def model_sizes(spec: str) -> dict[str, Any] | None:
+    """The fields of the model's config.json, without weights, network or transformers; None where it is not at hand.
 
-    From the directory; from the sizes that ship in configs/models, under the model's name with -- for / and :; or from the hub's
+    From its directory; from the sizes that ship in configs/models, under the model's name with -- for / and :; or from the hub's
     cache. Raises ConfigError where a directory's cannot be read.
     """
-    from transformers import AutoConfig
-
     if spec == "builtin:tiny-qwen3":
         from gear_trainer.warm_start import sizes
 
         return sizes()
-    shipped = Path(__file__).parent / "configs" / "models" / f"{re.sub('[/:]', '--', spec)}.yaml"
+    if shipped := _shipped_sizes(spec):
+        return shipped
+    file = Path(spec) / "config.json" if Path(spec).is_dir() else _cached_config(spec)
     try:
-        if not Path(spec).is_dir() and shipped.is_file():
-            return AutoConfig.for_model(**parse_yaml(shipped.read_text()))
+        fields = json.loads(file.read_text()) if file else None
+        return fields and fields | fields.get("text_config", {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"model.path={spec}: {file} cannot be read ({said(error)}): mend it") from None
+
+
+def known_config(spec: str) -> Any | None:
+    """transformers' configuration of a directory or hub name, without the network; None where it is not at hand."""
+    from transformers import AutoConfig
+
+    if shipped := _shipped_sizes(spec):
+        return AutoConfig.for_model(**shipped)
+    try:
         return AutoConfig.from_pretrained(spec, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         if Path(spec).is_dir():
             raise ConfigError(f"model.path={spec}: its config.json cannot be read ({said(error)}): mend it") from None
         return None
+
+
+def _shipped_sizes(spec: str) -> dict[str, Any] | None:
+    file = Path(__file__).parent / "configs" / "models" / f"{re.sub('[/:]', '--', spec)}.yaml"
+    return parse_yaml(file.read_text()) if file.is_file() and not Path(spec).is_dir() else None
+
+
+def _cached_config(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
 
 
 class Policy(nn.Module):

@@ -12,7 +12,7 @@ from gear_trainer import endpoint
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import make_distillation, parse_credit
-from gear_trainer.model import check_model_path, deepspeed_config, model_sizes, offline_without_hub
+from gear_trainer.model import check_model_path, deepspeed_config, known_config, offline_without_hub
 from gear_trainer.preflight import check_machine, check_port
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
 from gear_trainer.siblings import Siblings
@@ -226,9 +226,8 @@ def print_plan(cfg: Config, task: Task, method: Any) -> None:
 
         chat = Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args)
         prompts = check_prompts(cfg, task, method, chat)
-    sizes = model_sizes(cfg.model.path)
-    if sizes is not None and cfg.model.path != "builtin:tiny-qwen3":  # its vocabulary comes with the warm start
-        tables.append(("memory", memory_plan(cfg, sizes, method)))
+    if not cfg.model.path.startswith("builtin:") and (hf_config := known_config(cfg.model.path)):
+        tables.append(("memory", memory_plan(cfg, hf_config, method)))
     tables.insert(0, ("step geometry", geometry(cfg, task, prompts)))
     for title, rows in tables:
         table = Table(title=title, title_justify="left", show_header=False, box=None)

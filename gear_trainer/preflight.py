@@ -60,7 +60,7 @@ def check_port() -> None:
         socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
     except OSError as error:
         raise ConfigError(
-            f"port {port} of this machine cannot be opened ({error.strerror}), another run may hold it: start with "
+            f"port {port} of this machine cannot be opened ({os.strerror(error.errno)}), another run may hold it: start with "
             f"`deepspeed --master_port {port + 1} ...`, or `make train PORT={port + 1}`"
         ) from None
 
@@ -68,10 +68,11 @@ def check_port() -> None:
 # --- the model's sizes --------------------------------------------------------------------------------------------------
 
 
-def check_positions(cfg: Config, sizes: Any) -> None:
+def check_positions(cfg: Config, sizes: dict[str, Any]) -> None:
     """The engine's context is no longer than the model's. Scaled positions are left to vLLM. Raises ConfigError."""
-    longest = getattr(sizes, "max_position_embeddings", None)
-    scaling = (getattr(sizes, "rope_parameters", None) or {}).get("rope_type", "default")
+    longest = sizes.get("max_position_embeddings")
+    rope = sizes.get("rope_parameters") or sizes.get("rope_scaling") or {}
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
     if longest and scaling in ("default", "llama3") and cfg.rollout.max_model_len > longest:
         raise ConfigError(
             f"rollout.max_model_len={cfg.rollout.max_model_len}: the model {cfg.model.path} has {longest} positions; "
@@ -79,7 +80,7 @@ def check_positions(cfg: Config, sizes: Any) -> None:
         )
 
 
-def check_kv_cache(cfg: Config, sizes: Any) -> None:
+def check_kv_cache(cfg: Config, sizes: dict[str, Any]) -> None:
     """vLLM's KV cache holds one sequence at least. Raises ConfigError."""
     r = cfg.rollout
     token = kv_bytes(cfg, sizes)
@@ -95,16 +96,15 @@ def check_kv_cache(cfg: Config, sizes: Any) -> None:
         )
 
 
-def kv_bytes(cfg: Config, sizes: Any) -> int | None:
+def kv_bytes(cfg: Config, sizes: dict[str, Any]) -> int | None:
     """Bytes of keys and values a token, None for models that keep another cache (latent, windows, states)."""
-    kinds = set(getattr(sizes, "layer_types", None) or ["full_attention"])
-    heads = getattr(sizes, "num_key_value_heads", None)
     more = cfg.rollout.engine_args
-    if kinds != {"full_attention"} or hasattr(sizes, "kv_lora_rank") or not heads or more.get("tensor_parallel_size", 1) != 1:
+    plain = set(sizes.get("layer_types") or ["full_attention"]) == {"full_attention"} and "kv_lora_rank" not in sizes
+    if not plain or not {"num_hidden_layers", "num_key_value_heads"} <= sizes.keys() or "tensor_parallel_size" in more:
         return None
-    width = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    width = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
     each = 1 if "fp8" in str(more.get("kv_cache_dtype")) else 2 if cfg.model.dtype == "bfloat16" else 4
-    return 2 * sizes.num_hidden_layers * heads * width * each
+    return 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * width * each
 
 
 def _block_size() -> int:

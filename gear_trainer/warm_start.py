@@ -209,13 +209,15 @@ def build_model(tokenizer: Any, spec: WarmStartSpec) -> Any:
     return Qwen3ForCausalLM(config)
 
 
-def sizes(spec: WarmStartSpec | None = None) -> Any:
-    """What of the model's configuration is known before it is built: all but the vocabulary."""
-    from transformers import AutoConfig
-
-    s = spec or WarmStartSpec()
-    known = {"num_hidden_layers": s.layers, "num_key_value_heads": s.kv_heads, "num_attention_heads": s.heads}
-    return AutoConfig.for_model("qwen3", head_dim=s.head_dim, max_position_embeddings=s.max_length, **known)
+def sizes() -> dict[str, Any]:
+    """What of the model's config.json is known before it is built: all but the vocabulary."""
+    s = WarmStartSpec()
+    return {
+        "num_hidden_layers": s.layers,
+        "num_key_value_heads": s.kv_heads,
+        "head_dim": s.head_dim,
+        "max_position_embeddings": s.max_length,
+    }
 
 
 def demo_logprobs(model: Any, demos: list[Demo]) -> list[torch.Tensor]:
