@@ -75,14 +75,14 @@ BROKEN_TASKS = {
     "no task": ("(Task)", "", "LookupTask is not a gear_trainer.tasks.Task"),
     "constructor": ("    def _problem", "    def __post_init__(self):\n        1 / 0\n\n    def _problem",
                     r"LookupTask\(...\) fails \(ZeroDivisionError: division by zero at own\w+.py:\d+\)"),
-    "problem": ('return self._problem(f"train', 'return print(f"train', r"train_problem\(0\) gives NoneType: make it a .*Problem"),
+    "problem": ('return self._problem(f"train', 'return print(f"train', r"train_problem\(0\) gives NoneType: make it a "),
     "held out": ("for i in range(count)]", "for i in range(count)][0]", r"held_out\(1\) returns Problem: return a list"),
     "chat": ('[{"role": "user", "content": question}]', '[{"role": "assistant", "content": question}]',
              r"train_problem\(0\).messages must be a list .* ends with a user turn"),
     "episode": ("return LookupEpisode(problem)", "return problem", r"gives Problem, without step\(\)"),
     "episode fails": ("return LookupEpisode(problem)", 'raise KeyError("x")', r"episode\(problem\) fails \(KeyError: 'x' at own"),
     "turns": ("max_turns = 2", 'max_turns = "2"', "max_turns is '2'"),
-    "import": ("import random\n", "import random\nimport nothing_there\n", "ModuleNotFoundError: No module named 'nothing_there'"),
+    "import": ("import random\n", "import random\nimport nothing_there\n", "No module named 'nothing_there'"),
     "syntax": ("class LookupTask", "klass LookupTask", "SyntaxError"),
 }  # fmt: skip
 
