@@ -13,7 +13,9 @@ BUILT    := .venv/.built
 # the CPU list is complete and installs without resolution (its own head says why); pip resolves the CUDA list
 PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
 
-LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
+# PORT=29501: where the ranks meet; a second run on one machine needs one of its own
+LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS) \
+            $(if $(PORT),--master_port $(PORT))
 
 .PHONY: train test fuzz bench venv lint clean
 train: venv

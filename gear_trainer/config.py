@@ -6,17 +6,21 @@ Every field is documented where it stands; `python -m gear_trainer.run --config 
 from __future__ import annotations
 
 import difflib
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ConfigError(ValueError):
     """A run that cannot start. The message names the file and the key (or line), and says how to mend it."""
 
 
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 REFERENCED = ("sgcd",)  # methods whose teacher reads credit references, on mixed groups, unless the config says otherwise
 
 
@@ -29,8 +33,15 @@ class ModelConfig(Section):
         description="HF directory or hub name; builtin:tiny-qwen3 (the task's warm-started demo model) or builtin:smollm2"
     )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the parameters and of vLLM; masters are float32")
-    attn_implementation: str = Field("sdpa", description="as in transformers: sdpa, flash_attention_2, eager")
+    attn_implementation: str = Field("sdpa", description="as in transformers: sdpa, flash_attention_2, eager, a hub kernel")
     gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass (non-reentrant)")
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _known_attention(cls, value: str) -> str:
+        if value not in ATTENTION and "/" not in value:
+            raise ValueError(f"known are {', '.join(ATTENTION)}, or a hub kernel such as kernels-community/flash-attn2")
+        return value
 
 
 class RolloutConfig(Section):
@@ -72,12 +83,15 @@ class WriterConfig(Section):
     max_retries: int = Field(2, ge=0, description="of a request, with growing pauses; then its group goes without a reference")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Section):
     steps: int = Field(100, ge=1, description="rollout steps")
     lr: float = Field(1e-6, gt=0, le=1, description="of AdamW; above 1 the first update already destroys the policy")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clipping: float = Field(1.0, ge=0, description="global norm; 0 is off")
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to [1 - clip_low, 1 + clip_high]")
@@ -132,17 +146,19 @@ class CheckpointConfig(Section):
 
 
 class Config(Section):
-    name: str = Field(description="the run's folder under output_dir", pattern=r"^[\w.\-]+$")
+    name: str = Field(description="the run's folder under output_dir: letters, digits, _ - and dots, not dots alone")
     output_dir: str = "runs"
     cache_dir: str = Field(".cache", description="warm starts and unpacked models")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything; below 2**32, as numpy and vLLM take no other")
     world_size: int = Field(ge=1, description="ranks (GPUs, or processes on a CPU) that the run is planned for")
     model: ModelConfig
     task: str = Field(description="mathapi, sums, gsm8k, math, or module:Class")
     task_args: dict[str, Any] = Field(default_factory=dict)
     chat_template_args: dict[str, Any] = Field(default_factory=dict, description="for example enable_thinking: false")
     credit: str = Field(
-        "gear", description="a credit method such as gear or grpo, a distillation loss (opsd, sdar), or both: opsd+gear"
+        "gear",
+        description="a credit method such as gear or grpo, or your own module:Class; a distillation loss (opsd, sdar); "
+        "or both: opsd+gear",
     )
     credit_args: dict[str, Any] = Field(default_factory=dict, description="fields of the method, for example alpha: 0.4")
     signal: Literal["k1", "reverse_kl"] | None = Field(
@@ -185,9 +201,37 @@ class Config(Section):
     def _referenced(self) -> bool:
         return any(part.strip() in REFERENCED for part in self.credit.split("+"))
 
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.\-]+", value) or not value.strip("."):  # "." is output_dir itself, ".." the folder above it
+            raise ValueError("must be letters, digits, _ - and dots, and not dots alone: it names one folder under output_dir")
+        return value
+
+    @model_validator(mode="after")
+    def _finite(self) -> Config:
+        for key, value in leaves(self.model_dump()):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}={value}: must be a finite number")
+        return self
+
+    @model_validator(mode="after")
+    def _one_deepspeed(self) -> Config:
+        """What the generated DeepSpeed configuration must say for this trainer is not overwritten."""
+        for key, (allowed, mend) in _generated(self).items():
+            value = _at(self.deepspeed, key)
+            if value is not None and value not in allowed:
+                raise ValueError(f"deepspeed.{key}={value!r}: {mend}")
+        return self
+
     @model_validator(mode="after")
     def _possible(self) -> Config:
         r, t = self.rollout, self.train
+        if t.lr_warmup_steps > t.steps:
+            raise ValueError(
+                f"train.lr_warmup_steps={t.lr_warmup_steps} is longer than the run of train.steps={t.steps}: the learning rate "
+                "would never be reached, lower it"
+            )
         if r.prompts_per_step % self.world_size:
             raise ValueError(
                 f"rollout.prompts_per_step={r.prompts_per_step} does not split over world_size={self.world_size}: "
@@ -217,6 +261,59 @@ class Config(Section):
         return self
 
 
+def _generated(cfg: Config) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """DeepSpeed keys that this trainer decides: what may stand there all the same, and the mend for anything else."""
+    tokens = "micro-batches are cut by tokens; leave it out, see rollout.prompts_per_step and train.tokens_per_micro_batch"
+    dtype = f"model.dtype={cfg.model.dtype} decides it; leave it out, and set model.dtype"
+    rate = "the trainer sets the rate of each step; leave it out, and set train.lr, lr_schedule and lr_warmup_steps"
+    return {
+        "train_batch_size": ((), tokens),
+        "train_micro_batch_size_per_gpu": ((1,), tokens),
+        "gradient_accumulation_steps": ((1,), tokens),
+        "managed_gradient_accumulation": ((False,), tokens),
+        "fp16.enabled": ((False,), dtype),
+        "bf16.enabled": ((cfg.model.dtype == "bfloat16",), dtype),
+        "scheduler": ((), rate),
+        "optimizer.params.lr": ((cfg.train.lr,), rate),
+        "zero_optimization.stage": ((3,), "this trainer needs stage 3, whose shards it gathers, pushes and saves; leave it out"),
+    }
+
+
+def _at(section: Any, key: str) -> Any:
+    """The value of a dotted key under `deepspeed`, None where it is not given."""
+    above = "deepspeed"
+    for name in key.split("."):
+        if not isinstance(section, dict):
+            raise ValueError(f"{above}={section!r}: must be a section of `key: value` lines")
+        section, above = section.get(name), f"{above}.{name}"
+        if section is None:
+            return None
+    return section
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values below sections and lists, each with its dotted key."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+    if inside is None:
+        yield key, value
+        return
+    for name, item in inside:
+        yield from leaves(item, f"{key}.{name}" if key else str(name))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 but for floats: 4e-1, 1e5 and 1.5e3 are numbers, as in YAML 1.2 and JSON, not texts."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML) and validate. Raises ConfigError."""
     data = _read_yaml(Path(path))
@@ -233,11 +330,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "no *.yaml there"
         raise ConfigError(f"{path}: no such config file ({near})")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: no text in UTF-8 (byte {error.start}): give a YAML file, or save it as UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{path}: {line}not valid YAML ({getattr(error, 'problem', error)}): mend the line") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ConfigError(f"{path}: {line}not valid YAML ({problem}): mend the line") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level, found {type(data).__name__}")
     return data
@@ -253,7 +353,7 @@ def _override(data: dict[str, Any], item: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"override {item!r}: {name} is a value, not a section")
     try:
-        data[last] = yaml.safe_load(value)
+        data[last] = parse_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {item!r}: the value is not valid YAML ({error.__class__.__name__}); quote it") from None
 

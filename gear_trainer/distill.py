@@ -60,15 +60,14 @@ class Distillation:
 
 
 def parse_credit(credit: str) -> tuple[str, str | None]:
-    """`credit` as (name of its credit method, name of its distillation loss or None). Raises ConfigError."""
+    """`credit` as (name of its credit method or module:Class, name of its distillation loss or None). Raises ConfigError."""
     parts = [part.strip() for part in credit.split("+")]
     for part in parts:
-        if part not in METHODS and part not in LOSSES:
+        if part not in METHODS and part not in LOSSES and ":" not in part:
             which = "" if part == credit else f"{part!r} is unknown; "
-            raise ConfigError(
-                f"credit={credit}: {which}known are {', '.join((*METHODS, *LOSSES))}, or a + of two such as opsd+gear"
-            )
-    methods, losses = [p for p in parts if p in METHODS], [p for p in parts if p in LOSSES]
+            known = f"known are {', '.join((*METHODS, *LOSSES))}, or a + of two such as opsd+gear"
+            raise ConfigError(f"credit={credit}: {which}{known}; module:Class for a method of your own")
+    methods, losses = [p for p in parts if p not in LOSSES], [p for p in parts if p in LOSSES]
     if len(methods) > 1 or len(losses) > 1:
         raise ConfigError(f"credit={credit}: give one credit method and at most one of {' and '.join(LOSSES)} beside it")
     return methods[0] if methods else "grpo", losses[0] if losses else None

@@ -123,5 +123,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and name != "step":
+        elif isinstance(value, (int, float)) and prefix + name != "step":  # seconds/step is one of them
             yield prefix + name, value

@@ -12,26 +12,42 @@ from gear_trainer import endpoint
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import make_distillation, parse_credit
-from gear_trainer.model import check_model_path, deepspeed_config
+from gear_trainer.model import check_model_path, deepspeed_config, known_config, offline_without_hub
+from gear_trainer.preflight import check_machine, check_port
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
 from gear_trainer.siblings import Siblings
-from gear_trainer.tasks import make_task
-from gear_trainer.tasks.base import Task
+from gear_trainer.tasks import make_task, task_class
+from gear_trainer.tasks.base import DataAway, Task
 from gear_trainer.teacher import check_teacher, has_own_weights
+from gear_trainer.user_code import own_method
+from gear_trainer.warm_start import check_demonstrations
 from gear_trainer.writer import Writer, check_room, templates
 
 
-def check(cfg: Config) -> tuple[Task, Any]:
-    """The run's task and credit method. Raises ConfigError, TaskError or GearKernelsError."""
+def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Any]:
+    """The run's task and credit method. Raises ConfigError, TaskError or GearKernelsError.
+
+    away: of a dry run. What the network keeps from this machine is named in it instead of raised, and the task's class stands for
+    the task, for it knows turns and tools without the data.
+    """
     method = make_method(cfg)
     check_teacher(cfg)
     check_inputs(cfg, method)
     check_model_path(cfg.model.path)
-    task = make_task(cfg.task, cfg.seed, cfg.task_args)
-    if cfg.model.path == "builtin:tiny-qwen3" and not hasattr(task, "demonstrate"):
-        raise ConfigError(
-            f"model.path=builtin:tiny-qwen3: task {cfg.task} has no demonstrations to warm it up with; use task=mathapi"
-        )
+    check_machine(cfg)
+    try:
+        task = make_task(cfg.task, cfg.seed, cfg.task_args)
+    except DataAway as error:
+        if away is None:
+            raise
+        away.append(f"task={cfg.task}: {error}; the checks of its data and prompts are left out")
+        task = task_class(cfg.task)
+    if cfg.model.path == "builtin:tiny-qwen3":
+        if not hasattr(task, "demonstrate"):
+            raise ConfigError(
+                f"model.path=builtin:tiny-qwen3: task {cfg.task} has no demonstrations to warm it up with; use task=mathapi"
+            )
+        check_demonstrations(task)
     check_turns(cfg, method, task)
     return task, method
 
@@ -39,10 +55,15 @@ def check(cfg: Config) -> tuple[Task, Any]:
 def make_method(cfg: Config) -> Any:
     """The credit method of `credit`, W = 1 where it names a distillation loss alone. Raises ConfigError."""
     name, _ = parse_credit(cfg.credit)
-    method = METHODS[name]
+    method = own_method(name, cfg.credit_args) if ":" in name else _known_method(name, cfg)
     allowed = signals_of(method)
     if cfg.signal is not None and cfg.signal not in allowed:
         raise ConfigError(f"signal={cfg.signal}: {name} reads {' or '.join(allowed)}; leave signal out")
+    return method
+
+
+def _known_method(name: str, cfg: Config) -> Any:
+    method = METHODS[name]
     fields = {field: getattr(method, field) for field in method.__dataclass_fields__}
     unknown = sorted(set(cfg.credit_args) - set(fields))
     if unknown:
@@ -101,12 +122,19 @@ def warnings(cfg: Config, method: Any) -> list[str]:
 
 
 def check_launch(cfg: Config) -> None:
+    """A launcher started as many ranks as the run is planned for, and they can meet. Raises ConfigError."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != cfg.world_size or "RANK" not in os.environ:
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"no launcher started this, so it has no rank: use `deepspeed --num_gpus {cfg.world_size} gear_trainer/run.py ...` "
+            "or torchrun, with one process too (world_size=1); --dry-run needs none"
+        )
+    if launched != cfg.world_size:
         raise ConfigError(
             f"world_size={cfg.world_size}, but {launched} process(es) were launched; start with "
             f"`deepspeed --num_gpus {cfg.world_size} gear_trainer/run.py ...` or set world_size={launched}"
         )
+    check_port()
 
 
 def check_prompts(
@@ -183,6 +211,16 @@ def memory_plan(cfg: Config, hf_config: Any, method: Any) -> list[tuple[str, str
     ]
 
 
+def dry_run(cfg: Config) -> None:
+    """Check all that a run checks, without the network where it cannot be reached, and print the plan."""
+    away: list[str] = []
+    offline_without_hub()
+    task, method = check(cfg, away)
+    print_plan(cfg, task, method)
+    for line in away:
+        print(f"left out: {line}")
+
+
 def print_plan(cfg: Config, task: Task, method: Any) -> None:
     """The resolved run. Loads a tokenizer and a model configuration where they are on this machine, never weights."""
     import yaml
@@ -196,12 +234,13 @@ def print_plan(cfg: Config, task: Task, method: Any) -> None:
         out.print(f"distillation: {distillation}", markup=False)
     prompts = None
     tables = []
-    if Path(cfg.model.path).is_dir():
-        from transformers import AutoConfig, AutoTokenizer
+    if Path(cfg.model.path).is_dir() and isinstance(task, Task):
+        from transformers import AutoTokenizer
 
         chat = Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args)
         prompts = check_prompts(cfg, task, method, chat)
-        tables.append(("memory", memory_plan(cfg, AutoConfig.from_pretrained(cfg.model.path), method)))
+    if not cfg.model.path.startswith("builtin:") and (hf_config := known_config(cfg.model.path)):
+        tables.append(("memory", memory_plan(cfg, hf_config, method)))
     tables.insert(0, ("step geometry", geometry(cfg, task, prompts)))
     for title, rows in tables:
         table = Table(title=title, title_justify="left", show_header=False, box=None)

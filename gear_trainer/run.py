@@ -96,10 +96,9 @@ def _quiet() -> None:
 
 
 def _dry_run(cfg: Config) -> int:
-    from gear_trainer.plan import check, print_plan
+    from gear_trainer.plan import dry_run
 
-    task, method = check(cfg)
-    print_plan(cfg, task, method)
+    dry_run(cfg)
     return 0
 
 

@@ -16,11 +16,11 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from filelock import FileLock
@@ -28,6 +28,7 @@ from filelock import FileLock
 from gear_trainer.chat import Chat
 from gear_trainer.tasks import Problem, Task, TaskError, make_task
 from gear_trainer.tokenizer import COMPACT_TEMPLATE, default_cache, subset_tokenizer
+from gear_trainer.user_code import said
 
 OFFSET = 1 << 40  # demonstrations use problem indices that no run reaches
 CORPUS = 600  # demonstrations whose texts fix the vocabulary; numbers are single digits, so it is complete long before
@@ -56,6 +57,61 @@ class WarmStartSpec:
     # Part of the identity, as the last bits of a sum follow the thread count. One thread makes 4.5 steps a second;
     # two make 7 on a quiet machine and 0.2 on a busy one, waiting for each other.
     threads: int = 1
+
+
+@runtime_checkable
+class Demonstrable(Protocol):
+    """What a task must have beside `Task` for model.path=builtin:tiny-qwen3, whose policy is warmed up on demonstrations.
+
+    `train_problem` is asked for indices from 2**40 on, `held_out` for 100 problems; the turns of a demonstration are played
+    through an episode, whose replies become part of it. Every random choice comes from the `rng` that is handed in.
+    """
+
+    demo_mix: Sequence[tuple[str, float]]
+    """The kinds of demonstration with their weights. "right" is among them: the reference solution, all that the teacher's prompt
+    is trained with. The others are what makes outcomes differ: guesses, wrong calls."""
+
+    def demonstrate(self, problem: Problem, kind: str, rng: random.Random) -> list[str]:
+        """The assistant's turns, at least one, without end-of-turn tokens."""
+
+    def wrong_answer(self, problem: Problem, rng: random.Random) -> str:
+        """A last turn that is wrong, of the right one's form and length: how far the prompts tell them apart is reported."""
+
+
+DEMANDED = ("demo_mix", "demonstrate", "wrong_answer")  # of Demonstrable
+
+
+def check_demonstrations(task: Task) -> None:
+    """One demonstration of each kind, before the minutes of a warm start. Raises TaskError that names what is missing."""
+    name = type(task).__name__
+    if not hasattr(task, "demonstrate"):
+        raise TaskError(f"{name} has no demonstrations, so no warm start: give a pretrained model's folder as the model")
+    if missing := [part for part in DEMANDED if not hasattr(task, part)]:
+        raise TaskError(f"{name} has no {', '.join(missing)}, which a warm start asks for: see docs/tasks.md")
+    try:
+        wrong = _wrong_demonstrations(task)
+    except Exception as error:  # the task's own code
+        raise TaskError(f"{name}: a demonstration fails ({said(error, where=True)}): see docs/tasks.md") from error
+    if wrong:
+        raise TaskError(f"{name}{wrong}: see docs/tasks.md")
+
+
+def _wrong_demonstrations(task: Demonstrable) -> str | None:
+    weights = dict(task.demo_mix)
+    if "right" not in weights:
+        return f'.demo_mix has no kind "right", only {", ".join(map(repr, weights)) or "nothing"}'
+    if min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
+        return f".demo_mix has weights {list(weights.values())}: they must be 0 or more, with a sum above 0"
+    rng, problem = random.Random("check"), task.train_problem(OFFSET)
+    for kind in weights:
+        turns = task.demonstrate(problem, kind, rng)
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+            return f".demonstrate(problem, {kind!r}, rng) gives {turns!r}: it must be a list of texts, one a turn"
+        play(task, problem, turns)
+    wrong = task.wrong_answer(problem, rng)
+    if not isinstance(wrong, str) or wrong == problem.answer:
+        return f".wrong_answer(problem, rng) gives {wrong!r}: it must be a text other than the answer {problem.answer!r}"
+    return None
 
 
 class Demo(NamedTuple):
@@ -151,6 +207,17 @@ def build_model(tokenizer: Any, spec: WarmStartSpec) -> Any:
         dtype="float32",
     )
     return Qwen3ForCausalLM(config)
+
+
+def sizes() -> dict[str, Any]:
+    """What of the model's config.json is known before it is built: all but the vocabulary."""
+    s = WarmStartSpec()
+    return {
+        "num_hidden_layers": s.layers,
+        "num_key_value_heads": s.kv_heads,
+        "head_dim": s.head_dim,
+        "max_position_embeddings": s.max_length,
+    }
 
 
 def demo_logprobs(model: Any, demos: list[Demo]) -> list[torch.Tensor]:
@@ -276,9 +343,7 @@ def ensure_warm_start(task: Task, seed: int, cache_dir: Path | str | None = None
     Safe to call from several processes at once (a file lock; the finished folder is renamed into place). The folder holds the
     model, tokenizer, chat template and `warm_start.json` with the conditioning report.
     """
-    if not hasattr(task, "demonstrate"):
-        name = type(task).__name__
-        raise TaskError(f"{name} has no demonstrations, so no warm start: give a pretrained model's folder as the model")
+    check_demonstrations(task)
     spec = spec or WarmStartSpec()
     root = Path(cache_dir) if cache_dir else default_cache()
     root.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,26 @@
 """Bad input gets one message that names the file, the key and the mend, before anything starts."""
 
 import json
+import math
+import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Rlsd
-from gear_trainer.config import ConfigError, changes, load_config
+from gear_trainer.config import ConfigError, changes, load_config, parse_yaml
 from gear_trainer.distill import make_distillation
-from gear_trainer.model import check_model_path, deepspeed_config, learning_rate
+from gear_trainer.metrics import _flat
+from gear_trainer.model import check_model_path, deepspeed_config, learning_rate, model_sizes
 from gear_trainer.plan import check, check_launch, make_method, memory_plan
+from gear_trainer.preflight import check_machine, check_port, engine_arguments, kv_bytes
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
+from gear_trainer.tasks import TaskError, make_task
 from gear_trainer.teacher import has_own_weights
 
 CONFIGS = Path(__file__).parents[1] / "gear_trainer" / "configs"
@@ -246,9 +253,9 @@ def test_errors_end_with_code_2_and_one_line(tmp_path):
     assert done.returncode == 2 and "data.jsonl" in done.stderr and "line 2" in done.stderr
 
 
-def _run(*args):
+def _run(*args, environment=None):
     command = [sys.executable, "-m", "gear_trainer.run", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | (environment or {}))
 
 
 @pytest.mark.parametrize("credit", ["turn", "gigpo"])
@@ -257,3 +264,249 @@ def test_turn_methods_need_a_task_with_turns(credit):
         check(load_config(DEMO, [f"credit={credit}", "task=sums", "model.path=builtin:smollm2"]))
     task, method = check(load_config(DEMO, [f"credit={credit}"]))
     assert task.turn_rewards and "turn_rewards" in method.needs
+
+
+# --- what use found (reference/defects.md) ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [".", "..", "....", "a/b", "a b", ""])
+def test_D6_a_name_is_one_folder_below_output_dir(name):
+    with pytest.raises(ConfigError, match="name=.*not dots alone"):
+        load_config(DEMO, [f"name='{name}'"])
+    assert load_config(DEMO, ["name=.a.b-c_1"]).run_dir == Path("runs/.a.b-c_1")
+
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def test_D8_the_8b_config_is_dry_run_without_the_network(tmp_path):
+    clean = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = _run("--config", CONFIGS / "qwen3_8b.yaml", "--dry-run", environment=OFFLINE | clean)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for wanted in ("8.19 B", "15.26 GiB a rank", "128 x 8 = 1024 rollouts a step", "stage: 3", "model: Qwen/Qwen3-8B"):
+        assert wanted in done.stdout, wanted
+    (left_out,) = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
+    assert "openai/gsm8k" in left_out and "its data and prompts are left out" in left_out
+
+
+def test_D8_a_run_does_not_start_without_its_data(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
+    cfg, away = load_config(CONFIGS / "qwen3_8b.yaml"), []
+    with pytest.raises(TaskError, match="needs the package datasets"):
+        check(cfg)
+    task, _ = check(cfg, away)
+    assert task.max_turns == 1 and len(away) == 1
+    with pytest.raises(TaskError, match="none.jsonl does not exist"):  # a file is never left out
+        check(load_config(CONFIGS / "qwen3_8b.yaml", ["task_args={path: none.jsonl, held_out_path: none.jsonl}"]), away)
+
+
+def test_D8_the_requirements_name_datasets():
+    root = CONFIGS.parents[1]
+    for name in ("cpu", "cuda"):
+        assert "\ndatasets==" in (root / "requirements" / f"{name}.txt").read_text()
+    closure = (root / "requirements" / "cpu.txt").read_text()  # installed without resolution
+    assert all(f"\n{name}==" in closure for name in ("pandas", "multiprocess", "xxhash", "dill", "pyarrow", "fsspec"))
+    assert '"datasets"' in (root / "pyproject.toml").read_text()
+
+
+def test_D8_shipped_sizes_are_those_of_the_models(qwen3_8b):
+    shipped, built = model_sizes("Qwen/Qwen3-8B"), model_sizes(qwen3_8b[0].partition("=")[2])
+    assert {k: built[k] for k in shipped} == shipped
+    small = model_sizes("builtin:smollm2")
+    assert (small["num_hidden_layers"], small["num_key_value_heads"], small["max_position_embeddings"]) == (30, 3, 8192)
+    assert model_sizes("nobody/nothing-of-that-name") is None
+
+
+@pytest.fixture
+def taken():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_D9_a_taken_port_is_one_line(taken, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", str(taken))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with pytest.raises(ConfigError, match=f"port {taken} .*in use.*--master_port {taken + 1}.*make train PORT={taken + 1}"):
+        check_launch(load_config(DEMO))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun: its agent listens there
+    check_launch(load_config(DEMO))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    monkeypatch.setenv("RANK", "1")  # only rank 0 listens
+    check_launch(load_config(DEMO))
+
+
+def test_D9_a_free_port_stays_free(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    check_port()
+    check_port()
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+@pytest.mark.slow
+def test_D9_a_second_run_ends_with_that_line(taken, tmp_path):
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--num_gpus", "2"]
+    command = [*deepspeed, "--master_port", str(taken), "gear_trainer/run.py", "--config", DEMO]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*map(str, command), f"output_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"],
+        cwd=CONFIGS.parents[1],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(CONFIGS.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    assert done.returncode == 2 and time.monotonic() - start < 200
+    assert sum("--master_port" in line and line.startswith("gear_trainer: port") for line in said) == 1
+    assert len(said) <= 3 and not any("Traceback" in line for line in said), said  # the launcher adds a line of its own
+    assert not (tmp_path / "runs").exists()
+
+
+def test_D9_make_hands_the_port_on():
+    root = CONFIGS.parents[1]
+    for more, wanted in ((["PORT=29511"], "--num_gpus 2 --master_port 29511 gear_trainer/run.py"), ([], "--num_gpus 2 gear_tr")):
+        made = subprocess.run(["make", "-n", "train", "PLATFORM=cpu", *more], cwd=root, capture_output=True, text=True)
+        assert wanted in " ".join(made.stdout.splitlines()[-1].split()), made.stdout
+
+
+def test_D12_without_a_launcher_one_is_named(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="no launcher started this.*deepspeed --num_gpus 1 .*--dry-run needs none"):
+        check_launch(load_config(DEMO, ["world_size=1"]))
+
+
+@pytest.mark.parametrize("content", [b"\x80\x04\x95binary", b"name: \xff\n", b"\x00\x01\x02", "name: é".encode("utf-16")])
+def test_D12_a_binary_config_file_is_one_line(tmp_path, content):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"x.yaml: (no text in UTF-8|not valid YAML)") as caught:
+        load_config(tmp_path / "x.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, value", [("4e-1", 0.4), ("1e5", 1e5), ("-2E3", -2e3), ("1.5e3", 1500.0), (".5e1", 5.0), ("3.e2", 300.0)]
+)
+def test_D12_numbers_with_an_exponent_are_numbers(tmp_path, text, value):
+    cfg = load_config(DEMO, [f"credit_args.alpha={text}"])
+    assert cfg.credit_args["alpha"] == value and isinstance(cfg.credit_args["alpha"], float)
+    (tmp_path / "x.yaml").write_text(DEMO.read_text() + f"credit_args: {{alpha: {text}}}\n")
+    assert load_config(tmp_path / "x.yaml").credit_args == {"alpha": value}
+
+
+def test_D12_what_is_no_number_stays_a_text():
+    texts = ["e5", "4e", "1e5x", "0x1e5z", "4e-", "1-e5", "'4e-1'"]
+    assert [parse_yaml(text) for text in texts] == [text.strip("'") for text in texts]
+    assert parse_yaml("[7, 1.5, true, null, 1_000]") == [7, 1.5, True, None, 1000]
+
+
+def test_D12_a_directory_as_data_is_called_one(tmp_path):
+    with pytest.raises(TaskError, match="is a directory: give the path of a .jsonl"):
+        make_task("gsm8k", 0, {"path": str(tmp_path), "held_out_path": str(tmp_path)})
+
+
+def test_D12_tensorboard_gets_the_seconds_of_a_step():
+    values = {"step": 3, "reward": 0.5, "seconds": {"step": 2.0, "rollout": 1.0}, "note": "x"}
+    assert dict(_flat(values)) == {"reward": 0.5, "seconds/step": 2.0, "seconds/rollout": 1.0}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.lr=.inf", r"train.lr=inf: must be a finite number"),
+        ("train.lr=.nan", r"train.lr=nan: "),
+        ("max_logprob_gap=.inf", r"max_logprob_gap=inf: must be a finite number"),
+        ("credit_args.alpha=.nan", r"credit_args.alpha=nan: must be a finite number"),
+        ("deepspeed={zero_optimization: {reduce_bucket_size: [1, -.inf]}}", r"reduce_bucket_size.1=-inf: must be a finite"),
+        ("train.betas=[2, 3]", r"train.betas.0=2: .*less than 1; train.betas.1=3: .*less than 1"),
+        ("train.betas=[-0.1, 0.9]", r"train.betas.0=-0.1: .*greater than or equal to 0"),
+        ("seed=-1", r"seed=-1: .*greater than or equal to 0"),
+        ("seed=1e20", r"seed=1e\+20: "),
+        ("seed=4294967296", r"seed=4294967296: .*less than 4294967296"),
+        ("model.attn_implementation=foo", r"model.attn_implementation='foo': known are sdpa, eager"),
+        ("train.lr_warmup_steps=61", r"train.lr_warmup_steps=61 is longer than the run of train.steps=60: .*lower it"),
+        ("deepspeed.zero_optimization.stage=2", r"deepspeed.zero_optimization.stage=2: this trainer needs stage 3"),
+        ("deepspeed.zero_optimization=2", r"deepspeed.zero_optimization=2: must be a section"),
+        ("deepspeed.train_batch_size=64", r"deepspeed.train_batch_size=64: .*see rollout.prompts_per_step"),
+        ("deepspeed.train_micro_batch_size_per_gpu=auto", r"train_micro_batch_size_per_gpu='auto': micro-batches are cut"),
+        ("deepspeed.gradient_accumulation_steps=4", r"gradient_accumulation_steps=4: micro-batches are cut by tokens"),
+        ("deepspeed.bf16.enabled=true", r"deepspeed.bf16.enabled=True: model.dtype=float32 decides it"),
+        ("deepspeed.fp16.enabled=true", r"deepspeed.fp16.enabled=True: model.dtype=float32 decides it"),
+        ("deepspeed.scheduler={type: WarmupLR}", r"deepspeed.scheduler=.*set train.lr, lr_schedule"),
+        ("deepspeed.optimizer.params.lr=1", r"deepspeed.optimizer.params.lr=1: .*set train.lr"),
+    ],
+)
+def test_D18_values_that_cannot_work_are_refused(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(DEMO, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "rollout.kv_cache_mib=1",
+            r"rollout.kv_cache_mib=1: one sequence of rollout.max_model_len=1024 takes 2 MiB .*raise it to 2",
+        ),
+        (
+            "rollout.max_model_len=1025",
+            r"rollout.max_model_len=1025: the model builtin:tiny-qwen3 has 1024 positions; set it to 1024",
+        ),
+        (
+            "rollout.engine_args={max_num_batched_tokenz: 1}",
+            r"max_num_batched_tokenz: vLLM takes .*did you mean 'max_num_batched_tokens'",
+        ),
+        (
+            "deepspeed={zero_optimisation: {}}",
+            r"deepspeed.zero_optimisation: DeepSpeed has no .*did you mean 'zero_optimization'",
+        ),
+        ("deepspeed={zero_optimization: {stage3_tipo: 1}}", r"deepspeed: stage3_tipo: Extra inputs are not permitted"),
+        ("deepspeed={communication_data_type: x}", r"deepspeed: ValueError: Invalid communication_data_type"),
+        ("output_dir=/proc/x", r"output_dir=/proc/x: cannot be written in /proc \(.*\): name another folder"),
+        ("cache_dir=/dev/null/x", r"cache_dir=/dev/null/x: cannot be written in /dev/null \(Not a directory\)"),
+        (f"output_dir={DEMO}", r"output_dir=.*mathapi_cpu.yaml: cannot be written \(Not a directory\)"),
+    ],
+)
+def test_D18_what_machine_and_model_refuse_is_said_first(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check(load_config(DEMO, [override]))
+    assert "\n" not in str(caught.value)
+
+
+def test_D18_what_works_is_let_through(tmp_path):
+    check_machine(load_config(DEMO, ["rollout.kv_cache_mib=2", f"output_dir={tmp_path}/a/b", f"cache_dir={tmp_path}"]))
+    assert not list(tmp_path.iterdir()), "a look leaves nothing behind"
+    check_machine(load_config(DEMO, ["rollout.engine_args={block_size: 16, enable_prefix_caching: true}"]))
+    same = "{train_micro_batch_size_per_gpu: 1, bf16: {enabled: false}, zero_optimization: {stage: 3}"
+    more = "flops_profiler: {enabled: false}, aio: {}, wandb: {enabled: false}, activation_checkpointing: {}, autotuning: {}}"
+    check_machine(load_config(DEMO, [f"deepspeed={same}, communication_data_type: fp32, {more}"]))
+    load_config(DEMO, ["model.attn_implementation=kernels-community/flash-attn2", "train.lr_warmup_steps=60", "seed=4294967295"])
+
+
+def test_D18_a_cache_holds_one_sequence_of_the_model(tmp_path, qwen3_8b):
+    cfg = load_config(CONFIGS / "qwen3_8b.yaml", qwen3_8b)
+    assert kv_bytes(cfg, model_sizes("Qwen/Qwen3-8B")) == 2 * 36 * 8 * 128 * 2
+    blocks = math.ceil(4096 / 128) + 1
+    with pytest.raises(ConfigError, match=f"takes {math.ceil(blocks * 128 * 147456 / 2**20)} MiB"):
+        check_machine(
+            load_config(CONFIGS / "qwen3_8b.yaml", [*qwen3_8b, "rollout.kv_cache_mib=500", "rollout.engine_args.block_size=128"])
+        )
+    with pytest.raises(ConfigError, match="has 40960 positions"):
+        check_machine(
+            load_config(CONFIGS / "qwen3_8b.yaml", ["rollout.max_model_len=40961", "train.tokens_per_micro_batch=50000"])
+        )
+    other = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    assert kv_bytes(cfg, other | {"layer_types": ["full_attention", "sliding_attention"]}) is None
+    assert kv_bytes(cfg, other | {"kv_lora_rank": 8}) is None and kv_bytes(cfg, {}) is None
+
+
+def test_D18_engine_arguments_are_vllms_own():
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert engine_arguments() == set(EngineArgs.__dataclass_fields__)

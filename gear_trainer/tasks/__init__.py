@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task, TaskError
+from gear_trainer.user_code import load_class, said
 
-__all__ = ["TASKS", "Episode", "Outcome", "Problem", "Reply", "Task", "TaskError", "make_task"]
+__all__ = ["TASKS", "Episode", "Outcome", "Problem", "Reply", "Task", "TaskError", "make_task", "task_class"]
 
 TASKS = {
     "mathapi": "gear_trainer.tasks.mathapi:MathApiTask",
@@ -21,34 +22,86 @@ TASKS = {
 
 
 def make_task(name: str, seed: int, args: dict[str, Any] | None = None) -> Task:
-    """The task of a name in TASKS, or of a user's `module:Class`, with its arguments checked against the constructor's."""
-    cls = _find(name)
+    """The task of a name in TASKS, or of a user's `module:Class`, with its arguments checked against the constructor's.
+
+    A user's task is asked for a problem of each kind and an episode, so that what is wrong with it is said before anything
+    starts. Raises TaskError.
+    """
+    cls = task_class(name)
     args = args or {}
     _check(name, cls, args)
-    task = cls(seed=seed, **args)
-    if not isinstance(task, Task):
-        raise TaskError(f"task {name!r}: {cls.__name__} is not a gear_trainer.tasks.Task: derive it from that class")
+    if name in TASKS:
+        return cls(seed=seed, **args)
+    task = _asked(name, f"{cls.__name__}(...)", lambda: cls(seed=seed, **args))
+    _try_task(name, task)
     return task
 
 
-def _find(name: str) -> type:
+def task_class(name: str) -> type[Task]:
+    """The class behind a task's name. Raises TaskError."""
     target = TASKS.get(name, name)
     if ":" not in target:
         raise TaskError(f"unknown task {name!r}: use one of {', '.join(TASKS)}, or module:Class for a task of your own")
-    module, _, attribute = target.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TaskError(f"task {name!r} cannot be loaded ({error}): check the module path and the class name") from error
-    if not inspect.isclass(found):
-        raise TaskError(f"task {name!r}: {attribute} is no class: name a class derived from gear_trainer.tasks.Task")
-    return found
+        cls = load_class(target)
+    except ImportError as error:
+        raise TaskError(
+            f"task {name!r} cannot be loaded ({error}): check the module path and the class name, and that the module imports"
+        ) from error
+    if not issubclass(cls, Task):
+        raise TaskError(f"task {name!r}: {cls.__name__} is not a gear_trainer.tasks.Task: derive it from that class")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise TaskError(f"task {name!r}: {cls.__name__} has no {', '.join(missing)}: write them, see docs/tasks.md")
+    return cls
+
+
+def _asked(name: str, what: str, call: Callable[[], Any]) -> Any:
+    """What a user's class answers; whatever it raises becomes a TaskError that says which call it was."""
+    try:
+        return call()
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"task {name!r}: {what} fails ({said(error, where=True)}): mend the class") from error
+
+
+def _try_task(name: str, task: Task) -> None:
+    """Ask for a problem of each kind and an episode, as a run does; refuse other types than docs/tasks.md names."""
+    whole = isinstance(task.max_turns, int) and task.max_turns >= 1
+    _require(name, whole, f"max_turns is {task.max_turns!r}: make it a whole number of at least 1")
+    _require(name, task.tools is None or isinstance(task.tools, list), "tools must be None or a list of JSON schemas")
+    problem = _asked(name, "train_problem(0)", lambda: task.train_problem(0))
+    held_out = _asked(name, "held_out(1)", lambda: task.held_out(1))
+    _require(name, isinstance(held_out, list), f"held_out(1) returns {type(held_out).__name__}: return a list of Problem")
+    for what, found in [("train_problem(0)", problem), *(("held_out(1)", p) for p in held_out)]:
+        _require(name, isinstance(found, Problem), f"{what} gives {type(found).__name__}: make it a gear_trainer.tasks.Problem")
+        for chat in ("messages", "teacher_messages"):
+            text = f"{what}.{chat} must be a list of {{'role': ..., 'content': ...}} that ends with a user turn"
+            _require(name, _is_chat(getattr(found, chat)), text)
+    episode = _asked(name, "episode(problem)", lambda: task.episode(problem))
+    for method in ("step", "outcome"):
+        text = f"episode(problem) gives {type(episode).__name__}, without {method}(): derive it from gear_trainer.tasks.Episode"
+        _require(name, callable(getattr(episode, method, None)), text)
+
+
+def _require(name: str, condition: bool, message: str) -> None:
+    if not condition:
+        raise TaskError(f"task {name!r}: {message}")
+
+
+def _is_chat(messages: Any) -> bool:
+    turns = messages if isinstance(messages, list) else []
+    plain = all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in turns)
+    return bool(turns) and plain and turns[-1]["role"] == "user"
 
 
 def _check(name: str, cls: type, args: dict[str, Any]) -> None:
     """Refuse unknown, missing and wrongly typed arguments, listing what the task takes."""
-    known = {key: p for key, p in inspect.signature(cls).parameters.items() if key != "seed"}
-    hints = typing.get_type_hints(cls) | typing.get_type_hints(cls.__init__)
+    parameters = inspect.signature(cls).parameters
+    if "seed" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TaskError(f"task {name!r}: {cls.__name__} takes no `seed`: add it, a run hands it its own (seed: int = 0)")
+    known = {key: p for key, p in parameters.items() if key != "seed"}
+    hints = _hints(cls)
     listed = ", ".join(f"{key} ({_type_name(hints.get(key))})" for key, p in known.items()) or "none"
     open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for key, value in args.items():
@@ -61,6 +114,13 @@ def _check(name: str, cls: type, args: dict[str, Any]) -> None:
     for key in required:
         if key not in args:
             raise TaskError(f"task {name!r} needs the argument {key!r}: it takes {listed}")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls) | typing.get_type_hints(cls.__init__)
+    except NameError:  # a user's class may name types that only a type checker imports
+        return {}
 
 
 def _type_name(hint: Any) -> str:

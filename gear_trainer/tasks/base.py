@@ -11,6 +11,10 @@ class TaskError(ValueError):
     """A task that cannot start: bad arguments, a missing file, a broken line. The message names file, line and mend."""
 
 
+class DataAway(TaskError):
+    """A hub data set out of this machine's reach: no network, or no package `datasets`. A dry run goes on without it."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One prompt. `messages` and `teacher_messages` are chats ending with a user turn; only the second shows the ground truth."""

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task, TaskError
+from gear_trainer.tasks.base import DataAway, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import fill, load_template, user
 from gear_trainer.tasks.math_check import AnswerChecker, answer_checker
 
@@ -107,14 +107,15 @@ def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[str, 
     try:
         import datasets
     except ImportError as error:
-        raise TaskError(
+        raise DataAway(
             f"{name!r} is no file, so it is read as a hub data set, which needs the package datasets: pip install datasets, "
             "or give the path of a .jsonl or .parquet file"
         ) from error
     try:
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the hub client raises a family of its own for every network and name problem
-        raise TaskError(f"hub data set {name!r} (subset {subset!r}, split {split!r}) cannot be loaded: {error}") from error
+        kind = DataAway if isinstance(error, ConnectionError) else TaskError
+        raise kind(f"hub data set {name!r} (subset {subset!r}, split {split!r}) cannot be loaded: {error}") from error
     return ((f"{name}, {split}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -122,6 +123,8 @@ def _source(path: str, subset: str | None, split: str) -> Iterator[tuple[str, An
     file = Path(path).expanduser()
     if file.suffix not in _FILES and not file.exists() and _HUB_NAME.fullmatch(path):
         return _hub_rows(path, subset, split)
+    if file.is_dir():
+        raise TaskError(f"data file {path} is a directory: give the path of a .jsonl or .parquet file in it")
     if not file.is_file():
         raise TaskError(f"data file {path} does not exist: give the path of a .jsonl or .parquet file, or a hub name owner/set")
     if file.suffix not in _FILES:
