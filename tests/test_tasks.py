@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from gear_trainer.tasks import TASKS, TaskError, make_task
 from gear_trainer.tasks.common import fill, last_number
+from gear_trainer.tasks.math_answer import final_answer
 from gear_trainer.tasks.math_check import answer_checker
 from gear_trainer.tasks.math_words import gsm8k_row, last_boxed, math_row
 from gear_trainer.tasks.mathapi import LIMIT, MAX_CALLS, call_turn
@@ -259,8 +261,6 @@ def test_math_teacher_prompt_and_answers(gsm8k):
 
 
 def test_a_degenerate_answer_cannot_hang(gsm8k):
-    import time
-
     task = gsm8k(limit_s=1.0)
     episode = task.episode(task.held_out(1)[0])
     start = time.perf_counter()
@@ -305,6 +305,7 @@ JUDGED = [
     (r"5\text{ hours and }30\text{ minutes}", r"\boxed{5\text{ hours and }30\text{ minutes}}", True),
     ("1,2", r"\boxed{1 \text{ and } 2}", True),
     ("50", r"\boxed{50\text{ cm}^2}", True),
+    ("4,20", r"$\boxed{4^\circ, 20^\circ}$", True),
     # thousands
     *[("70000", text, True) for text in (
         "70 000", r"\boxed{70 000}", r"\boxed{70\,000}", r"\boxed{70\ 000}", r"\boxed{70~000}", r"\boxed{\$70\,000}",
@@ -320,6 +321,14 @@ JUDGED = [
 @pytest.mark.parametrize(("gold", "text", "right"), JUDGED)
 def test_D7_what_counts_as_the_answer(gold, text, right):
     assert answer_checker(10.0).equal(gold, text) is right
+
+
+@pytest.mark.parametrize("part", ["answer is ", "1 ab ", "#### ", "\\boxed{1", "\\text{a", "^", "70 000 ", "{", "\\"])
+def test_D7_a_degenerate_turn_is_read_in_linear_time(part):
+    start = time.perf_counter()
+    for text in (part * 20_000, "\\boxed{" + part * 20_000 + "}"):
+        final_answer("1", text)
+    assert time.perf_counter() - start < 5
 
 
 def test_rows():

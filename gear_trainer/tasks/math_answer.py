@@ -21,14 +21,16 @@ _LAST_SENTENCE = re.compile(
     r"\banswer\b(?:[^\n.:=]{0,60}?\bis\b\s*:?|[\s*_]*[:=])[\s*_]*(?P<answer>(?:[^\n.]|\.(?=\S))+?)\Z", re.IGNORECASE
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character of the answer
+_END = 400  # characters in which a statement of the answer stands, so that no degenerate text takes long
 _AROUND = " .*_\n"
 _HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct\Z", re.IGNORECASE)  # the few-shot prompt of MATH ends so
 _SPACE = r"(?: |\\,|\\ |\\;|\\:|~|[\u00a0\u2009\u202f])"
 _GROUPED = re.compile(rf"(?<![\d.,])(\d{{1,3}}(?:{_SPACE}\d{{3}})+)(?![\d,]|\.\d{{0,2}},)")
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mbox|mathrm)\s*\{([^{}]*)\}")
-_NO_VALUE = re.compile(r"[\^_]\s*(?:\{[^{}]*\}|\\?\w)|\\[A-Za-z]+")  # exponents and indices (cm^2, base 10) and LaTeX's commands
-_MATHS = r"(?!(?:and|or|sqrt|pi|frac|sin|cos|tan|log|ln|exp|infty|inf|mod|base)\b)"
-_JOINED = re.compile(rf"\d.*?(?<![A-Za-z]){_MATHS}[A-Za-z]{{2,}}.*?\d", re.DOTALL)
+# exponents and indices (cm^2, base 10) and LaTeX's commands
+_NO_VALUE = re.compile(r"[\^_]\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|\\[A-Za-z]+")
+_MATHS = r"(?!(?:and|or|sqrt|pi|frac|sin|cos|tan|log|ln|exp|infty|inf|mod|base)(?![A-Za-z]))"
+_JOINING = re.compile(rf"(?<![A-Za-z]){_MATHS}[A-Za-z]{{2,}}")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
@@ -72,11 +74,14 @@ def _braced(text: str) -> str | None:
 def _stated(text: str) -> str | None:
     """The answer that the end of a text without a box gives."""
     text = _HOPE.sub("", text.rstrip(_AROUND)).rstrip(_AROUND)
-    if found := _LAST_LINE.search(text) or _LAST_SENTENCE.search(text):
+    end = text[-_END:]
+    if found := _LAST_LINE.search(end) or _LAST_SENTENCE.search(end):
         return found["answer"].strip(_AROUND) or None
     return None if "\n" in text or _WORD.search(_TEXT.sub("", text)) else text or None
 
 
 def _several(answer: str) -> bool:
     """Whether words join two values in an answer."""
-    return _JOINED.search(_NO_VALUE.sub(" ", _TEXT.sub(r" \1 ", answer))) is not None
+    values = _NO_VALUE.sub(" ", _TEXT.sub(r" \1 ", answer))
+    digits = [at for at, char in enumerate(values) if char.isdigit()]
+    return bool(digits) and _JOINING.search(values[digits[0] : digits[-1]]) is not None
