@@ -264,10 +264,8 @@ class Trainer:
     def _update_once(self, part: range, rollouts: list[Rollout], credit: TokenCredit, scores: Scores, sums: Sums) -> None:
         token_weights = self._token_weights([len(scores.logprobs[i]) for i in part])
         weight_of = dict(zip(part, token_weights, strict=True))
-        distilled = [self.distill is not None and not rollouts[i].dropped for i in part]
-        rows = [
-            i for i, d in zip(part, distilled, strict=True) if d or credit.advantages[i].any()
-        ]  # the rest has no gradient; the means count it
+        # the rest has no gradient; the means count it
+        rows = [i for i in part if (self.distill and not rollouts[i].dropped) or credit.advantages[i].any()]
         ran, distill = False, self.distill
         stats = ("logprobs", *(distill.stats if distill else ()))
         for name in ("clip_fraction", "dual_clip_fraction", "approx_kl", "grad_norm", *(("divergence",) if distill else ())):
@@ -376,7 +374,7 @@ class Trainer:
         if self.gap_checked:
             return
         self.gap_checked = True
-        mean = sums.means(self.device)["logprob_gap_mean"]
+        mean = sums.means(self.device)["logprob_gap_mean"] or 0.0  # None: nothing was sampled
         if mean > self.cfg.max_logprob_gap:
             raise SyncError(
                 f"step {step}: trainer and vLLM differ by {mean:.3g} nats a token on the same tokens "
