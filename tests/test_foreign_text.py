@@ -385,7 +385,7 @@ def test_D17_only_the_broken_group_is_dropped(small):
 def test_D17_a_step_in_which_every_rollout_failed_has_a_line():
     from gear_trainer.console import _line
 
-    names = "segments_per_trajectory mean_weight_positive mean_weight_negative reward_mean success".split()
+    names = ["segments_per_trajectory", "mean_weight_positive", "mean_weight_negative", "reward_mean", "success"]
     values = dict.fromkeys(names) | {"step": 1, "logprob_gap_max": 0.0, "tokens_per_second": 1.0, "seconds": {"step": 1.0}}
     assert "reward - | success - |" in _line(values, 2)
 
