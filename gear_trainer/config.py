@@ -50,6 +50,9 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="of the sampler, and of every log-prob; top_p and top_k stay off (bias)")
     max_new_tokens: int = Field(256, ge=1, description="per assistant turn")
     max_model_len: int = Field(1024, ge=8, description="vLLM's context: prompt, all turns and tool replies together")
+    turn_timeout: float | None = Field(
+        60.0, gt=0, description="seconds that the task's environment may take for a turn; null: no limit, in the main thread"
+    )
     max_num_seqs: int = Field(64, ge=1, description="sequences that one engine decodes at a time")
     gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache)")
     kv_cache_mib: int | None = Field(None, ge=1, description="size of the KV cache instead of a share; needed on a CPU")

@@ -38,8 +38,8 @@ def _line(m: dict[str, Any], steps: int) -> str:
         return f"[bold]before training: held-out success {m['held_out_success']:.3f}[/]"
     parts = [
         f"step {m['step']:>4}/{steps}",
-        f"reward {m['reward_mean']:.3f}",
-        f"success {m['success']:.3f}",
+        f"reward {_or_dash(m['reward_mean'])}",
+        f"success {_or_dash(m['success'])}",
         f"segments {m['segments_per_trajectory'] or 0:.2f}",
         f"W+ {_or_one(m['mean_weight_positive']):.3f} W- {_or_one(m['mean_weight_negative']):.3f}",
         "[red]gap not finite[/]" if m["logprob_gap_max"] is None else f"gap {m['logprob_gap_max']:.1e}",
@@ -55,6 +55,10 @@ def _line(m: dict[str, Any], steps: int) -> str:
     if "held_out_success" in m:
         parts.append(f"[bold]held-out success {m['held_out_success']:.3f}[/]")
     return " | ".join(parts)
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _or_one(value: float | None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from gear_trainer.console import Console
 from gear_trainer.distill import TEACHER_ROWS, make_distillation
 from gear_trainer.metrics import Phases, RunFiles, Sums
 from gear_trainer.model import learning_rate
-from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out
+from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out, troubles
 from gear_trainer.runs import RunError
 from gear_trainer.runs.interrupts import Interrupts
 from gear_trainer.siblings import Siblings
@@ -64,11 +64,12 @@ class TokenCredit:
 
 
 def group_advantages(rollouts: list[Rollout], divide_by_std: bool, eps: float = 1e-6) -> list[float]:
-    """A_k = (R_k - mean) / (std + eps) within each group of rollouts of one prompt (GRPO); exactly 0 where all rewards agree."""
+    """A_k = (R_k - mean) / (std + eps) within each group of rollouts of one prompt (GRPO); exactly 0 where all rewards agree, and
+    in a group of which a rollout failed: its reward is unknown, and the others' mean without it is another."""
     out: list[float] = []
     for group in groups_of(rollouts):
         rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
-        if (rewards == rewards[0]).all():
+        if (rewards == rewards[0]).all() or any(r.failed for r in group):
             out += [0.0] * len(rewards)
             continue
         centred = rewards - rewards.mean()
@@ -96,7 +97,7 @@ class Trainer:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device
         self.phases, self.interrupts, self.gap_checked = Phases(), interrupts or Interrupts(), False
         r = cfg.rollout
-        self.limits = Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len)
+        self.limits = Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len, r.turn_timeout)
         self.needs_teacher = bool({"signal", *TEACHER_ROWS} & set(method.needs))
         self.signal = cfg.signal or signals_of(method)[0]
         self.distill = make_distillation(cfg)
@@ -145,6 +146,8 @@ class Trainer:
         for i, (a, t) in enumerate(zip(advantages, taught, strict=True)):
             credit.advantages[i] = credit.advantages[i] + (a - t)  # a group without a reference keeps its A: W = 1
         _count(sums, rollouts, advantages, scores)
+        for name, count in troubles(rollouts).items():
+            sums.add(name, count, 1 / self.world)  # over all ranks
         self._check_gap(step, sums)
         with self.phases("update"):
             self.update(step, rollouts, credit, scores, sums)
@@ -224,7 +227,7 @@ class Trainer:
         none = [torch.full_like(x, -1, dtype=torch.int32) for x in scores.logprobs]
         out = TokenCredit(list(zeros), list(ones), list(zeros), list(none))
         by_turn = "turn_rewards" in self.method.needs
-        rows = [i for i, a in enumerate(advantages) if by_turn or a != 0]
+        rows = [i for i, a in enumerate(advantages) if (by_turn and not rollouts[i].dropped) or a != 0]
         lengths = [len(scores.logprobs[i]) for i in rows]
         turns = [rollouts[i].turn_ids[p] for i in rows for p in rollouts[i].policy_positions]
         credit = credit_weights(
@@ -253,7 +256,7 @@ class Trainer:
         rewards, anchors = [], []
         for r in rollouts:
             own = list(r.turn_rewards)
-            if getattr(self.method, "outcome_in_last_turn", False):
+            if own and getattr(self.method, "outcome_in_last_turn", False):
                 own[-1] += r.reward
             turns = [r.turn_ids[p] for p in r.policy_positions]
             rewards += [own[t] for t in turns]
@@ -275,7 +278,8 @@ class Trainer:
     def _update_once(self, part: range, rollouts: list[Rollout], credit: TokenCredit, scores: Scores, sums: Sums) -> None:
         token_weights = self._token_weights([len(scores.logprobs[i]) for i in part])
         weight_of = dict(zip(part, token_weights, strict=True))
-        rows = [i for i in part if self.distill or credit.advantages[i].any()]  # the rest has no gradient; the means count it
+        # the rest has no gradient; the means count it
+        rows = [i for i in part if (self.distill and not rollouts[i].dropped) or credit.advantages[i].any()]
         ran, distill = False, self.distill
         stats = ("logprobs", *(distill.stats if distill else ()))
         sums.add("updates_skipped", 0.0, 0)
@@ -341,7 +345,7 @@ class Trainer:
         cfg = self.cfg
         problems = self.task.held_out(cfg.eval.prompts)
         mine = [(i, p) for i, p in enumerate(problems) if i % self.world == self.rank]
-        limits = Limits(1, cfg.eval.temperature, cfg.rollout.max_new_tokens, cfg.rollout.max_model_len)
+        limits = replace(self.limits, group_size=1, temperature=cfg.eval.temperature)
         self.sampler.wake()  # and stays so: the next step samples from these weights
         rollouts = roll_out(self.sampler, self.chat, self.task, mine, limits, (cfg.seed, "held-out"))
         sums = Sums()
@@ -390,7 +394,7 @@ class Trainer:
             return
         self.gap_checked = True
         mean = sums.means(self.device)["logprob_gap_mean"]
-        if not mean <= self.cfg.max_logprob_gap:  # NaN too
+        if mean is not None and not mean <= self.cfg.max_logprob_gap:  # None: nothing was sampled; NaN is too far
             raise SyncError(
                 f"step {step}: trainer and vLLM differ by {mean:.3g} nats a token on the same tokens "
                 f"(max_logprob_gap={self.cfg.max_logprob_gap}): the pushed weights did not arrive, or the models differ"
@@ -464,8 +468,8 @@ def _spread(scores: Scores, out: Any, batch: MicroBatch, rollouts: list[Rollout]
 def _count(sums: Sums, rollouts: list[Rollout], advantages: list[float], scores: Scores) -> None:
     """The rollout-side numbers of a step (means over all ranks once reduced)."""
     n = len(rollouts)
-    sums.add("reward_mean", sum(r.reward for r in rollouts), n)
-    sums.add("success", sum(r.success for r in rollouts), n)
+    sums.add("reward_mean", sum(r.reward for r in rollouts), n - sum(r.failed for r in rollouts))
+    sums.add("success", sum(r.success for r in rollouts), n - sum(r.failed for r in rollouts))
     sums.add("tool_calls", sum(r.calls for r in rollouts), n)
     sums.add("tool_errors", sum(r.errors for r in rollouts), n)
     sums.add("truncated", sum(r.truncated for r in rollouts), n)
@@ -476,10 +480,10 @@ def _count(sums: Sums, rollouts: list[Rollout], advantages: list[float], scores:
     sums.mean_of("entropy", torch.cat(scores.entropy))
     gap = torch.cat(scores.logprobs) - torch.cat(scores.sampler_logprobs)
     sums.mean_of("logprob_gap_mean", gap.abs())
-    sums.peak("logprob_gap_max", gap.abs().max())
+    sums.peak("logprob_gap_max", gap.abs().max() if len(gap) else 0.0)  # none: every prompt fills the context
     sums.mean_of("mismatch_kl", gap.exp() - 1 - gap)  # k3 estimate of KL(sampler || trainer)
     ratio = gap.exp().double()
-    sums.add("effective_sample_size", float(ratio.sum() ** 2 / (ratio**2).sum()), len(ratio))
+    sums.add("effective_sample_size", float(ratio.sum() ** 2 / (ratio**2).sum()) if len(ratio) else 0.0, len(ratio))
     for name, wanted in (("teacher_gain_success", True), ("teacher_gain_failure", False)):
         gains = [t - s for t, s, r in zip(scores.teacher_logprobs, scores.logprobs, rollouts, strict=True)
                  if t is not None and r.success is wanted]  # fmt: skip
@@ -506,6 +510,10 @@ def _record(chat: Chat, r: Rollout, advantage: float, scores: Scores, credit: To
         "calls": r.calls,
         "errors": r.errors,
         "truncated": r.truncated,
+        "failures": r.failures,
+        "dropped": r.dropped,
+        "texts_escaped": r.escaped,
+        "replies_cut": r.cut,
         "prompt": chat.tokenizer.decode(r.prompt_ids),
         "response": chat.tokenizer.decode(r.ids),
         "answer": r.problem.answer,

@@ -4,11 +4,10 @@ step by step, what made the difference; masked, that text stands in the teacher'
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from itertools import chain, zip_longest
 from typing import Protocol
 
-from gear_trainer.chat import Chat
+from gear_trainer.chat import Chat, fitted, level
 from gear_trainer.config import Config, ConfigError, WriterConfig
 from gear_trainer.masking import PLACEHOLDER, mask
 from gear_trainer.rollout import Request, Rollout, Sampler, groups_of, is_mixed, seed_of
@@ -72,9 +71,9 @@ class Writer:
         question = _question(group[0].problem)
 
         def render(budget: int) -> str:
-            return fill(self.template, question=question, attempts=self._attempts(attempts, budget))
+            return self.chat.plain(fill(self.template, question=question, attempts=self._attempts(attempts, budget)))
 
-        return _fitted(render, self._count, self.attempt_room(group[0].problem), self.room)
+        return fitted(render, self._count, self.attempt_room(group[0].problem), self.room)
 
     def attempt_room(self, problem: Problem) -> int:
         """Tokens that the writer's prompt leaves for attempts."""
@@ -92,7 +91,7 @@ class Writer:
         """Mask a written reference, cut it to its bound and put it into the group's teacher prompts."""
         problem = group[0].problem
         text = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL)  # of a reasoning model, only the result
-        ids = self._encode(mask(without_special(self.chat, text), problem.answer).strip())
+        ids = self._encode(mask(self.chat.plain(text), problem.answer).strip())
 
         def render(budget: int) -> str:
             return self._decode(ids[:budget]).strip()
@@ -100,7 +99,7 @@ class Writer:
         def count(reference: str) -> int:
             return len(self.chat.prompt_ids(self.teacher_messages(problem, reference)))
 
-        reference = _fitted(render, count, self.max_tokens, self.max_model_len - max(len(r.ids) for r in group))
+        reference = fitted(render, count, self.max_tokens, self.max_model_len - max(len(r.ids) for r in group))
         if not reference:
             return None
         prompt = self.chat.prompt_ids(self.teacher_messages(problem, reference))
@@ -112,7 +111,7 @@ class Writer:
         shown = list(attempts)
         while len(shown) > 2 and budget < LEAST * len(shown) and sum(len(ids) for _, ids in shown) > budget:
             shown.pop()
-        most = _level([len(ids) for _, ids in shown], budget)
+        most = level([len(ids) for _, ids in shown], budget)
         return "\n".join(f"{i}. {verdict}\n{self._cut(ids, most)}" for i, (verdict, ids) in enumerate(shown, 1))
 
     def _cut(self, ids: list[int], most: int) -> str:
@@ -138,14 +137,8 @@ def with_reference(template: str, problem: Problem, reference: str) -> list[dict
 
 
 def said(chat: Chat, rollout: Rollout) -> str:
-    """A rollout as text."""
-    return without_special(chat, chat.tokenizer.decode(rollout.ids, skip_special_tokens=True)).strip()
-
-
-def without_special(chat: Chat, text: str) -> str:
-    """What spells a special token is broken up, or it would end the turn that the text is put into."""
-    special = [str(t) for t in chat.tokenizer.added_tokens_decoder.values() if t.special]
-    return re.sub("|".join(map(re.escape, special)) or r"(?!)", " ", text)
+    """A rollout as text. It is data wherever it is shown: what the model sampled may spell control tokens."""
+    return chat.plain(chat.tokenizer.decode(rollout.ids, skip_special_tokens=True)).strip()
 
 
 def templates(cfg: WriterConfig) -> tuple[str, str]:
@@ -185,25 +178,3 @@ def _alternating(group: list[Rollout]) -> list[Rollout]:
     """A success, a failure, a success, ...: whatever is left out at the end, both kinds stay."""
     good, bad = [r for r in group if r.success], [r for r in group if not r.success]
     return [r for r in chain(*zip_longest(good, bad)) if r is not None]
-
-
-def _level(lengths: list[int], budget: int) -> int:
-    """The largest bound on each of the lengths that keeps their sum within the budget."""
-    left = budget
-    for i, length in enumerate(sorted(lengths)):
-        share = left // (len(lengths) - i)
-        if length > share:
-            return share
-        left -= length
-    return max(lengths)
-
-
-def _fitted(render: Callable[[int], str], count: Callable[[str], int], budget: int, limit: int) -> str | None:
-    """`render(budget)`, the budget lowered until that counts at most `limit` tokens; None where it reaches 0."""
-    while budget > 0:
-        text = render(budget)
-        over = count(text) - limit
-        if over <= 0:
-            return text
-        budget -= over
-    return None

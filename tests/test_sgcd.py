@@ -102,7 +102,7 @@ class Indexed:
 def trainer(solved, rank=0, *overrides):
     t = Trainer.__new__(Trainer)
     t.cfg = demo("rollout.group_size=4", "rollout.prompts_per_step=8", *overrides)
-    t.chat = SimpleNamespace(prompt_ids=lambda _: [1], tokenizer=SimpleNamespace(decode=lambda ids: ""))
+    t.chat = SimpleNamespace(prompt_ids=lambda _: [1], escapes=lambda _: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
     t.task, t.sampler, t.rank, t.world = Indexed(solved), Solver(), rank, 2
     t.limits = Limits(4, 1.0, 8, 64)
     return t
@@ -173,7 +173,7 @@ def test_the_writer_reads_every_attempt_with_its_verdict(chat):
     said = [("wrong: 7", False), ("<tool_call>add</tool_call>", True), ("right: 12", True), ("8", False)]
     counts = writer(chat, model).write(group(chat, said, number=5), (0, 1))
     (prompt,) = model.prompts
-    wanted = "1. (success)\n<tool_call>add</tool_call>\n2. (failure)\nwrong: 7\n3. (success)\nright: 12\n4. (failure)\n8"
+    wanted = "1. (success)\n< tool_call>add< /tool_call>\n2. (failure)\nwrong: 7\n3. (success)\nright: 12\n4. (failure)\n8"
     assert wanted in prompt and "What is 3 + 9?" in prompt and "Be brief." in prompt
     assert counts == {"references_written": 1, "references_failed": 0, "reference_masks": 0}
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from gear_trainer.tasks import TASKS, TaskError, make_task
 from gear_trainer.tasks.common import fill, last_number
+from gear_trainer.tasks.math_answer import final_answer
+from gear_trainer.tasks.math_check import answer_checker
 from gear_trainer.tasks.math_words import gsm8k_row, last_boxed, math_row
 from gear_trainer.tasks.mathapi import LIMIT, MAX_CALLS, call_turn
 
@@ -258,8 +261,6 @@ def test_math_teacher_prompt_and_answers(gsm8k):
 
 
 def test_a_degenerate_answer_cannot_hang(gsm8k):
-    import time
-
     task = gsm8k(limit_s=1.0)
     episode = task.episode(task.held_out(1)[0])
     start = time.perf_counter()
@@ -267,6 +268,67 @@ def test_a_degenerate_answer_cannot_hang(gsm8k):
     assert episode.outcome().reward == 0.0 and time.perf_counter() - start < 240
     episode.step("\\boxed{2}")
     assert episode.outcome().reward == 1.0  # a new worker took over
+
+
+JUDGED = [
+    # the last box alone, whatever stands before, behind or between
+    ("18", r"\boxed{9} ... then \boxed{18}", True),
+    ("18", r"First $\boxed{9}$, then $\boxed{18}$.", True),
+    ("18", r"The answers are $\boxed{9}$ and $\boxed{18}$", True),
+    ("9", r"First $\boxed{9}$, then $\boxed{18}$.", False),
+    ("18", r"\boxed{18}. But $20$ is also nice, and the answer is $20$", True),
+    ("20", r"\boxed{18}. But $20$ is also nice, and the answer is $20$", False),
+    ("18", r"The answer is 18. \boxed{", False),
+    ("18", r"so \boxed 18", True),
+    ("18", r"so \fbox{18}", True),
+    (r"\{1,2\}", r"\boxed{\left\{1,2\right\}}", True),
+    # without one: a last line, a last sentence, or nothing but the answer
+    ("18", "The answer is 18.", True),
+    ("18", "**The answer is: 18.**", True),
+    ("18", "He pays twice.\n**Answer:** 18 dollars", True),
+    ("18", r"Answer: \$18", True),
+    ("3.5", "The answer is 3.5.", True),
+    (r"\frac12", r"Final Answer: The final answer is $\frac{1}{2}$. I hope it is correct.", True),
+    (r"\frac12", r"so the answer is \frac{1}{2}.", True),
+    ("18", "9 + 9 = 18\n#### 18", True),
+    ("18", "#### 18\nor 20", False),
+    ("18", "18", True),
+    (r"\frac12", r"$\frac{1}{2}$", True),
+    ("18", "The answer is 18. But 20 is also nice", False),
+    ("20", "The answer is 18. But 20 is also nice", False),
+    ("18", "so she has 18", False),
+    # values joined by words
+    *[(gold, text, False) for gold in ("5", "30") for text in (
+        "5 hours and 30 minutes", "The answer is 5 hours and 30 minutes.", r"\boxed{5\text{ hours and }30\text{ minutes}}",
+        r"\boxed{5 hours and 30 minutes}", "#### 5 hours and 30 minutes",
+    )],
+    (r"5\text{ hours and }30\text{ minutes}", r"\boxed{5\text{ hours and }30\text{ minutes}}", True),
+    ("1,2", r"\boxed{1 \text{ and } 2}", True),
+    ("50", r"\boxed{50\text{ cm}^2}", True),
+    ("4,20", r"$\boxed{4^\circ, 20^\circ}$", True),
+    # thousands
+    *[("70000", text, True) for text in (
+        "70 000", r"\boxed{70 000}", r"\boxed{70\,000}", r"\boxed{70\ 000}", r"\boxed{70~000}", r"\boxed{\$70\,000}",
+        "\\boxed{70\u202f000}", r"\boxed{70,000}", r"\boxed{70{,}000}", "#### 70 000", "The answer is 70 000.",
+    )],
+    ("70 000", r"\boxed{70000}", True),
+    ("1234567", r"\boxed{1 234 567}", True),
+    ("70000", r"\boxed{70 0000}", False),
+    ("5", r"\boxed{" * 9999, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "text", "right"), JUDGED)
+def test_D7_what_counts_as_the_answer(gold, text, right):
+    assert answer_checker(10.0).equal(gold, text) is right
+
+
+@pytest.mark.parametrize("part", ["answer is ", "1 ab ", "#### ", "\\boxed{1", "\\text{a", "^", "70 000 ", "{", "\\"])
+def test_D7_a_degenerate_turn_is_read_in_linear_time(part):
+    start = time.perf_counter()
+    for text in (part * 20_000, "\\boxed{" + part * 20_000 + "}"):
+        final_answer("1", text)
+    assert time.perf_counter() - start < 5
 
 
 def test_rows():
@@ -288,6 +350,16 @@ def test_gold_answers_of_the_real_sets_score_1(name, ext):
         episode = task.episode(problem)
         episode.step(f"{problem.data['solution']}\nThe answer is \\boxed{{{problem.answer}}}.")
         assert episode.outcome().success, (problem.id, problem.answer)
+
+
+@pytest.mark.skipif(DATA is None, reason="GEAR_DATA names no folder with gsm8k/ and math/")
+@pytest.mark.parametrize(("name", "ext", "end"), [("gsm8k", "jsonl", "\n#### {}"), ("math", "parquet", "")])
+def test_D7_gold_solutions_answer_as_their_sets_write_it(name, ext, end):
+    """500 held-out solutions of each set, with GSM8K's last line: 998 of the 1,000 passed before the rule, all do now."""
+    folder = Path(DATA) / name
+    task = make_task(name, 0, {"path": str(folder / f"train.{ext}"), "held_out_path": str(folder / f"test.{ext}")})
+    for problem in task.held_out(500):
+        assert answer_checker(10.0).equal(problem.answer, problem.data["solution"] + end.format(problem.answer)), problem.id
 
 
 def test_a_turn_is_rewarded_where_its_call_brings_the_answer(mathapi):

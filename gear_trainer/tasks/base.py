@@ -30,6 +30,8 @@ class Problem:
 class Reply:
     """The environment's answer to one assistant turn: one text per tool call; none means that the episode is over.
 
+    The texts are data: control tokens spelled in them are broken up, and they are cut where they do not fit into the context.
+
     reward: what the turn earned by itself, for methods with turn rewards; the outcome is not in it.
     """
 
@@ -46,7 +48,11 @@ class Outcome:
 
 
 class Episode(ABC):
-    """One rollout's environment. Never raises on model text: a malformed call is answered with a tool error and counted."""
+    """One rollout's environment. Never raises on model text: a malformed call is answered with a tool error and counted.
+
+    What raises all the same, hangs, or rewards NaN ends the rollout as an error (rollout/episodes.py). All of it runs in one
+    thread, which is not the main one.
+    """
 
     @abstractmethod
     def step(self, text: str) -> Reply:

@@ -16,12 +16,12 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-START_LIMIT = 120.0  # importing sympy takes 1-2 s, much more on a loaded machine
+START_LIMIT = 50.0  # importing sympy takes 1-2 s, much more on a loaded machine; below rollout.turn_timeout, for its own message
 MEMORY_LIMIT = 4 << 30  # bytes of address space of the worker
 
 
 class AnswerChecker:
-    """Whether an answer's text ends in the gold answer. One worker, started on first use and again after it was killed."""
+    """Whether a text's final answer (math_answer.py) is the gold one. One worker, started on first use, and after a kill."""
 
     def __init__(self, limit_s: float):
         self.limit_s, self.timeouts = limit_s, 0
@@ -29,11 +29,17 @@ class AnswerChecker:
         self._lock = threading.Lock()
 
     def equal(self, gold: str, text: str) -> bool:
-        """False also where the check took longer than the limit or broke the worker."""
+        """False also where the text gives no answer, and where the check took longer than the limit or broke the worker."""
+        from gear_trainer.tasks.math_answer import final_answer, ungrouped  # here: the worker runs without the project
+
+        answer = final_answer(gold, text)
+        return answer is not None and self._agree(ungrouped(gold), answer)
+
+    def _agree(self, gold: str, answer: str) -> bool:
         with self._lock:
             try:
                 worker = self._worker or self._start()
-                worker.stdin.write(json.dumps([gold, text]).encode() + b"\n")
+                worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
                 worker.stdin.flush()
                 return self._read(worker, self.limit_s) == "true"
             except (BrokenPipeError, EOFError, TimeoutError):

@@ -1,4 +1,7 @@
-"""GSM8K and MATH, or files of the same form: one turn of reasoning, the final answer checked by math-verify."""
+"""GSM8K and MATH, or files of the same form: one turn of reasoning, the final answer checked by math-verify.
+
+What of a turn is its final answer: math_answer.py.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any, ClassVar
 
 from gear_trainer.tasks.base import DataAway, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import fill, load_template, user
+from gear_trainer.tasks.math_answer import last_boxed
 from gear_trainer.tasks.math_check import AnswerChecker, answer_checker
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -66,17 +70,6 @@ def math_row(row: dict[str, Any]) -> Row | None:
     if given is None:
         raise TaskError("no field 'answer' or 'target', and no \\boxed{...} in 'solution': add one of them")
     return Row(problem, solution, given.strip()) if given.strip() else None
-
-
-def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...}, braces matched."""
-    _, mark, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for at, char in enumerate(rest if mark else ""):
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return rest[:at]
-    return None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -168,7 +161,7 @@ class MathEpisode(Episode):
         return Reply()
 
     def outcome(self) -> Outcome:
-        """1 where the turn ended and math-verify finds the gold answer in it."""
+        """1 where the turn ended and math-verify finds its final answer equal to the gold one."""
         right = self.text is not None and self.checker.equal(self.gold, self.text)
         return Outcome(float(right), right)
 
