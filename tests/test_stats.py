@@ -4,6 +4,8 @@ Tolerances: 2e-6 nats (DESIGN's contract) plus the float32 spacing of large valu
 are compared after rounding, so the same bound holds for values, and gradients may differ by their own rounding.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from fuzzing import fuzz
@@ -17,6 +19,7 @@ ALL = reference.STAT_NAMES
 BACKENDS = ("native", "reference", "triton")
 VOCABS = (1, 2, 127, 1187, 32003, 151936)
 INF = float("inf")
+OPERATORS = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()  # what it says of limits is tested here
 ROUNDINGS = 4  # of each term: z - max, the product with 1 / T, exp, the product with p; the worst of 7,400 fuzzed calls was 2.2
 UNDERFLOW = 1e-33  # a p below float32's 1.2e-38 is 0; times log p and 1 / T
 GRAD_ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -649,6 +652,7 @@ def test_R5_divergences_are_exact_to_6e29_nats_and_bounded_above(backend):
         got.backward()
         assert logits.grad.isfinite().all() and got <= gap / 2 * 1.000001
         assert got.item() == pytest.approx(gap / 2, rel=1e-6) if gap < 1e30 else 3.4e29 < got.item() < 5.1e29
+    assert "at most 1e30 (`native`: 6.9e29) nats below its row's largest" in OPERATORS
 
 
 @pytest.mark.parametrize("temperature", (1e-4, 1e-2))
@@ -659,6 +663,7 @@ def test_R5_gradients_at_low_temperature_are_off_by_what_cancels(backend, temper
     got = gradients(lambda s: token_stats(s, teacher, targets, **options), student)[0]
     want = gradients(lambda s: exact(s, teacher, targets, **options), student.double())[0]
     assert_rounded(got, want, cancelling(student, teacher, targets, **options))
+    assert "2e-7 · KL · gK / T" in OPERATORS
     kl = exact(student, teacher, targets, **options).reverse_kl
     weights = row_weights(exact(student, teacher, targets, **options))["reverse_kl"].abs()
     limit = 2e-7 * (kl + 40) * weights / temperature  # docs/operators.md; 40: where log p adds what the KL lacks
