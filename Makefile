@@ -17,7 +17,7 @@ PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
 LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS) \
             $(if $(PORT),--master_port $(PORT))
 
-.PHONY: train test fuzz bench venv lint clean
+.PHONY: train test fuzz drills bench venv lint clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) $(ARGS)
 
@@ -27,6 +27,10 @@ test: venv
 # the drawn cases with a fresh seed, which the first lines print: `make fuzz SEED=<number>` repeats it
 fuzz: venv
 	GEAR_FUZZ=$(SEED) $(BIN)/python -m pytest $(FUZZ) $(ARGS)
+
+# the fault drills with 40 kills inside a save instead of 8, and their table
+drills: venv
+	GEAR_KILLS=40 $(BIN)/python -m pytest tests/test_drills.py -s $(ARGS)
 
 # all peers, those that compile too, on small shapes and Qwen3's heads: seven minutes on two cores; prints the table, keeps the
 # figures in build/
