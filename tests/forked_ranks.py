@@ -35,15 +35,17 @@ class Ranks:
             if time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError(f"still running after {seconds} s: {codes}\n{self.log.read_text()[-6000:]}")
-            time.sleep(0.05)
+            time.sleep(0.1)
         return codes
 
     def until(self, condition, seconds=600):
-        """Wait for what the test waits for; the run must not end before."""
-        deadline = time.monotonic() + seconds
+        """Wait for what the test waits for, to some milliseconds; the run must not end before."""
+        deadline, looked = time.monotonic() + seconds, 0.0
         while not condition():
-            assert None in self.codes() and time.monotonic() < deadline, self.log.read_text()[-6000:]
-            time.sleep(0.002)
+            if time.monotonic() - looked > 0.5:
+                looked = time.monotonic()
+                assert None in self.codes() and looked < deadline, self.log.read_text()[-6000:]
+            time.sleep(0.003)
 
     def text(self):
         return self.log.read_text()

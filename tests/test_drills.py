@@ -24,6 +24,7 @@ from gear_trainer.metrics import read_metrics
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS = int(os.environ.get("GEAR_KILLS", 8))
+TOTAL = KILLS // 2 + 8  # steps; a point that only a later save reaches lets some pass
 POINTS = (
     "after the shards", "after latest moved", "before the manifest", "while pruning", "after the manifest", "before latest moves",
     "before the shards",
@@ -112,15 +113,21 @@ def said(run):
 # --- checkpoints --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(server, out, table):
+    """The run that the killed ones must equal, and the seconds that one of its saves took."""
+    drill = Drill(server, out, "uninterrupted", table)
+    run = drill.start(f"train.steps={TOTAL}")
+    seconds = _seconds_of_a_save(run, drill, 2)
+    assert run.wait() == [0, 0], run.text()[-3000:]
+    return drill, seconds
+
+
 @pytest.mark.parametrize("keep", [1, 2])
-def test_D1_killed_inside_a_save_at_many_moments(drill, keep):
+def test_D1_killed_inside_a_save_at_many_moments(drill, uninterrupted, keep):
     """Every resume starts, loses one interval at most, and in the end the run is the uninterrupted one."""
-    total = KILLS // 2 + 8  # a point that only a later save reaches lets steps pass
-    common = (f"checkpoint.keep={keep}", f"train.steps={total}")
-    reference = Drill(drill.server, drill.out, f"reference-{keep}", drill.table)
-    whole = reference.start(*common)
-    seconds = _seconds_of_a_save(whole, reference, 2)
-    assert whole.wait() == [0, 0], whole.text()[-3000:]
+    reference, seconds = uninterrupted
+    common = (f"checkpoint.keep={keep}", f"train.steps={TOTAL}")
     moments, resumes = [], 0
     for i in range(KILLS // 2):
         before = drill.latest()
@@ -144,12 +151,12 @@ def test_D1_killed_inside_a_save_at_many_moments(drill, keep):
         moments.append((point or f"{seconds * (i + 1) / (KILLS // 2):.2f} s in", lost))
     final = drill.start(*common, "--resume")
     assert final.wait() == [0, 0], final.text()[-3000:]
-    assert drill.metrics() == reference.metrics() and drill.steps() == list(range(1, total + 1))
-    for step in range(1, total + 1):
+    assert drill.metrics() == reference.metrics() and drill.steps() == list(range(1, TOTAL + 1))
+    for step in range(1, TOTAL + 1):
         file = Path("rollouts") / f"step-{step:05d}.jsonl"
         assert (drill.dir / file).read_bytes() == (reference.dir / file).read_bytes()
     kept = sorted(p.name for p in (drill.dir / "checkpoints").glob("step-*"))
-    assert kept == sorted(f"step-{n}" for n in range(total - keep + 1, total + 1))
+    assert kept == sorted(f"step-{n}" for n in range(TOTAL - keep + 1, TOTAL + 1))
     lost = sum(steps for _, steps in moments)
     drill.row(
         f"{KILLS // 2} kills inside a save, keep={keep}; the last start",
