@@ -54,26 +54,25 @@ def _report(error: Exception) -> int:
         beats.leave(line)
     if beats:
         beats.fail(error)
-    code = 2 if isinstance(error, (ConfigError, TaskError, GearKernelsError)) else 1
-    if code == 1 and not isinstance(error, RunError) and getattr(error, "errno", None) != errno.ENOSPC:
-        said = "".join(traceback.format_exception(error))
-    elif isinstance(error, OSError):
+    mendable = isinstance(error, (ConfigError, TaskError, GearKernelsError))
+    if mendable or isinstance(error, RunError):
+        said = f"gear_trainer: {error}\n"
+    elif getattr(error, "errno", None) == errno.ENOSPC:
         said = f"gear_trainer: the disk is full ({error.filename or 'a file of the run'}): make room, then --resume goes on\n"
     else:
-        said = f"gear_trainer: {error}\n"
-    if rank and not _speaks(beats, error):
-        return code
-    print((f"[rank {rank}] " if rank else "") + said, end="", file=sys.stderr, flush=True)
-    return code
+        said = "".join(traceback.format_exception(error))
+    if not rank or _speaks(beats, error, mendable):
+        print((f"[rank {rank}] " if rank else "") + said, end="", file=sys.stderr, flush=True)
+    return 2 if mendable else 1
 
 
-def _speaks(beats, error: Exception) -> bool:
+def _speaks(beats, error: Exception, mendable: bool) -> bool:
     """Whether a rank other than 0 has something to say that rank 0 does not: the same error is most often raised on all."""
     import torch.distributed as dist
 
     time.sleep(3)  # a launcher kills all ranks once one has exited: let rank 0 print first
     if not dist.is_initialized():
-        return False
+        return not mendable  # what is checked by then is the same on all ranks; a surprise is not
     return beats is None or not beats.said_by(0, error)
 
 
