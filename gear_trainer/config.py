@@ -91,7 +91,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class TrainConfig(Section):
     steps: int = Field(100, ge=1, description="rollout steps")
-    lr: float = Field(1e-6, gt=0, le=1, description="of AdamW; above 1 the first update already destroys the policy")
+    lr: float = Field(1e-6, gt=0, description="of AdamW, 1 at most")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -230,6 +230,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _possible(self) -> Config:
         r, t = self.rollout, self.train
+        if t.lr > 1:
+            raise ValueError(f"train.lr={t.lr}: AdamW moves every weight by about that in a step; a policy takes 1e-6 to 1e-3")
         if t.lr_warmup_steps > t.steps:
             raise ValueError(
                 f"train.lr_warmup_steps={t.lr_warmup_steps} is longer than the run of train.steps={t.steps}: the learning rate "
