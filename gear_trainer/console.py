@@ -50,7 +50,7 @@ def _line(m: dict[str, Any], steps: int) -> str:
         parts.insert(3, f"divergence {m['divergence']:.3f}")
     if m.get("references_failed"):
         parts.append(f"[yellow]{m['references_failed']:.0f} group(s) without a reference[/]")
-    if m["updates_skipped"]:
+    if m.get("updates_skipped"):
         parts.append(f"[red]{m['updates_skipped']:.0f} update(s) skipped: not finite[/]")
     if "held_out_success" in m:
         parts.append(f"[bold]held-out success {m['held_out_success']:.3f}[/]")

@@ -146,7 +146,8 @@ class Trainer:
         for i, (a, t) in enumerate(zip(advantages, taught, strict=True)):
             credit.advantages[i] = credit.advantages[i] + (a - t)  # a group without a reference keeps its A: W = 1
         _count(sums, rollouts, advantages, scores)
-        for name, count in troubles(rollouts).items():
+        nonfinite = {"nonfinite_tokens": sum(int((~torch.isfinite(x)).sum()) for x in scores.logprobs)}
+        for name, count in (troubles(rollouts) | nonfinite).items():
             sums.add(name, count, 1 / self.world)  # over all ranks
         self._check_gap(step, sums)
         with self.phases("update"):
@@ -476,7 +477,6 @@ def _count(sums: Sums, rollouts: list[Rollout], advantages: list[float], scores:
     sums.add("zero_advantage", sum(a == 0 for a in advantages), n)
     sums.add("policy_tokens", sum(len(x) for x in scores.logprobs))
     sums.add("response_length", sum(len(x) for x in scores.logprobs), n)
-    sums.add("nonfinite_tokens", sum(int((~torch.isfinite(x)).sum()) for x in scores.logprobs), 1 / dist.get_world_size())
     sums.mean_of("entropy", torch.cat(scores.entropy))
     gap = torch.cat(scores.logprobs) - torch.cat(scores.sampler_logprobs)
     sums.mean_of("logprob_gap_mean", gap.abs())
