@@ -133,11 +133,11 @@ def test_D1_killed_inside_a_save_at_many_moments(drill, uninterrupted, keep):
         before = drill.latest()
         point = POINTS[i // 2 % len(POINTS)] if i % 2 else None
         late = {"patch": "drill_patches:kill_at", "KILL_AT": point} if point else {}
-        started = time.monotonic()
+        torn = drill.dir / "checkpoints" / f"step-{before + 1}"
+        started, made = time.monotonic(), _made(torn)
         run = drill.start(*common, *(["--resume"] if i else []), **late)
         if point is None:
-            torn = drill.dir / "checkpoints" / f"step-{before + 1}"
-            run.until(torn.exists)
+            run.until(lambda torn=torn, made=made: _made(torn) not in (0, made))
             time.sleep(1.2 * seconds * (i + 1) / (KILLS // 2))
             run.kill()
         assert run.wait() == [-9, -9], run.text()[-3000:]
@@ -165,6 +165,11 @@ def test_D1_killed_inside_a_save_at_many_moments(drill, uninterrupted, keep):
         f"{lost} times the step that was being saved",
     )
     print(moments)
+
+
+def _made(folder):
+    """When a folder was made, or last changed; 0 where there is none: an older kill may have left one of that name."""
+    return folder.stat().st_ctime_ns if folder.exists() else 0
 
 
 def _seconds_of_a_save(run, drill, step):
