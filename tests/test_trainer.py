@@ -231,7 +231,7 @@ def test_a_rank_without_a_teaching_trajectory_counts_for_nothing(method):
     sums = Sums()
     credit = trainer.credit(1, [_rollout(), _rollout()], [0.0, 0.0], Scores(ones, ones, ones, *[none] * 4), sums)
     assert [x.tolist() for x in credit.weights] == [[1.0] * 3, [1.0] * 2] and not any(x.any() for x in credit.advantages)
-    assert len(sums._sums) == 8 and all(total == count == 0 for total, count in sums._sums.values())
+    assert len(sums._sums) == 9 and all(total == count == 0 for total, count in sums._sums.values())
 
 
 def test_D15_a_peak_of_nan_is_not_hidden():
