@@ -10,6 +10,7 @@ the next save, what is below it only after `latest` has moved.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -78,7 +79,7 @@ def _own_files(folder: Path) -> list[Path]:
 
 
 def _describe(path: Path, flush: bool = False) -> list[Any]:
-    """[bytes, SHA-256]: 0.7 s a GB, of what is in the page cache anyway."""
+    """[bytes, SHA-256], at 1.5 s a GB from the page cache."""
     if flush:
         sync(path)
     with path.open("rb") as file:
@@ -87,7 +88,7 @@ def _describe(path: Path, flush: bool = False) -> list[Any]:
 
 def _cannot_write(root: Path, step: int, before: int, error: Exception) -> str:
     free = shutil.disk_usage(root).free
-    reason = "the disk is full" if free < 1 << 20 or getattr(error, "errno", None) == 28 else str(error).splitlines()[0]
+    reason = "the disk is full" if free < 1 << 20 or getattr(error, "errno", None) == errno.ENOSPC else str(error).splitlines()[0]
     return (
         f"{root}/step-{step} could not be written: {reason} ({free / 1e9:.2f} GB free there); make room, "
         f"then --resume goes on {f'from step {before}' if before else 'from the start, as no checkpoint was finished'}"

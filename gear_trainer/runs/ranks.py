@@ -119,7 +119,8 @@ class Beats:
 
     def _speaks(self) -> bool:
         """Whether this is the first of the ranks that are left: one of them tells."""
-        return all(rank in self.lost() for rank in range(self.rank))
+        lost = self.lost()
+        return all(rank in lost for rank in range(self.rank))
 
     def _warn(self) -> None:
         for rank in range(self.world):
