@@ -5,11 +5,21 @@ drawn cases are pinned, and pytest's first lines say so: see fuzzing.py.
 import os
 
 import fuzzing  # registers hypothesis' profiles and loads one
+import pytest
 import torch
+from forked_ranks import Server
 
 
 def pytest_report_header():
     return "fuzz: pinned seeds" if fuzzing.SEED is None else f"fuzz: repeat with GEAR_FUZZ={fuzzing.SEED}"
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The process that runs of the trainer are forked off."""
+    server = Server()
+    yield server
+    server.close()
 
 
 def _load_interpreted():

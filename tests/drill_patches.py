@@ -1,10 +1,11 @@
-"""What breaks in a fault drill, from inside: each function is called in every rank of tests/forked_ranks.py before it starts."""
+"""What a test changes in a run, from inside: each function is called in every rank of tests/forked_ranks.py before it starts."""
 
 import os
 import shutil
 import signal
 
 from gear_trainer import checkpoint
+from gear_trainer.endpoint import connect
 from gear_trainer.trainer import Trainer
 
 
@@ -91,3 +92,28 @@ def nan_weights_before_the_save():
         return save(engine, cfg, step, teacher)
 
     checkpoint.save = broken
+
+
+def pushes_end():
+    """vLLM gets the weights before training and after steps 1 and 2, and none after."""
+    push, pushes = Trainer.push, []
+
+    def push_thrice(self):
+        pushes.append(1)
+        if len(pushes) <= 3:
+            push(self)
+
+    Trainer.push = push_thrice
+
+
+def change_writer():
+    """References are the policy's own for two steps and an endpoint's (WRITER_URL) from then on."""
+    write = Trainer._write_references
+
+    def changed(self, step, rollouts, sums):
+        if step == 3:
+            url = os.environ["WRITER_URL"]
+            self.writer.model = connect(self.cfg.writer.model_copy(update={"url": url, "max_retries": 0}), 1024)
+        write(self, step, rollouts, sums)
+
+    Trainer._write_references = changed

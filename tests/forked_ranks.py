@@ -3,10 +3,12 @@
 As a script it is that process: a line of JSON on its input starts a run or asks how one ended, a line on its output answers.
 """
 
+import gc
 import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,11 +57,11 @@ class Server:
     """The process that runs are forked off."""
 
     def __init__(self):
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+        threads = str(max(1, (os.cpu_count() or 1) // 2))  # what two ranks under a launcher take
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
         self.process = subprocess.Popen(
             [sys.executable, __file__], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.port = 29640
 
     def ask(self, question):
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -68,13 +70,17 @@ class Server:
 
     def start(self, log, *argv, patch=None, ranks=2, **environment):
         """Fork a run of the trainer; `patch`: `module:function` of tests/, called in every rank before it starts."""
-        self.port += 1  # a killed run's port may linger
         order = {"argv": ["--config", DEMO, *argv], "log": str(log), "patch": patch, "ranks": ranks, "environment": environment}
-        return Ranks(self, self.ask({**order, "port": self.port}), log)
+        return Ranks(self, self.ask({**order, "port": _free_port()}), log)
 
     def close(self):
         self.process.stdin.close()
         self.process.wait(60)
+
+
+def _free_port():
+    with socket.create_server(("", 0)) as taken:
+        return taken.getsockname()[1]
 
 
 def _serve():
@@ -87,11 +93,17 @@ def _serve():
 
     vllm.LLM, vllm.SamplingParams  # noqa: B018  (the package loads them when they are asked for)
     import deepspeed  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
+    import vllm.v1.worker.cpu_worker  # noqa: F401
 
     import gear_trainer.plan
+    import gear_trainer.report
     import gear_trainer.run
     import gear_trainer.trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # vLLM's start and end collect eight times: half a second each over what was imported here
 
     codes = {}
     for line in sys.stdin:

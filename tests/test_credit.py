@@ -6,6 +6,7 @@ import json
 import math
 import random
 
+import fuzzing
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def backend(request):
 def cases(backend, count, rng, interpreted=None):
     """Random cases; the interpreter takes 10 ms for every sequence, so there they are short, and `interpreted` of them."""
     small = {"max_sequences": 2, "max_tokens": 12} if backend == "triton" else {}
-    return (random_case(rng, **small) for _ in range(interpreted or count if backend == "triton" else count))
+    return (random_case(rng, **small) for _ in range(interpreted or fuzzing.often(count) if backend == "triton" else count))
 
 
 # --- the paper, one token at a time, on Python floats -----------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_worked_example_diagnostics():
 
 @pytest.mark.parametrize("part", range(4))
 def test_gear_equals_slow_transcription(part, backend):
-    rng = random.Random(part)
+    rng = fuzzing.rng(part)
     for case in cases(backend, 125, rng):
         gear = random_gear(rng, "entropy")
         assert_equals_slow(credit_weights(**case, method=gear), slow_credit(gear, case))
@@ -245,7 +246,7 @@ def test_gear_equals_slow_transcription(part, backend):
 
 @pytest.mark.parametrize("segmenter", sorted(set(SEGMENTERS) - {"entropy", "random"}))
 def test_ablation_equals_slow_transcription(segmenter, backend):
-    rng = random.Random(segmenter)
+    rng = fuzzing.rng(segmenter)
     for case in cases(backend, 500, rng):
         gear = random_gear(rng, segmenter)
         assert_equals_slow(credit_weights(**case, method=gear), slow_credit(gear, case))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked_ranks import DEMO, ROOT, Server
+from forked_ranks import DEMO, ROOT
 
 from gear_trainer.checkpoint import MANIFEST
 from gear_trainer.metrics import read_metrics
@@ -31,13 +31,6 @@ POINTS = (
 )  # fmt: skip
 SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=4", "eval.every=0", "checkpoint.export=false", "checkpoint.every=1"]
 NOISE = re.compile(r"Triton is installed|^\[rank\d\]:\[W|NUMA binding")
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""The product's main job for real: DeepSpeed ZeRO-3 on two ranks, vLLM rollouts, tool calls, GEAR credit, kill and resume."""
+"""The product's main job for real: DeepSpeed ZeRO-3 on two ranks, vLLM rollouts, tool calls, GEAR credit, kill and resume.
+
+The demo and Ctrl-C start as a user types them, the other runs without a launcher: see forked_ranks.py.
+"""
 
 import json
 import os
@@ -8,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_openai import fake_openai
 
@@ -20,18 +24,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def _start(program, name, out, *more, launcher=DEEPSPEED):
-    command = [*launcher, *program, "--config", DEMO, f"name={name}", f"output_dir={out}", *more]
+def _launch(name, out, *more):
+    command = [*DEEPSPEED, "gear_trainer/run.py", "--config", DEMO, f"name={name}", f"output_dir={out}", *more]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as a user types it
     log = (out / f"{name}.log").open("a")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def _finish(process, name, out, code=0):
-    assert process.wait(3200) == code, (out / f"{name}.log").read_text()[-6000:]
+def _run(server, name, out, *more, **how):
+    """A whole run without a launcher; its metrics."""
+    run = server.start(out / f"{name}.log", f"name={name}", f"output_dir={out}", *more, **how)
+    assert run.wait(3200) == [0, 0], run.text()[-6000:]
     return read_metrics(out / name / "metrics.jsonl")
 
 
@@ -43,7 +48,9 @@ def out(tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo(out):
     """The shipped demo, whole."""
-    return _finish(_start(["gear_trainer/run.py"], "demo", out), "demo", out)
+    process = _launch("demo", out)
+    assert process.wait(3200) == 0, (out / "demo.log").read_text()[-6000:]
+    return read_metrics(out / "demo" / "metrics.jsonl")
 
 
 def test_demo_learns(demo):
@@ -99,36 +106,33 @@ def test_scoring_is_split_by_part_from_what_a_run_kept(demo, out):
     assert set(ms) == {"policy", "teacher", "head", "head with teacher", "scan"} and min(ms.values()) > 0
 
 
-def test_kill_9_and_resume_repeats_the_uninterrupted_run(demo, out):
-    process = _start(["gear_trainer/run.py"], "killed", out)
-    while len(read_metrics(out / "killed" / "metrics.jsonl")) < 13:  # step 0, and 12 steps: the last checkpoint is step 10
-        assert process.poll() is None, (out / "killed.log").read_text()[-6000:]
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
-    _kill_ranks("name=killed")
-    resumed = _finish(_start(["gear_trainer/run.py", "--resume"], "killed", out, "train.steps=14"), "killed", out)
-    assert [m["step"] for m in resumed] == list(range(15))
+def test_kill_9_and_resume_repeats_the_uninterrupted_run(demo, out, server):
+    start = ("name=killed", f"output_dir={out}", "checkpoint.every=3")
+    run = server.start(out / "killed.log", *start)
+    run.until(lambda: len(read_metrics(out / "killed" / "metrics.jsonl")) > 4)  # step 0 and four more; the checkpoint is step 3's
+    run.kill()
+    assert run.wait() == [-9, -9]
+    resumed = _run(server, "killed", out, "checkpoint.every=3", "train.steps=5", "--resume")
+    assert [m["step"] for m in resumed] == list(range(6))
     assert "resuming" in (out / "killed.log").read_text()
-    for got, want in zip(resumed[11:14], demo[11:14], strict=True):
+    for got, want in zip(resumed[3:], demo[3:6], strict=True):
         for key in want.keys() - {"seconds", "tokens_per_second"}:
             assert got[key] == pytest.approx(want[key], rel=1e-6, abs=1e-9), (got["step"], key)
 
 
-def test_without_the_push_vllm_falls_behind(out):
-    process = _start(["tests/trainer_ranks.py"], "unpushed", out, "train.steps=6", "eval.every=0", launcher=TORCHRUN)
-    metrics = _finish(process, "unpushed", out)
+def test_without_the_push_vllm_falls_behind(out, server):
+    metrics = _run(server, "unpushed", out, "train.steps=6", "eval.every=0", patch="drill_patches:pushes_end")
     gaps = [m["logprob_gap_max"] for m in metrics]
     assert max(gaps[:3]) < 1e-4, "steps 1 to 3 sample from pushed weights"
     assert min(gaps[3:]) > 1e-2 and metrics[-1]["logprob_gap_mean"] > 10 * metrics[0]["logprob_gap_mean"], gaps
 
 
-def test_sgcd_with_both_writers(out, monkeypatch):
+def test_sgcd_with_both_writers(out, server):
     """Filter, references, masking and splice in a run; an endpoint that fails costs references only."""
-    with fake_openai(behave=lambda body: 500 if body["seed"] % 3 == 0 else "Attempt 1: call the tool, then copy.") as server:
-        monkeypatch.setenv("WRITER_URL", server.url)
+    with fake_openai(behave=lambda body: 500 if body["seed"] % 3 == 0 else "Attempt 1: call the tool, then copy.") as endpoint:
         small = ["credit=sgcd", "train.steps=4", "eval.every=0", "rollout.prompts_per_step=8", "checkpoint.export=false"]
-        metrics = _finish(_start(["tests/sgcd_ranks.py"], "sgcd", out, *small, launcher=TORCHRUN), "sgcd", out)
-    seeds = [body["seed"] for body in server.requests if body["max_tokens"] > 1]
+        metrics = _run(server, "sgcd", out, *small, patch="drill_patches:change_writer", WRITER_URL=endpoint.url)
+    seeds = [body["seed"] for body in endpoint.requests if body["max_tokens"] > 1]
     assert sum(m["references_failed"] for m in metrics[2:]) == sum(seed % 3 == 0 for seed in seeds) > 0
     assert sum(m["references_written"] for m in metrics[2:]) == sum(seed % 3 != 0 for seed in seeds) > 0
     assert all(m["references_written"] > 0 and m["seconds"]["write"] > 0 for m in metrics)
@@ -144,30 +148,19 @@ def test_sgcd_with_both_writers(out, monkeypatch):
 
 
 def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(out):
-    process = _start(["gear_trainer/run.py"], "stopped", out, "eval.every=0")
+    process = _launch("stopped", out, "eval.every=0", "rollout.prompts_per_step=4")
     while len(read_metrics(out / "stopped" / "metrics.jsonl")) < 2:
         assert process.poll() is None, (out / "stopped.log").read_text()[-6000:]
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     process.wait(600)
-    _wait_for_ranks("name=stopped")
+    deadline = time.monotonic() + 300
+    while _ranks("name=stopped") and time.monotonic() < deadline:
+        time.sleep(0.2)
     steps = [m["step"] for m in read_metrics(out / "stopped" / "metrics.jsonl")]
     assert (out / "stopped" / "checkpoints" / "latest").read_text() == f"step-{steps[-1]}"
 
 
 def _ranks(marker):
-    import psutil
-
-    return [p for p in psutil.process_iter(["cmdline"]) if marker in (p.info["cmdline"] or [])]
-
-
-def _kill_ranks(marker):
-    for p in _ranks(marker):
-        p.kill()
-    _wait_for_ranks(marker)
-
-
-def _wait_for_ranks(marker):
-    deadline = time.time() + 300
-    while [p for p in _ranks(marker) if p.status() != "zombie"] and time.time() < deadline:
-        time.sleep(0.2)
+    found = [p for p in psutil.process_iter(["cmdline", "status"]) if marker in (p.info["cmdline"] or [])]
+    return [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE]
