@@ -4,8 +4,8 @@ A checkpoint holds ZeRO-3's shards (parameters, float32 masters, Adam's moments)
 Nothing else has state: problems, sampling seeds and the learning rate are functions of (seed, step).
 
 `checkpoints/step-N` is finished once `manifest.json` stands in it, with the size and SHA-256 of every file; `checkpoints/latest`
-names the finished one to go on from. A kill at any moment leaves `latest` on a finished one: what is above it is removed before
-the next save, what is below it only after `latest` has moved.
+names the finished one to go on from. A kill at any moment leaves `latest` on a finished one, or one finished folder without any
+`latest`, the first: what is above it is removed before the next save, what is below it only after `latest` has moved.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def save(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) ->
     _check_finite(engine, step, before)
     if dist.get_rank() == 0:
         _clear_above(root, before)
+        if before and not (root / "latest").exists():  # a kill came before the first pointer
+            write_whole(root / "latest", f"step-{before}")
     dist.barrier()
     try:
         engine.save_checkpoint(str(root), tag=f"step-{step}", client_state={"step": step}, save_latest=False)
@@ -114,8 +116,8 @@ def latest_step(cfg: Config) -> int:
     pointer = root / "latest"
     finished = [path.name for path in _finished(root)]
     if not pointer.is_file():
-        if not finished:
-            return 0
+        if len(finished) < 2:  # a kill in the first save leaves one finished and no pointer yet
+            return _number(root / finished[0]) if finished else 0
         raise ConfigError(f"{pointer} is missing: write one of {', '.join(finished)} into it, the checkpoint to go on from")
     text = pointer.read_bytes().decode("utf-8", "replace").strip()
     if not _STEP.fullmatch(text) or not (root / text).is_dir():

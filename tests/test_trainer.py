@@ -11,7 +11,8 @@ from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Gigpo, Turn
 from gear_trainer.batching import micro_batch, padding_micro_batch, split_rows
 from gear_trainer.chat import Chat
-from gear_trainer.config import load_config
+from gear_trainer.checkpoint import MANIFEST, latest_step
+from gear_trainer.config import ConfigError, load_config
 from gear_trainer.metrics import Phases, RunFiles, Sums, read_metrics
 from gear_trainer.report import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
@@ -272,3 +273,17 @@ def test_report_escapes_model_text_and_marks_credit(tmp_path):
     assert "0.200 before, 0.750 after 3 steps (+0.550)" in line
     assert "&lt;script&gt;" in page and "<script>" not in page and 'class="on"' in page
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_D1_a_kill_in_the_first_save_leaves_a_checkpoint_or_none(tmp_path):
+    """Before `latest` was ever written, a finished folder is what a resume goes on from; of two, somebody took the pointer."""
+    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", [f"output_dir={tmp_path}", "name=run"])
+    root = tmp_path / "run" / "checkpoints"
+    (root / "step-7").mkdir(parents=True)
+    assert latest_step(cfg) == 0, "its manifest was not written"
+    (root / "step-7" / MANIFEST).write_text("{}")
+    assert latest_step(cfg) == 7
+    (root / "step-8").mkdir()
+    (root / "step-8" / MANIFEST).write_text("{}")
+    with pytest.raises(ConfigError, match="latest is missing: write one of step-7, step-8 into it"):
+        latest_step(cfg)
