@@ -61,13 +61,13 @@ def _rollouts(run: Path, task, chat: Chat) -> tuple[list[Rollout], list[float]]:
 
 
 def _parts(lm, rollouts: list[Rollout], batches: list[MicroBatch], advantages: list[float]) -> dict[str, Callable]:
-    head, halves = lm.get_output_embeddings(), [b.split() for b in batches]
+    head = lm.get_output_embeddings()
 
-    def backbone(which: int) -> list[torch.Tensor]:
-        return [hidden_states(lm, half[which].input_ids)[half[which].student_index] for half in halves]
+    def backbone(which: str) -> list[torch.Tensor]:
+        return [hidden_states(lm, getattr(b, which)) for b in batches]
 
     with torch.no_grad():
-        hidden = list(zip(batches, backbone(0), backbone(1), strict=True))
+        hidden = list(zip(batches, backbone("student"), backbone("teacher"), strict=True))
 
     def stats(names: tuple[str, ...], taught: bool) -> list[TokenStats]:
         return [head(s, b.targets, t if taught else None, stats=names) for b, s, t in hidden]
@@ -79,8 +79,8 @@ def _parts(lm, rollouts: list[Rollout], batches: list[MicroBatch], advantages: l
     own = torch.tensor([advantages[i] for i in order])
     bounds = torch.tensor([0, *(len(rollouts[i].policy_positions) for i in order)]).cumsum(0).int()
     return {
-        "policy": lambda: backbone(0),
-        "teacher": lambda: backbone(1),
+        "policy": lambda: backbone("student"),
+        "teacher": lambda: backbone("teacher"),
         "head": lambda: stats(STUDENT, False),
         "head with teacher": lambda: stats(TEACHER, True),
         "scan": lambda: credit_weights(signal, entropy, own, bounds),

@@ -208,12 +208,11 @@ class Trainer:
         """The engine's statistics of a micro-batch; its teacher rows, if any, under the teacher's weights. Collective."""
         batch, temperature = batch.to(self.device), self.limits.temperature
         options = {"jsd_beta": self.distill.jsd_beta} if self.distill else {}
-        if self.teacher is None or batch.teacher_index is None:
+        if self.teacher is None or batch.teacher is None:
             return self.engine(batch, temperature, stats, **options)
-        students, teachers = batch.split()
-        hidden = self.teacher.hidden(teachers)
+        hidden = self.teacher.hidden(batch.teacher)
         with self.teacher.head() as head:
-            return self.engine(students, temperature, stats, (hidden, head), **options)
+            return self.engine(replace(batch, teacher=None), temperature, stats, (hidden, head), **options)
 
     def _score_stats(self, teacher: bool) -> tuple[str, ...]:
         student = ("logprobs", "entropy")
@@ -455,7 +454,7 @@ def _spread(scores: Scores, out: Any, batch: MicroBatch, rollouts: list[Rollout]
     if not batch.rows:
         return
     lengths = [len(rollouts[i].policy_positions) for i in batch.rows]
-    teacher = batch.teacher_index is not None
+    teacher = batch.teacher is not None
     parts = {"logprobs": out.logprobs, "entropy": out.entropy}
     if teacher:
         parts["teacher_logprobs"] = out.teacher_logprobs

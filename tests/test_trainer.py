@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Gigpo, Turn
@@ -13,6 +14,7 @@ from gear_trainer.batching import micro_batch, padding_micro_batch, split_rows
 from gear_trainer.chat import Chat
 from gear_trainer.config import load_config
 from gear_trainer.metrics import Phases, RunFiles, Sums, read_metrics
+from gear_trainer.model import Policy
 from gear_trainer.report import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.runs.files import next_free
@@ -43,20 +45,11 @@ def test_group_advantages_are_relative_to_their_group():
 def test_micro_batch_indices_predict_the_policy_tokens():
     rollouts = [_rollout(3, 5, (7, 8, 9, 10), (1, 0, 0, 1)), _rollout(4, 6, (5,), (1,))]
     batch = micro_batch(rollouts, [0, 1], teacher=True)
-    flat = batch.input_ids.flatten()
-    assert batch.input_ids.shape == (4, 9) and batch.targets.tolist() == [7, 10, 5]
-    assert flat[batch.student_index + 1].tolist() == flat[batch.teacher_index + 1].tolist() == [7, 10, 5]
-    assert flat[batch.student_index].tolist() == [22, 9, 23] and flat[batch.teacher_index].tolist() == [44, 9, 45]
-
-
-def test_split_micro_batch_points_at_the_same_tokens():
-    rollouts = [_rollout(3, 5, (7, 8, 9, 10), (1, 0, 0, 1)), _rollout(4, 6, (5,), (1,))]
-    for batch in (micro_batch(rollouts, [0, 1], teacher=True), padding_micro_batch(teacher=True)):
-        student, teacher = batch.split()
-        whole = batch.input_ids.flatten()
-        assert student.teacher_index is teacher.teacher_index is None
-        assert torch.equal(student.input_ids.flatten()[student.student_index], whole[batch.student_index])
-        assert torch.equal(teacher.input_ids.flatten()[teacher.student_index], whole[batch.teacher_index])
+    student, teacher = batch.student.input_ids.flatten(), batch.teacher.input_ids.flatten()
+    assert batch.student.input_ids.shape == (2, 7) and batch.teacher.input_ids.shape == (2, 9)
+    assert student[batch.student.index + 1].tolist() == teacher[batch.teacher.index + 1].tolist() == batch.targets.tolist()
+    assert batch.targets.tolist() == [7, 10, 5]
+    assert student[batch.student.index].tolist() == [22, 9, 23] and teacher[batch.teacher.index].tolist() == [44, 9, 45]
 
 
 @pytest.mark.parametrize("teacher", [False, True])
@@ -68,15 +61,51 @@ def test_micro_batches_keep_the_budget_and_every_row_once(teacher):
     split = split_rows(rollouts, list(range(50)), 400, teacher)
     assert sorted(i for rows in split for i in rows) == list(range(50))
     for rows in split:
-        assert len(rows) == 1 or micro_batch(rollouts, rows, teacher).input_ids.numel() <= 400
+        batch = micro_batch(rollouts, rows, teacher)
+        assert len(rows) == 1 or max(x.input_ids.numel() for x in (batch.student, batch.teacher) if x) <= 400
     assert split == split_rows(rollouts, list(range(50)), 400, teacher)
     dummy = padding_micro_batch(teacher)
-    assert (dummy.teacher_index is not None) == teacher and dummy.rows == []
+    assert (dummy.teacher is not None) == teacher and dummy.rows == []
 
 
 def test_rollouts_without_policy_tokens_make_an_empty_micro_batch():
     batch = micro_batch([_rollout(ids=(), mask=())], [0], teacher=True)
-    assert batch.targets.shape == batch.student_index.shape == (0,) and batch.targets.dtype == torch.int64
+    assert batch.targets.shape == batch.student.index.shape == (0,) and batch.targets.dtype == torch.int64
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_T4_scoring_does_not_pad_students_to_the_teachers_width(alone):
+    """What reaches the model in a scoring pass: each side as wide as its own longest row, and nobody's numbers change."""
+    lengths = [(4, 24, (7, 8, 9, 10)), (3, 20, (5, 6)), (4, 24, (3, 2, 1)), (2, 22, (11,))]
+    rollouts = [_rollout(prompt, teacher, ids, [1] * len(ids)) for prompt, teacher, ids in lengths]
+    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", ["rollout.max_model_len=60", "train.tokens_per_micro_batch=64"])
+    policy, shapes = Policy(_tiny(False, 70).eval()), []
+    policy.lm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    policy.device = torch.device("cpu")
+    scores = Trainer(cfg, None, None, Gear(), policy, None).score(rollouts, [1.0, -1.0, 0.0, 1.0])
+    assert sorted(shapes) == [(1, 5), (1, 7), (1, 22), (2, 8), (2, 28)], (
+        "64 tokens a forward hold two of 28; A = 0 has no teacher"
+    )
+    for r, logprobs, teacher in zip(rollouts, scores.logprobs, scores.teacher_logprobs, strict=True):
+        assert logprobs.tolist() == pytest.approx(_alone(policy.lm, r.prompt_ids, r.ids), abs=1e-5)
+        if teacher is not None:
+            assert teacher.tolist() == pytest.approx(_alone(policy.lm, r.teacher_prompt_ids, r.ids), abs=1e-5)
+
+
+def _alone(lm, prompt, ids):
+    """Log-probs of one stream by itself, from whole logits."""
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +213,13 @@ def test_seeds_are_stable():
     assert 0 <= seed_of("x") < 2**31
 
 
-def _tiny(tied):
+def _tiny(tied, vocabulary=40):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = dict(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, head_dim=32
     )
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=40, tie_word_embeddings=tied, **sizes))
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, tie_word_embeddings=tied, **sizes))
 
 
 @pytest.mark.parametrize("tied", [False, True])
