@@ -13,6 +13,7 @@ from gear_kernels import FusedHead, TokenStats, credit_weights
 from gear_trainer.batching import MicroBatch, micro_batch, split_rows
 from gear_trainer.chat import Chat
 from gear_trainer.model import hidden_states
+from gear_trainer.records import read_records
 from gear_trainer.rollout import Rollout
 from gear_trainer.tasks import make_task
 
@@ -49,8 +50,7 @@ def measure(run: Path, rounds: int = 15) -> dict:
 
 def _rollouts(run: Path, task, chat: Chat) -> tuple[list[Rollout], list[float]]:
     """The step's trajectories that have an advantage, with the prompts that their teacher read."""
-    lines = map(json.loads, (run / "rollouts" / f"step-{STEP:05d}.jsonl").read_text().splitlines())
-    kept = [line for line in lines if line["advantage"] != 0]
+    kept = [line for line in read_records(run, STEP) if line["advantage"] != 0]
     found = []
     for line in kept:
         problem = task.train_problem(line["group"])

@@ -13,8 +13,8 @@ from gear_trainer.rollout import Rollout
 class Rows:
     """R token streams, right-padded to the longest of them: one forward.
 
-    `input_ids` [R, L] int64. `index` [n] int64 points into the flattened [R * L] hidden states, at the position that predicts each
-    policy token. Right padding needs no attention mask: a causal model never looks ahead.
+    `input_ids` [R, L] int64. `index` [n] int64 points into the flattened [R * L] hidden states, at the position that predicts
+    each policy token. Right padding needs no attention mask: a causal model never looks ahead.
     """
 
     input_ids: torch.Tensor

@@ -64,6 +64,10 @@ class RolloutConfig(Section):
     max_num_gen_batches: int = Field(
         3, ge=1, description="of filter_groups: batches sampled for one step at most, the first included; then such groups stay"
     )
+    records: int = Field(
+        128, ge=0, description="rollouts of a step that are kept with all their tokens in rollouts/step-N.jsonl, rounded up to "
+        "whole groups, as many of each rank; 0: none",
+    )  # fmt: skip
 
 
 class WriterConfig(Section):

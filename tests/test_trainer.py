@@ -15,6 +15,7 @@ from gear_trainer.chat import Chat
 from gear_trainer.config import load_config
 from gear_trainer.metrics import Phases, RunFiles, Sums, read_metrics
 from gear_trainer.model import Policy
+from gear_trainer.records import Records
 from gear_trainer.report import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.runs.files import next_free
@@ -242,13 +243,50 @@ def test_metrics_file_is_cut_at_the_resumed_step(tmp_path):
     files = RunFiles(cfg, 0)
     for step in range(1, 5):
         files.metrics({"step": step, "reward_mean": step / 10, "seconds": {"rollout": 1.0}})
-        files.rollouts(step, [{"a": step}])
+        files.records(step, '{"a": 1}\n')
     with files.metrics_path.open("a") as file:
         file.write('{"step": 5, "rew')  # a kill in mid-write
     assert [m["step"] for m in read_metrics(files.metrics_path)] == [1, 2, 3, 4]
     resumed = RunFiles(cfg, 2)
     assert [m["step"] for m in read_metrics(resumed.metrics_path)] == [1, 2]
     assert sorted(p.name for p in (cfg.run_dir / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00002.jsonl"]
+
+
+class Quiet(Scripted):
+    """A sampler whose every turn is the same."""
+
+    def __init__(self, chat, said):
+        super().__init__(chat, [(said, True)] * 9)
+        self.wake = self.sleep = lambda *_: None
+
+
+def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_path, monkeypatch):
+    """Of 160 rollouts 128 are kept, as lines that rank 0 only writes; a token's text is looked up once, not where it stands."""
+    chat, task = chat
+    shape = ["world_size=1", "rollout.prompts_per_step=20", "eval.every=0", "max_logprob_gap=1000", f"output_dir={tmp_path}"]
+    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", shape)
+    policy = Policy(_tiny(False, len(chat.tokenizer)).eval())
+    policy.device = torch.device("cpu")
+    trainer = Trainer(cfg, task, chat, Gear(), policy, Quiet(chat, "the answer is 12, or 12, or 12"))
+    for phase in ("update", "push"):
+        monkeypatch.setattr(trainer, phase, lambda *_: None)
+    gathered, gather, pieces, decode = [], dist.gather_object, [], chat.tokenizer.decode
+    monkeypatch.setattr(dist, "gather_object", lambda mine, *more: gathered.append(mine) or gather(mine, *more))
+    monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, **more: pieces.append(len(ids)) or decode(ids, **more))
+    values = trainer.step(1, RunFiles(cfg, 0))
+    lines = (cfg.run_dir / "rollouts" / "step-00001.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [(r["group"], r["sample"]) for r in rows] == [(g, k) for g in range(16) for k in range(8)], "whole groups"
+    assert all("".join(r["tokens"]) == r["response"] for r in rows)
+    assert gathered == [lines], "made where the rollouts are"
+    assert pieces.count(1) <= len({t for r in rows for t in r["ids"]}) < len(rows[0]["ids"])
+    assert values["seconds"]["records"] > 0 and values["seconds"]["step"] >= values["seconds"]["records"]
+
+
+@pytest.mark.parametrize("records, share", [(0, 0), (1, 8), (128, 16), (200, 32), (10**6, 128)])
+def test_T3_a_rank_keeps_whole_groups(records, share):
+    cfg = load_config("gear_trainer/configs/qwen3_8b.yaml", [f"rollout.records={records}"])
+    assert Records(cfg, None).share == share, "of 128 rollouts a rank, on eight ranks"
 
 
 @pytest.mark.parametrize("method", [Gear(), Grpo()])
