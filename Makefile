@@ -2,7 +2,8 @@
 # On a machine with an NVIDIA driver the same targets install the CUDA set.
 PYTHON   ?= python3
 PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-RANKS    ?= 2
+# the GPUs that are there; two processes on a CPU
+RANKS    ?= $(if $(filter cuda,$(PLATFORM)),$(shell nvidia-smi -L | grep -c '^GPU'),2)
 CONFIG   ?= gear_trainer/configs/mathapi_cpu.yaml
 SEED     ?= fresh
 FUZZ     := tests/test_stats.py -k fuzz
@@ -19,7 +20,7 @@ LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed
 
 .PHONY: train test fuzz drills bench venv lint clean
 train: venv
-	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) $(ARGS)
+	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) world_size=$(RANKS) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)
