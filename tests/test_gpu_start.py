@@ -283,7 +283,9 @@ def _closure(names):
 
 
 def _imports(path):
-    """Top names that a file imports, inside functions too."""
+    """Top names that a file imports, inside functions too, and those that a test skips without."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     plain = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    skips = (n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "importorskip")
+    plain |= {node.args[0].value.split(".")[0] for node in skips if isinstance(node.args[0], ast.Constant)}
     return plain | {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
