@@ -2,7 +2,8 @@
 # On a machine with an NVIDIA driver the same targets install the CUDA set.
 PYTHON   ?= python3
 PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-RANKS    ?= 2
+# the GPUs that are there; two processes on a CPU
+RANKS    ?= $(if $(filter cuda,$(PLATFORM)),$(shell nvidia-smi -L | grep -c '^GPU'),2)
 CONFIG   ?= gear_trainer/configs/mathapi_cpu.yaml
 SEED     ?= fresh
 FUZZ     := tests/test_stats.py tests/test_credit.py tests/test_methods.py -k "fuzz or slow_transcription"
@@ -22,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test fuzz drills bench venv lint clean
 train: venv
-	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) $(ARGS)
+	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) world_size=$(RANKS) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest $(ARGS)

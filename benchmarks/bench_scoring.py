@@ -59,8 +59,8 @@ def case_of(lm: torch.nn.Module) -> Case:
     """Hidden states of the batch's policy tokens under both prompts, and the head."""
     b, weight = batch(), lm.get_output_embeddings().weight
     with torch.no_grad():
-        hidden = hidden_states(lm, b.input_ids)
-    return Case(hidden[b.student_index], hidden[b.teacher_index], b.targets, torch.zeros(2, len(b.targets)), weight)
+        taught, student = hidden_states(lm, b.teacher), hidden_states(lm, b.student)
+    return Case(student, taught, b.targets, torch.zeros(2, len(b.targets)), weight)
 
 
 @functools.cache
@@ -106,4 +106,5 @@ def bench_scoring(benchmark, peer: Peer):
 def _flops(case: Case) -> int:
     """Of the products with weights: two a parameter and row, attention's own left out."""
     layers = sum(x.numel() for x in policy().lm.base_model.layers.parameters())
-    return 2 * layers * batch().input_ids.numel() + 2 * case.weight.numel() * 2 * len(case.targets)
+    tokens = sum(rows.input_ids.numel() for rows in (batch().student, batch().teacher))
+    return 2 * layers * tokens + 2 * case.weight.numel() * 2 * len(case.targets)

@@ -13,6 +13,7 @@ from gear_kernels import FusedHead, TokenStats, credit_weights
 from gear_trainer.batching import MicroBatch, micro_batch, split_rows
 from gear_trainer.chat import Chat
 from gear_trainer.model import hidden_states
+from gear_trainer.records import read_records
 from gear_trainer.rollout import Rollout
 from gear_trainer.tasks import make_task
 
@@ -49,8 +50,7 @@ def measure(run: Path, rounds: int = 15) -> dict:
 
 def _rollouts(run: Path, task, chat: Chat) -> tuple[list[Rollout], list[float]]:
     """The step's trajectories that have an advantage, with the prompts that their teacher read."""
-    lines = map(json.loads, (run / "rollouts" / f"step-{STEP:05d}.jsonl").read_text().splitlines())
-    kept = [line for line in lines if line["advantage"] != 0]
+    kept = [line for line in read_records(run, STEP) if line["advantage"] != 0]
     found = []
     for line in kept:
         problem = task.train_problem(line["group"])
@@ -61,13 +61,13 @@ def _rollouts(run: Path, task, chat: Chat) -> tuple[list[Rollout], list[float]]:
 
 
 def _parts(lm, rollouts: list[Rollout], batches: list[MicroBatch], advantages: list[float]) -> dict[str, Callable]:
-    head, halves = lm.get_output_embeddings(), [b.split() for b in batches]
+    head = lm.get_output_embeddings()
 
-    def backbone(which: int) -> list[torch.Tensor]:
-        return [hidden_states(lm, half[which].input_ids)[half[which].student_index] for half in halves]
+    def backbone(which: str) -> list[torch.Tensor]:
+        return [hidden_states(lm, getattr(b, which)) for b in batches]
 
     with torch.no_grad():
-        hidden = list(zip(batches, backbone(0), backbone(1), strict=True))
+        hidden = list(zip(batches, backbone("student"), backbone("teacher"), strict=True))
 
     def stats(names: tuple[str, ...], taught: bool) -> list[TokenStats]:
         return [head(s, b.targets, t if taught else None, stats=names) for b, s, t in hidden]
@@ -79,8 +79,8 @@ def _parts(lm, rollouts: list[Rollout], batches: list[MicroBatch], advantages: l
     own = torch.tensor([advantages[i] for i in order])
     bounds = torch.tensor([0, *(len(rollouts[i].policy_positions) for i in order)]).cumsum(0).int()
     return {
-        "policy": lambda: backbone(0),
-        "teacher": lambda: backbone(1),
+        "policy": lambda: backbone("student"),
+        "teacher": lambda: backbone("teacher"),
         "head": lambda: stats(STUDENT, False),
         "head with teacher": lambda: stats(TEACHER, True),
         "scan": lambda: credit_weights(signal, entropy, own, bounds),

@@ -10,31 +10,35 @@ from gear_trainer.rollout import Rollout
 
 
 @dataclass
-class MicroBatch:
-    """R rows of L padded ids: the students', then (where scored) the teachers'. Row order and policy-token order agree.
+class Rows:
+    """R token streams, right-padded to the longest of them: one forward.
 
-    `student_index` / `teacher_index` [n] int64 point into the flattened [R * L] hidden states, at the position that predicts each
-    policy token; `targets` [n] are those tokens. Right padding needs no attention mask: a causal model never looks ahead.
+    `input_ids` [R, L] int64. `index` [n] int64 points into the flattened [R * L] hidden states, at the position that predicts
+    each policy token. Right padding needs no attention mask: a causal model never looks ahead.
     """
 
     input_ids: torch.Tensor
-    student_index: torch.Tensor
-    teacher_index: torch.Tensor | None
+    index: torch.Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(self.input_ids.to(device), self.index.to(device))
+
+
+@dataclass
+class MicroBatch:
+    """The same rollouts behind their own prompts and, where scored, behind the teacher's, whose rows have a width of their own.
+
+    Row order and policy-token order of both agree. `targets` [n] int64 are the policy tokens.
+    """
+
+    student: Rows
+    teacher: Rows | None
     targets: torch.Tensor
     rows: list[int]  # which rollouts; empty for a padding micro-batch
 
     def to(self, device: torch.device) -> MicroBatch:
-        teacher = None if self.teacher_index is None else self.teacher_index.to(device)
-        return MicroBatch(self.input_ids.to(device), self.student_index.to(device), teacher, self.targets.to(device), self.rows)
-
-    def split(self) -> tuple[MicroBatch, MicroBatch]:
-        """The students' rows alone and the teachers' alone, for two forwards; `student_index` of each is its own."""
-        student, teacher = self.input_ids.chunk(2)
-        places = self.teacher_index - student.numel()
-        return (
-            MicroBatch(student, self.student_index, None, self.targets, self.rows),
-            MicroBatch(teacher, places, None, self.targets, self.rows),
-        )
+        teacher = self.teacher and self.teacher.to(device)
+        return MicroBatch(self.student.to(device), teacher, self.targets.to(device), self.rows)
 
 
 def _longest(rollout: Rollout, teacher: bool) -> int:
@@ -43,10 +47,10 @@ def _longest(rollout: Rollout, teacher: bool) -> int:
 
 
 def split_rows(rollouts: list[Rollout], rows: list[int], budget: int, teacher: bool) -> list[list[int]]:
-    """Rows by falling length, cut wherever padded tokens would pass the budget (a single row may)."""
+    """Rows by falling length, cut wherever a forward's padded tokens would pass the budget (a single row may)."""
     batches: list[list[int]] = []
     for row in sorted(rows, key=lambda i: (-_longest(rollouts[i], teacher), i)):
-        width = _longest(rollouts[batches[-1][0]], teacher) * (1 + teacher) if batches else 0
+        width = _longest(rollouts[batches[-1][0]], teacher) if batches else 0
         if batches and width * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(row)
         else:
@@ -54,29 +58,26 @@ def split_rows(rollouts: list[Rollout], rows: list[int], budget: int, teacher: b
     return batches
 
 
-def micro_batch(rollouts: list[Rollout], rows: list[int], teacher: bool, pad_id: int = 0) -> MicroBatch:
+def micro_batch(rollouts: list[Rollout], rows: list[int], teacher: bool) -> MicroBatch:
     chosen = [rollouts[i] for i in rows]
-    streams = [r.prompt_ids + r.ids for r in chosen]
-    offsets = [len(r.prompt_ids) for r in chosen]
-    if teacher:
-        streams += [r.teacher_prompt_ids + r.ids for r in chosen]
-        offsets += [len(r.teacher_prompt_ids) for r in chosen]
+    targets = torch.tensor([r.ids[p] for r in chosen for p in r.policy_positions], dtype=torch.int64)
+    taught = _rows(chosen, [r.teacher_prompt_ids for r in chosen]) if teacher else None
+    return MicroBatch(_rows(chosen, [r.prompt_ids for r in chosen]), taught, targets, rows)
+
+
+def _rows(rollouts: list[Rollout], prompts: list[list[int]]) -> Rows:
+    streams = [prompt + r.ids for prompt, r in zip(prompts, rollouts, strict=True)]
     width = max(map(len, streams))
-    ids = torch.full((len(streams), width), pad_id, dtype=torch.int64)
-    for i, stream in enumerate(streams):
-        ids[i, : len(stream)] = torch.tensor(stream)
-    positions = [r.policy_positions for r in chosen]
-    n = len(chosen)
-
-    def index(first: int) -> torch.Tensor:
-        places = [(first + i) * width + offsets[first + i] + p - 1 for i in range(n) for p in positions[i]]
-        return torch.tensor(places, dtype=torch.int64)
-
-    targets = torch.tensor([r.ids[p] for r, ps in zip(chosen, positions, strict=True) for p in ps], dtype=torch.int64)
-    return MicroBatch(ids, index(0), index(n) if teacher else None, targets, rows)
+    ids = torch.zeros(len(streams), width, dtype=torch.int64)
+    for row, stream in zip(ids, streams, strict=True):
+        row[: len(stream)] = torch.tensor(stream)
+    starts = [i * width + len(prompt) - 1 for i, prompt in enumerate(prompts)]
+    places = [start + p for start, r in zip(starts, rollouts, strict=True) for p in r.policy_positions]
+    return Rows(ids, torch.tensor(places, dtype=torch.int64))
 
 
 def padding_micro_batch(teacher: bool) -> MicroBatch:
     """The smallest micro-batch that runs every module: short ranks pad with it, since ranks with unequal counts would hang."""
     one = torch.zeros(1, dtype=torch.int64)
-    return MicroBatch(torch.zeros(1 + teacher, 2, dtype=torch.int64), one, one + 2 if teacher else None, one, [])
+    rows = Rows(torch.zeros(1, 2, dtype=torch.int64), one)
+    return MicroBatch(rows, rows if teacher else None, one, [])

@@ -64,6 +64,10 @@ class RolloutConfig(Section):
     max_num_gen_batches: int = Field(
         3, ge=1, description="of filter_groups: batches sampled for one step at most, the first included; then such groups stay"
     )
+    records: int = Field(
+        128, ge=0, description="rollouts of a step that are kept with all their tokens in rollouts/step-N.jsonl, rounded up to "
+        "whole groups, as many of each rank; 0: none",
+    )  # fmt: skip
 
 
 class WriterConfig(Section):
@@ -108,7 +112,9 @@ class TrainConfig(Section):
         2.0, gt=0, description="truncated importance weights min(p_trainer / p_sampler, cap) against vLLM's mismatch; null is off"
     )
     updates_per_step: int = Field(1, ge=1, description="optimizer steps over a step's rollouts, split by prompt")
-    tokens_per_micro_batch: int = Field(16384, ge=16, description="padded tokens (student and teacher rows) in one forward")
+    tokens_per_micro_batch: int = Field(
+        16384, ge=16, description="padded tokens in one forward, of the student's rows or of the teacher's"
+    )
 
 
 class TeacherConfig(Section):

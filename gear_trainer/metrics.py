@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gear_trainer.config import Config
+from gear_trainer.records import recorded_steps, records_path
 from gear_trainer.runs.files import aside, write_whole
 
 
@@ -69,7 +70,7 @@ class Phases:
 
 
 class RunFiles:
-    """Rank 0's writer: metrics.jsonl, TensorBoard, one rollout file a step. What is past a resumed step is moved aside first."""
+    """Rank 0's writer: metrics.jsonl, TensorBoard, each step's rollouts. What is past a resumed step is moved aside first."""
 
     def __init__(self, cfg: Config, resume_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -90,8 +91,8 @@ class RunFiles:
             self.board.add_scalar(name, value, values["step"])
         self.board.flush()
 
-    def rollouts(self, step: int, records: list[dict[str, Any]]) -> None:
-        write_whole(self.dir / "rollouts" / f"step-{step:05d}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    def records(self, step: int, lines: str) -> None:
+        write_whole(records_path(self.dir, step), lines)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -109,7 +110,7 @@ def _keep_until(run_dir: Path, step: int) -> None:
     """Leave the steps that a resumed run goes on from; those past them will be made again, and move to a folder of their own."""
     metrics = run_dir / "metrics.jsonl"
     steps = read_metrics(metrics)
-    files = [path for path in (run_dir / "rollouts").glob("step-*.jsonl") if int(path.stem.split("-")[1]) > step]
+    files = [records_path(run_dir, n) for n in recorded_steps(run_dir) if n > step]
     past = [m for m in steps if m["step"] > step]
     if past or files:
         moved = aside(run_dir, step)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gear_kernels import FusedHead, Head, TokenStats
-from gear_trainer.batching import MicroBatch
+from gear_trainer.batching import MicroBatch, Rows
 from gear_trainer.config import Config, ConfigError, parse_yaml
 from gear_trainer.tasks.base import Task
 from gear_trainer.user_code import said
@@ -162,19 +162,18 @@ class Policy(nn.Module):
         return self.lm.get_output_embeddings()(student, batch.targets, taught, **options)
 
     def _hidden(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[n, D] of the student's and of the teacher's rows. With gradients these run apart: the teacher keeps no activations."""
-        if batch.teacher_index is not None and torch.is_grad_enabled():
-            batch, teacher = batch.split()
+        """[n, D] of the student's and of the teacher's rows. Two forwards, each as wide as its own longest row: in one, students
+        would be padded to the teacher's hint, and with gradients the teacher would keep activations."""
+        taught = None
+        if batch.teacher is not None:
             with torch.no_grad():
-                taught = hidden_states(self.lm, teacher.input_ids)[teacher.student_index]
-            return hidden_states(self.lm, batch.input_ids)[batch.student_index], taught
-        hidden = hidden_states(self.lm, batch.input_ids)
-        return hidden[batch.student_index], None if batch.teacher_index is None else hidden[batch.teacher_index]
+                taught = hidden_states(self.lm, batch.teacher)
+        return hidden_states(self.lm, batch.student), taught
 
 
-def hidden_states(lm: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """input_ids [R, L] -> the last hidden states [R * L, D] of an HF causal LM, without its head."""
-    return lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+def hidden_states(lm: nn.Module, rows: Rows) -> torch.Tensor:
+    """The last hidden states [n, D] of an HF causal LM, without its head, that predict the n policy tokens of the rows."""
+    return lm.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows.index]
 
 
 def _logit_scale(config: Any) -> float | None:
@@ -194,6 +193,7 @@ def deepspeed_config(cfg: Config) -> dict[str, Any]:
         "managed_gradient_accumulation": False,  # any number of backwards, then one step: micro-batches are cut by tokens
         "gradient_clipping": t.gradient_clipping,  # always explicit: unset means 1.0, not off
         "bf16": {"enabled": cfg.model.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # unset: the model's, and some 19 micro-batches would be added in bfloat16
         "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

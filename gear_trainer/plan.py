@@ -169,7 +169,7 @@ def geometry(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> list[t
     rollouts = r.prompts_per_step * r.group_size
     per_rank = rollouts // cfg.world_size
     wide = max(student, teacher) + response
-    at_once = max(1, t.tokens_per_micro_batch // (2 * wide))
+    at_once = max(1, t.tokens_per_micro_batch // wide)
     alone = max(1, t.tokens_per_micro_batch // (student + response))
     again = f"; up to {cfg.gen_batches} batches for mixed groups" if cfg.gen_batches > 1 else ""
     writer = cfg.writer.url or "the policy itself"

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from gear_trainer.metrics import read_metrics
+from gear_trainer.records import read_records, recorded_steps
 
 _CURVES = ("success", "segments_per_trajectory", "share_above_threshold", "entropy")
 _SHOWN = 12  # rollouts on the page: the page stays light at any group size
@@ -105,10 +106,8 @@ def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _last_rollouts(run_dir: Path) -> list[dict[str, Any]]:
     """Of the last step: whole groups, those with both outcomes first, since only they carry credit."""
-    files = sorted((run_dir / "rollouts").glob("step-*.jsonl"))
-    if not files:
-        return []
-    rollouts = [json.loads(line) for line in files[-1].read_text().splitlines()]
+    steps = recorded_steps(run_dir)
+    rollouts = read_records(run_dir, steps[-1]) if steps else []
     return sorted(rollouts, key=lambda r: (r["advantage"] == 0, r["group"], r["sample"]))[:_SHOWN]
 
 

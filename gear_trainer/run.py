@@ -129,9 +129,10 @@ def _train(cfg: Config, resume: bool) -> int:
 def _set_environment() -> None:
     import torch
 
-    from gear_trainer.rollout.vllm_colocated import set_environment
+    from gear_trainer.rollout.vllm_colocated import set_environment, take_device
 
     set_environment()
+    take_device()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -178,6 +179,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
         print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
     dist.barrier()
     sampler = ColocatedVllm(cfg, model_path)
+    sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
     engine = build_engine(cfg, model_path)
     teacher = Teacher(cfg, engine, model_path) if has_own_weights(cfg, method) else None

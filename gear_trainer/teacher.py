@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gear_kernels import Head
-from gear_trainer.batching import MicroBatch
+from gear_trainer.batching import Rows
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import reads_teacher
 from gear_trainer.model import deepspeed_config, hidden_states, load_partitioned
@@ -45,8 +45,8 @@ class _Backbone(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        return hidden_states(self.lm, batch.input_ids)[batch.student_index]
+    def forward(self, rows: Rows) -> torch.Tensor:
+        return hidden_states(self.lm, rows)
 
 
 class Teacher:
@@ -67,8 +67,8 @@ class Teacher:
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def hidden(self, rows: MicroBatch) -> torch.Tensor:
-        """Hidden states [n, D] that predict the n policy tokens of the teachers' rows (`MicroBatch.split`). Collective."""
+    def hidden(self, rows: Rows) -> torch.Tensor:
+        """Hidden states [n, D] that predict the n policy tokens of a micro-batch's teacher rows. Collective."""
         return self.engine(rows)
 
     @contextmanager

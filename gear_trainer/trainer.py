@@ -20,6 +20,7 @@ from gear_trainer.console import Console
 from gear_trainer.distill import TEACHER_ROWS, make_distillation
 from gear_trainer.metrics import Phases, RunFiles, Sums
 from gear_trainer.model import learning_rate
+from gear_trainer.records import Records
 from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out, troubles
 from gear_trainer.runs import RunError
 from gear_trainer.runs.interrupts import Interrupts
@@ -96,6 +97,7 @@ class Trainer:
         self.engine, self.sampler, self.teacher, self.writer = engine, sampler, teacher, writer
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device
         self.phases, self.interrupts, self.gap_checked = Phases(), interrupts or Interrupts(), False
+        self.records = Records(cfg, chat)
         r = cfg.rollout
         self.limits = Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len, r.turn_timeout)
         self.needs_teacher = bool({"signal", *TEACHER_ROWS} & set(method.needs))
@@ -160,7 +162,8 @@ class Trainer:
         if cfg.eval.every and (step % cfg.eval.every == 0 or step == cfg.train.steps):
             with self.phases("eval"):
                 held_out = self.evaluate()
-        self._write_rollouts(files, step, rollouts, advantages, scores, credit)
+        with self.phases("records"):
+            self._write_records(files, step, rollouts, advantages, scores, credit)
         return self._metrics(step, sums, held_out)
 
     def _sample(self, step: int, sums: Sums) -> list[Rollout]:
@@ -208,12 +211,11 @@ class Trainer:
         """The engine's statistics of a micro-batch; its teacher rows, if any, under the teacher's weights. Collective."""
         batch, temperature = batch.to(self.device), self.limits.temperature
         options = {"jsd_beta": self.distill.jsd_beta} if self.distill else {}
-        if self.teacher is None or batch.teacher_index is None:
+        if self.teacher is None or batch.teacher is None:
             return self.engine(batch, temperature, stats, **options)
-        students, teachers = batch.split()
-        hidden = self.teacher.hidden(teachers)
+        hidden = self.teacher.hidden(batch.teacher)
         with self.teacher.head() as head:
-            return self.engine(students, temperature, stats, (hidden, head), **options)
+            return self.engine(replace(batch, teacher=None), temperature, stats, (hidden, head), **options)
 
     def _score_stats(self, teacher: bool) -> tuple[str, ...]:
         student = ("logprobs", "entropy")
@@ -416,12 +418,16 @@ class Trainer:
             files.metrics(values)
         console.step(values)
 
-    def _write_rollouts(self, files, step, rollouts, advantages, scores, credit) -> None:
-        records = [_record(self.chat, r, a, scores, credit, i) for i, (r, a) in enumerate(zip(rollouts, advantages, strict=True))]
+    def _write_records(self, files, step, rollouts, advantages, scores, credit) -> None:
+        """Each rank makes its own lines, rank 0 writes them all to one file."""
+        if not self.records.share:
+            return
+        columns = {name: getattr(scores, name) for name in ("logprobs", "teacher_logprobs", "entropy")}
+        columns |= {"signal": credit.signal, "segment": credit.segments, "weight": credit.weights}
         gathered = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(records, gathered)
+        dist.gather_object(self.records.lines(rollouts, advantages, columns), gathered)
         if files:
-            files.rollouts(step, [record for part in gathered for record in part])
+            files.records(step, "".join(gathered))
 
     def _nonfinite(self, step: int) -> str:
         last = checkpoint.latest_step(self.cfg)
@@ -455,7 +461,7 @@ def _spread(scores: Scores, out: Any, batch: MicroBatch, rollouts: list[Rollout]
     if not batch.rows:
         return
     lengths = [len(rollouts[i].policy_positions) for i in batch.rows]
-    teacher = batch.teacher_index is not None
+    teacher = batch.teacher is not None
     parts = {"logprobs": out.logprobs, "entropy": out.entropy}
     if teacher:
         parts["teacher_logprobs"] = out.teacher_logprobs
@@ -488,45 +494,3 @@ def _count(sums: Sums, rollouts: list[Rollout], advantages: list[float], scores:
         gains = [t - s for t, s, r in zip(scores.teacher_logprobs, scores.logprobs, rollouts, strict=True)
                  if t is not None and r.success is wanted]  # fmt: skip
         sums.mean_of(name, _cat(gains))
-
-
-def _record(chat: Chat, r: Rollout, advantage: float, scores: Scores, credit: TokenCredit, i: int) -> dict[str, Any]:
-    """A rollout as one JSON object; the token lists run over `ids`, None (or -1) on tool replies."""
-
-    def over_ids(values: torch.Tensor | None, digits: int = 6) -> list[float | None] | None:
-        if values is None:
-            return None
-        given = iter(values.tolist())
-        rounded = (round(x, digits) if math.isfinite(x) else None for x in given)
-        return [next(rounded) if is_policy else None for is_policy in r.mask]
-
-    return {
-        "problem": r.problem.id,
-        "group": r.group,
-        "sample": r.sample,
-        "reward": r.reward,
-        "success": r.success,
-        "advantage": round(advantage, 6),
-        "calls": r.calls,
-        "errors": r.errors,
-        "truncated": r.truncated,
-        "failures": r.failures,
-        "dropped": r.dropped,
-        "texts_escaped": r.escaped,
-        "replies_cut": r.cut,
-        "prompt": chat.tokenizer.decode(r.prompt_ids),
-        "response": chat.tokenizer.decode(r.ids),
-        "answer": r.problem.answer,
-        "reference": r.reference,
-        "prompt_ids": r.prompt_ids,
-        "ids": r.ids,
-        "tokens": [chat.tokenizer.decode([t]) for t in r.ids],
-        "mask": [int(m) for m in r.mask],
-        "sampler_logprobs": [round(x, 6) if m else None for x, m in zip(r.sampler_logprobs, r.mask, strict=True)],
-        "logprobs": over_ids(scores.logprobs[i]),
-        "teacher_logprobs": over_ids(scores.teacher_logprobs[i]),
-        "entropy": over_ids(scores.entropy[i]),
-        "signal": over_ids(credit.signal[i]),
-        "segment": over_ids(credit.segments[i]),
-        "weight": over_ids(credit.weights[i]),
-    }

@@ -20,6 +20,7 @@ from forked_ranks import DEMO, ROOT
 
 from gear_trainer.checkpoint import MANIFEST
 from gear_trainer.metrics import read_metrics
+from gear_trainer.records import read_records, records_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -149,8 +150,7 @@ def test_D1_killed_inside_a_save_at_many_moments(drill, uninterrupted, keep):
     assert final.wait() == [0, 0], final.text()[-3000:]
     assert drill.metrics() == reference.metrics() and drill.steps() == list(range(1, TOTAL + 1))
     for step in range(1, TOTAL + 1):
-        file = Path("rollouts") / f"step-{step:05d}.jsonl"
-        assert (drill.dir / file).read_bytes() == (reference.dir / file).read_bytes()
+        assert records_path(drill.dir, step).read_bytes() == records_path(reference.dir, step).read_bytes()
     kept = sorted(p.name for p in (drill.dir / "checkpoints").glob("step-*"))
     assert kept == sorted(f"step-{n}" for n in range(TOTAL - keep + 1, TOTAL + 1))
     lost = sum(steps for _, steps in moments)
@@ -312,8 +312,7 @@ def test_D2_D3_D17_a_task_that_misbehaves(drill, out):
     (m,) = drill.metrics()
     assert m["rollouts_failed"] == 12 and m["groups_dropped"] == 3, "those that raise, sleep, or reward NaN"
     assert m["replies_cut"] == 4 and m["texts_escaped"] == 8
-    rows = [json.loads(line) for line in (drill.dir / "rollouts" / "step-00001.jsonl").read_text().splitlines()]
-    for row in rows:
+    for row in read_records(drill.dir, 1):
         assert len(row["prompt_ids"]) + len(row["ids"]) <= 1024
         if row["problem"].split("-")[0] in ("raises", "nan", "sleeps"):
             assert row["advantage"] == 0

@@ -3,7 +3,6 @@
 The demo and Ctrl-C start as a user types them, the other runs without a launcher: see forked_ranks.py.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from fake_openai import fake_openai
 
 from benchmarks import split
 from gear_trainer.metrics import read_metrics
+from gear_trainer.records import read_records, recorded_steps
 
 ROOT = Path(__file__).parents[1]
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
@@ -67,7 +67,8 @@ def test_every_step_logs_what_the_method_asks_for(demo):
     for m in demo[1:]:
         assert 0 < m["share_above_threshold"] < 1 and m["segments_per_trajectory"] > 0
         assert 0.9 <= m["mean_weight_positive"] <= 1.1 and 0.9 <= m["mean_weight_negative"] <= 1.1
-        assert {"rollout", "score", "credit", "update", "push", "step"} <= m["seconds"].keys() and m["tokens_per_second"] > 0
+        phases = {"rollout", "score", "credit", "update", "push", "records", "step"}
+        assert phases <= m["seconds"].keys() and m["tokens_per_second"] > 0
         assert m["tool_calls"] > 0 and m["clip_fraction"] == 0, "one update a step is on-policy: nothing is clipped"
 
 
@@ -77,9 +78,8 @@ def test_the_teacher_knows_more(demo):
 
 
 def test_rollout_files_hold_tokens_masks_and_credit(demo, out):
-    files = sorted((out / "demo" / "rollouts").glob("*.jsonl"))
-    assert len(files) == 60
-    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert recorded_steps(out / "demo") == list(range(1, 61))
+    rows = read_records(out / "demo", 1)
     assert len(rows) == 128 and len({(r["group"], r["sample"]) for r in rows}) == 128
     for r in rows:
         lists = [r[k] for k in ("ids", "tokens", "mask", "logprobs", "entropy", "weight", "segment")]
@@ -99,7 +99,7 @@ def test_the_exported_policy_is_an_hf_model(demo, out):
 
 def test_scoring_is_split_by_part_from_what_a_run_kept(demo, out):
     found = split.measure(out / "demo", rounds=2)
-    kept = [json.loads(line) for line in (out / "demo/rollouts" / f"step-{split.STEP:05d}.jsonl").read_text().splitlines()]
+    kept = read_records(out / "demo", split.STEP)
     scored = [sum(line["mask"]) for line in kept if line["advantage"] != 0]
     assert (found["trajectories"], found["policy_tokens"]) == (len(scored), sum(scored)) and len(scored) > 0
     ms = {name: part["median_ms"] for name, part in found["parts"].items()}
@@ -137,8 +137,7 @@ def test_sgcd_with_both_writers(out, server):
     assert sum(m["references_written"] for m in metrics[2:]) == sum(seed % 3 != 0 for seed in seeds) > 0
     assert all(m["references_written"] > 0 and m["seconds"]["write"] > 0 for m in metrics)
     for m in metrics:
-        path = out / "sgcd" / "rollouts" / f"step-{m['step']:05d}.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = read_records(out / "sgcd", m["step"])
         assert len({r["group"] for r in rows if r["reference"]}) == m["references_written"]
         for r in rows:
             weights = [w for w in r["weight"] if w is not None]

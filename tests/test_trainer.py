@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Gigpo, Turn
@@ -14,6 +15,8 @@ from gear_trainer.chat import Chat
 from gear_trainer.checkpoint import MANIFEST, latest_step
 from gear_trainer.config import ConfigError, load_config
 from gear_trainer.metrics import Phases, RunFiles, Sums, read_metrics
+from gear_trainer.model import Policy
+from gear_trainer.records import Records
 from gear_trainer.report import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.runs.files import next_free
@@ -44,20 +47,11 @@ def test_group_advantages_are_relative_to_their_group():
 def test_micro_batch_indices_predict_the_policy_tokens():
     rollouts = [_rollout(3, 5, (7, 8, 9, 10), (1, 0, 0, 1)), _rollout(4, 6, (5,), (1,))]
     batch = micro_batch(rollouts, [0, 1], teacher=True)
-    flat = batch.input_ids.flatten()
-    assert batch.input_ids.shape == (4, 9) and batch.targets.tolist() == [7, 10, 5]
-    assert flat[batch.student_index + 1].tolist() == flat[batch.teacher_index + 1].tolist() == [7, 10, 5]
-    assert flat[batch.student_index].tolist() == [22, 9, 23] and flat[batch.teacher_index].tolist() == [44, 9, 45]
-
-
-def test_split_micro_batch_points_at_the_same_tokens():
-    rollouts = [_rollout(3, 5, (7, 8, 9, 10), (1, 0, 0, 1)), _rollout(4, 6, (5,), (1,))]
-    for batch in (micro_batch(rollouts, [0, 1], teacher=True), padding_micro_batch(teacher=True)):
-        student, teacher = batch.split()
-        whole = batch.input_ids.flatten()
-        assert student.teacher_index is teacher.teacher_index is None
-        assert torch.equal(student.input_ids.flatten()[student.student_index], whole[batch.student_index])
-        assert torch.equal(teacher.input_ids.flatten()[teacher.student_index], whole[batch.teacher_index])
+    student, teacher = batch.student.input_ids.flatten(), batch.teacher.input_ids.flatten()
+    assert batch.student.input_ids.shape == (2, 7) and batch.teacher.input_ids.shape == (2, 9)
+    assert student[batch.student.index + 1].tolist() == teacher[batch.teacher.index + 1].tolist() == batch.targets.tolist()
+    assert batch.targets.tolist() == [7, 10, 5]
+    assert student[batch.student.index].tolist() == [22, 9, 23] and teacher[batch.teacher.index].tolist() == [44, 9, 45]
 
 
 @pytest.mark.parametrize("teacher", [False, True])
@@ -69,15 +63,51 @@ def test_micro_batches_keep_the_budget_and_every_row_once(teacher):
     split = split_rows(rollouts, list(range(50)), 400, teacher)
     assert sorted(i for rows in split for i in rows) == list(range(50))
     for rows in split:
-        assert len(rows) == 1 or micro_batch(rollouts, rows, teacher).input_ids.numel() <= 400
+        batch = micro_batch(rollouts, rows, teacher)
+        assert len(rows) == 1 or max(x.input_ids.numel() for x in (batch.student, batch.teacher) if x) <= 400
     assert split == split_rows(rollouts, list(range(50)), 400, teacher)
     dummy = padding_micro_batch(teacher)
-    assert (dummy.teacher_index is not None) == teacher and dummy.rows == []
+    assert (dummy.teacher is not None) == teacher and dummy.rows == []
 
 
 def test_rollouts_without_policy_tokens_make_an_empty_micro_batch():
     batch = micro_batch([_rollout(ids=(), mask=())], [0], teacher=True)
-    assert batch.targets.shape == batch.student_index.shape == (0,) and batch.targets.dtype == torch.int64
+    assert batch.targets.shape == batch.student.index.shape == (0,) and batch.targets.dtype == torch.int64
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_T4_scoring_does_not_pad_students_to_the_teachers_width(alone):
+    """What reaches the model in a scoring pass: each side as wide as its own longest row, and nobody's numbers change."""
+    lengths = [(4, 24, (7, 8, 9, 10)), (3, 20, (5, 6)), (4, 24, (3, 2, 1)), (2, 22, (11,))]
+    rollouts = [_rollout(prompt, teacher, ids, [1] * len(ids)) for prompt, teacher, ids in lengths]
+    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", ["rollout.max_model_len=60", "train.tokens_per_micro_batch=64"])
+    policy, shapes = Policy(_tiny(False, 70).eval()), []
+    policy.lm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    policy.device = torch.device("cpu")
+    scores = Trainer(cfg, None, None, Gear(), policy, None).score(rollouts, [1.0, -1.0, 0.0, 1.0])
+    assert sorted(shapes) == [(1, 5), (1, 7), (1, 22), (2, 8), (2, 28)], (
+        "64 tokens a forward hold two of 28; A = 0 has no teacher"
+    )
+    for r, logprobs, teacher in zip(rollouts, scores.logprobs, scores.teacher_logprobs, strict=True):
+        assert logprobs.tolist() == pytest.approx(_alone(policy.lm, r.prompt_ids, r.ids), abs=1e-5)
+        if teacher is not None:
+            assert teacher.tolist() == pytest.approx(_alone(policy.lm, r.teacher_prompt_ids, r.ids), abs=1e-5)
+
+
+def _alone(lm, prompt, ids):
+    """Log-probs of one stream by itself, from whole logits."""
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +215,13 @@ def test_seeds_are_stable():
     assert 0 <= seed_of("x") < 2**31
 
 
-def _tiny(tied):
+def _tiny(tied, vocabulary=40):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = dict(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, head_dim=32
     )
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=40, tie_word_embeddings=tied, **sizes))
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, tie_word_embeddings=tied, **sizes))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -214,13 +244,50 @@ def test_metrics_file_is_cut_at_the_resumed_step(tmp_path):
     files = RunFiles(cfg, 0)
     for step in range(1, 5):
         files.metrics({"step": step, "reward_mean": step / 10, "seconds": {"rollout": 1.0}})
-        files.rollouts(step, [{"a": step}])
+        files.records(step, '{"a": 1}\n')
     with files.metrics_path.open("a") as file:
         file.write('{"step": 5, "rew')  # a kill in mid-write
     assert [m["step"] for m in read_metrics(files.metrics_path)] == [1, 2, 3, 4]
     resumed = RunFiles(cfg, 2)
     assert [m["step"] for m in read_metrics(resumed.metrics_path)] == [1, 2]
     assert sorted(p.name for p in (cfg.run_dir / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00002.jsonl"]
+
+
+class Quiet(Scripted):
+    """A sampler whose every turn is the same."""
+
+    def __init__(self, chat, said):
+        super().__init__(chat, [(said, True)] * 9)
+        self.wake = self.sleep = lambda *_: None
+
+
+def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_path, monkeypatch):
+    """Of 160 rollouts 128 are kept, as lines that rank 0 only writes; a token's text is looked up once, not where it stands."""
+    chat, task = chat
+    shape = ["world_size=1", "rollout.prompts_per_step=20", "eval.every=0", "max_logprob_gap=1000", f"output_dir={tmp_path}"]
+    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", shape)
+    policy = Policy(_tiny(False, len(chat.tokenizer)).eval())
+    policy.device = torch.device("cpu")
+    trainer = Trainer(cfg, task, chat, Gear(), policy, Quiet(chat, "the answer is 12, or 12, or 12"))
+    for phase in ("update", "push"):
+        monkeypatch.setattr(trainer, phase, lambda *_: None)
+    gathered, gather, pieces, decode = [], dist.gather_object, [], chat.tokenizer.decode
+    monkeypatch.setattr(dist, "gather_object", lambda mine, *more: gathered.append(mine) or gather(mine, *more))
+    monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, **more: pieces.append(len(ids)) or decode(ids, **more))
+    values = trainer.step(1, RunFiles(cfg, 0))
+    lines = (cfg.run_dir / "rollouts" / "step-00001.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [(r["group"], r["sample"]) for r in rows] == [(g, k) for g in range(16) for k in range(8)], "whole groups"
+    assert all("".join(r["tokens"]) == r["response"] for r in rows)
+    assert gathered == [lines], "made where the rollouts are"
+    assert pieces.count(1) <= len({t for r in rows for t in r["ids"]}) < len(rows[0]["ids"])
+    assert values["seconds"]["records"] > 0 and values["seconds"]["step"] >= values["seconds"]["records"]
+
+
+@pytest.mark.parametrize("records, share", [(0, 0), (1, 8), (128, 16), (200, 32), (10**6, 128)])
+def test_T3_a_rank_keeps_whole_groups(records, share):
+    cfg = load_config("gear_trainer/configs/qwen3_8b.yaml", [f"rollout.records={records}"])
+    assert Records(cfg, None).share == share, "of 128 rollouts a rank, on eight ranks"
 
 
 @pytest.mark.parametrize("method", [Gear(), Grpo()])

@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 
-from gear_trainer.config import Config
+from gear_trainer.config import Config, ConfigError
 from gear_trainer.rollout import Completion, Request
+from gear_trainer.runs import RunError
+
+
+class PlacementError(RunError):
+    """vLLM's model does not stand on the GPU of its rank."""
 
 
 def set_environment() -> None:
@@ -20,6 +25,29 @@ def set_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # 7-8 ms a step instead of 44-69 on a shared 2-core machine
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first log-probs call compiles for 9-33 s
+
+
+def take_device() -> torch.device:
+    """Make the GPU of this rank the process' current one, and return it; the CPU where there is none.
+
+    It is that of LOCAL_RANK, which DeepSpeed and vLLM read too; without a current one, libraries make their contexts on GPU 0 of
+    all ranks. Every rank goes on seeing all GPUs: DeepSpeed counts them to know the ranks of a node (ZeRO++, MiCS), and UUIDs in
+    CUDA_VISIBLE_DEVICES need no reading. Where a scheduler shows each rank one GPU, that one is number 0. Raises ConfigError
+    where there are fewer GPUs than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        os.environ["LOCAL_RANK"] = "0"  # two ranks on one GPU are named by NCCL
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= gpus:
+        raise ConfigError(
+            f"LOCAL_RANK={local}, but {gpus} GPUs are visible (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): start one rank a GPU"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
@@ -37,7 +65,10 @@ def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
         "enable_sleep_mode": r.sleep_level > 0 and torch.cuda.is_available(),
         "enforce_eager": not torch.cuda.is_available(),
     }
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        # vLLM's own choice for one GPU an engine takes GPU 0 in every process; this one takes that of LOCAL_RANK
+        kwargs["distributed_executor_backend"] = "external_launcher"
+    else:
         # vLLM rewinds a seeded request's generator after a partial prefill, which a CPU generator cannot do (it raises)
         kwargs |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, r.max_model_len)}
     if r.kv_cache_mib is not None:
@@ -54,7 +85,9 @@ class ColocatedVllm:
         from vllm import LLM
 
         self.sleep_level = cfg.rollout.sleep_level if torch.cuda.is_available() else 0
+        device = take_device()
         self.llm = LLM(**engine_kwargs(cfg, model_path))
+        check_placement(self.llm, device)
         self.eos = self.llm.get_tokenizer().eos_token_id
         self.sleeping: set[str] = set()
         self.stale = False  # weights dropped by sleep level 2, not pushed since
@@ -97,3 +130,17 @@ class ColocatedVllm:
             if tag in self.sleeping:
                 self.llm.wake_up(tags=[tag])
                 self.sleeping.remove(tag)
+
+
+def check_placement(llm: Any, device: torch.device) -> None:
+    """Raises PlacementError where the engine's model stands on another device than its rank's."""
+    for found in llm.collective_rpc(_model_device):
+        if found != device:
+            raise PlacementError(
+                f"rank {os.environ.get('RANK', 0)}: vLLM's model stands on {found}, and the rank's GPU is {device}: "
+                "leave rollout.engine_args.distributed_executor_backend out"
+            )
+
+
+def _model_device(worker: Any) -> torch.device:
+    return next(worker.model_runner.get_model().parameters()).device
