@@ -19,7 +19,7 @@ from gear_kernels import tiling
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import make_distillation
 from gear_trainer.meter import Passes, passes
-from gear_trainer.model import deepspeed_config, known_config, model_sizes
+from gear_trainer.model import deepspeed_config, known_config
 from gear_trainer.preflight import kv_bytes
 from gear_trainer.teacher import has_own_weights
 
@@ -33,8 +33,9 @@ SEEN_BY_PROGRAMS = 0.985
 # CUDA's context 0.5, NCCL's channels 1, cuBLAS' workspaces and the allocator's holes 1.5 GiB: estimates.
 CONTEXT = 3 * GIB
 GRAPHS = 1 * GIB  # vLLM's captured graphs: an estimate
-# A rank of the CPU demo: 426 MiB after the imports, 70 more of libraries' pages and 35 of objects once both engines are built.
-LIBRARIES = 530 * MIB
+# A rank of the CPU demo: 426 MiB after the imports, 70 more of libraries' pages and 35 of objects once both engines are built;
+# objects and heaps grow by 35 (1 step) to 110 MiB (14 steps) while it samples.
+LIBRARIES, OBJECTS = 530 * MIB, 70 * MIB
 SUMS = 200  # bytes a row: 12 float64 sums, 7 values and 9 numbers of state in float32, a target
 
 
@@ -92,12 +93,11 @@ def sizes_of(lm: nn.Module, threshold: int) -> Sizes:
 @cache
 def meta_model(path: str, dtype: str, attention: str) -> nn.Module:
     """The model of a path whose `model_sizes` are at hand, without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = known_config(path) or AutoConfig.for_model(**model_sizes(path))
     eager = {"attn_implementation": "eager"} if attention == "eager" else {}  # the others hold what flash kernels hold
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **eager).eval()
+        return AutoModelForCausalLM.from_config(known_config(path), dtype=getattr(torch, dtype), **eager).eval()
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------
@@ -231,28 +231,41 @@ class _Rank:
         return self.item * (size if self.card.gpu else min(size, self.s.total))
 
     def _trainer(self) -> dict[str, float]:
-        return self._states() | {"gradient buckets": self._bucket(), "whole weights": self._small()}
+        held = self._states() | {"gradient buckets": self._bucket(), "whole weights": self._small()}
+        if not self.card.gpu:
+            held["Python and libraries (measured)"] += OBJECTS
+        return held
 
     def _small(self) -> float:
         """Parameters that are never partitioned; a rank alone holds its weights once, whole."""
         return self.s.small * self.item if self.world > 1 else 0.0
 
     def _whole(self, in_use: int) -> float:
-        """Weights that are whole at a time: those in use, and those that the trace of an update keeps because a backward within
-        stage3_max_reuse_distance needs them; and all-gather buffers, one being read and one on its way."""
+        """Weights that are whole at a time, with those fetched ahead: a buffer being read, one on its way, and the copies made of
+        the first. A CPU's gloo gathers through half a buffer more (counted on SmolLM2: 3.5 buffers beside the head)."""
         if self.world == 1:
             return 0.0
-        later = self.zero.max_reuse_distance - 2 * self.s.head
-        kept = min(self.s.layers, max(0, later) // (3 if self.cfg.model.gradient_checkpointing else 2))
         fetch = min(self.zero.prefetch_bucket_size + self.s.largest, self.s.layers)
-        whole = min(self.s.total, max(in_use, self.s.head + kept if kept else in_use) + fetch)
-        return self.item * (max(whole, self.s.small) + 2 * fetch)
+        kept = self._kept()
+        whole = min(self.s.total, self.s.head + kept + fetch) if kept else in_use + fetch
+        return self.item * (max(whole, self.s.small) + fetch * (2 if self.card.gpu else 2.5))
+
+    def _kept(self) -> int:
+        """Weights that stay whole from the forward to a backward within stage3_max_reuse_distance. DeepSpeed does so once it has
+        traced an update: from the third micro-batch of a row on, and through the scoring after it."""
+        rollouts = self.cfg.rollout.prompts_per_step * self.cfg.rollout.group_size // self.world
+        longest = self.planner.student + self.planner.response
+        if rollouts * longest < 3 * self.cfg.train.tokens_per_micro_batch:
+            return 0
+        later = max(0, self.zero.max_reuse_distance - 2 * self.s.head)
+        return min(self.s.layers, later // (3 if self.cfg.model.gradient_checkpointing else 2))
 
     def _vllm(self) -> dict[str, float]:
         weights = self.s.total * self.item
         if self.card.gpu:
             return {"vLLM: weights": weights, "vLLM: KV cache": self._cache().size, "vLLM: prefill, graphs": self._prefill()}
-        packed = self.s.head * self.item * self.s.tied  # its CPU head is a packed copy
+        # both tables stay beside what oneDNN packs of them (counted on SmolLM2, whose one table makes three)
+        packed = self.s.head * self.item * (3 if self.s.tied else 2)
         return {"vLLM: weights": weights + packed, "vLLM: KV cache": self._cache().size}
 
     def _prefill(self) -> float:
@@ -292,7 +305,11 @@ class _Rank:
         return held | {"optimizer's temporaries": 0 if self.offloaded else 4 * self._subgroup()}
 
     def _rollout(self) -> dict[str, float]:
-        return self._trainer() | self._vllm()
+        held = self._trainer() | self._vllm()
+        if not self.card.gpu:
+            tokens = min(4096, self.cfg.rollout.max_num_seqs * self.planner.student)
+            held["vLLM: prefill, graphs"] = self.passes.score * tokens / self.tokens
+        return held
 
     def _score_layers(self) -> dict[str, float]:
         held = self._trainer() | self._awake()
@@ -333,11 +350,14 @@ class _Rank:
         """The last bucket, once the backward is done."""
         held = self._trainer() | self._awake()
         held["gradient buckets"] += self._reduced(min(self.zero.reduce_bucket_size, self.s.total))
-        return held | {"head's gradient": self.s.head * self.item, "whole weights": self._whole(self.s.head)}
+        if self.s.head > self.zero.reduce_bucket_size:
+            held["head's gradient"] = self.s.head * self.item
+        return held | {"whole weights": max(self._small(), self.s.head * self.item * (self.world > 1))}
 
     def _reduced(self, numel: float) -> float:
-        """A bucket interleaved by rank, and this rank's part of it in the dtype of the sums."""
-        return numel * (self.item + (self.accumulated / self.world if self.accumulated != self.item else 0))
+        """A bucket interleaved by rank, and this rank's part of it in the dtype of the sums. gloo reduces in one more copy."""
+        part = self.accumulated / self.world if self.accumulated != self.item else 0
+        return numel * (self.item * (1 if self.card.gpu else 2) + part)
 
     def _step(self) -> dict[str, float]:
         """AdamW a sub-group at a time: its gradients flat in float32, and the root of the second moments (two on a CPU)."""

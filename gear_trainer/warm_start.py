@@ -210,15 +210,9 @@ def build_model(tokenizer: Any, spec: WarmStartSpec) -> Any:
 
 
 def sizes() -> dict[str, Any]:
-    """What of the model's config.json is known before it is built; its vocabulary is what mathapi's texts give."""
+    """What of the model's config.json is known before it is built: all but the vocabulary."""
     s = WarmStartSpec()
     return {
-        "model_type": "qwen3",
-        "vocab_size": 416,
-        "hidden_size": s.hidden,
-        "intermediate_size": s.intermediate,
-        "num_attention_heads": s.heads,
-        "tie_word_embeddings": False,
         "num_hidden_layers": s.layers,
         "num_key_value_heads": s.kv_heads,
         "head_dim": s.head_dim,
