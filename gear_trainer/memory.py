@@ -45,18 +45,29 @@ class Card(NamedTuple):
     name: str
     total: float
     gpu: bool
+    assumed: bool = False  # nobody named it: a plan that does not fit is a warning
 
 
-def card(sold_as: float | None, world_size: int) -> Card:
-    """The card of that many GB, else the first GPU here, else this machine's memory divided by the ranks."""
+ASSUMED = 80
+
+
+def card(cfg: Config, sold_as: float | None = None) -> Card:
+    """The card of that many GB, else the first GPU here, else this machine's memory divided by the ranks.
+
+    Without a GPU a run needs `rollout.kv_cache_mib`: a configuration that has none is meant for another machine's, of 80 GB say.
+    """
     if sold_as is not None:
         total = sold_as * SEEN_BY_PROGRAMS * GIB
         return Card(f"a card sold as {sold_as:g} GB ({total / GIB:.1f} GiB for programs)", total, True)
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         return Card(f"{found.name} ({found.total_memory / GIB:.1f} GiB)", found.total_memory, True)
+    if cfg.rollout.kv_cache_mib is None:
+        return card(cfg, ASSUMED)._replace(
+            name=f"a card of {ASSUMED} GB (assumed: there is none here, name yours by --card)", assumed=True
+        )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Card(f"this machine's {total / GIB:.1f} GiB over {world_size} rank(s)", total / world_size, False)
+    return Card(f"this machine's {total / GIB:.1f} GiB over {cfg.world_size} rank(s)", total / cfg.world_size, False)
 
 
 class Sizes(NamedTuple):
@@ -475,7 +486,7 @@ def _changed(cfg: Config, changes: dict[str, Any]) -> Config | None:
 
 
 def _again(given: Card, cfg: Config) -> Card:
-    return given if given.gpu else card(None, cfg.world_size)
+    return given if given.gpu else card(cfg)
 
 
 def _text(value: Any) -> str:

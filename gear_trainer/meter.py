@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,7 @@ def _flash() -> Iterator[None]:
         functional.scaled_dot_product_attention = plain
 
 
+@cache
 def passes(lm: nn.Module, rows: int, width: int, checkpointing: bool) -> Passes:
     """What a micro-batch [rows, width] of a model on the meta device holds, its head apart.
 

@@ -232,7 +232,7 @@ def print_plan(cfg: Config, task: Task, method: Any, sold_as: float | None = Non
     sizes = model_sizes(cfg.model.path)
     if sizes:
         planner = memory.Planner(cfg, method, sizes, *lengths(cfg, task, prompts))
-        plan = planner.plan(cfg, memory.card(sold_as, cfg.world_size))
+        plan = planner.plan(cfg, memory.card(cfg, sold_as))
         out.print()
         out.print(memory.table(plan), *memory.notes(plan, cfg), sep="\n")
         out.print()
@@ -241,4 +241,13 @@ def print_plan(cfg: Config, task: Task, method: Any, sold_as: float | None = Non
     for line in warnings(cfg, method):
         out.print(f"warning: {line}", markup=False, soft_wrap=True)
     if sizes:
+        _check_memory(out, planner, plan, cfg)
+
+
+def _check_memory(out: Any, planner: memory.Planner, plan: memory.Plan, cfg: Config) -> None:
+    try:
         memory.check_plan(planner, plan, cfg)
+    except ConfigError as error:
+        if not plan.card.assumed:
+            raise
+        out.print(f"warning: {error}", markup=False, soft_wrap=True)
