@@ -183,6 +183,8 @@ class _Rank:
     """One configuration on one card: each method is a group of rows, or a moment made of them."""
 
     def __init__(self, planner: Planner, cfg: Config, card: Card):
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import looks for one, and says so
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         made = deepspeed_config(cfg)
@@ -220,8 +222,8 @@ class _Rank:
 
     def _base(self) -> dict[str, float]:
         if self.card.gpu:
-            return {"CUDA context, NCCL, holes (allowance)": CONTEXT}
-        return {"Python and libraries (measured)": LIBRARIES}
+            return {"CUDA, NCCL: allowance": CONTEXT}
+        return {"Python, libraries: measured": LIBRARIES}
 
     def _states(self, moments: bool = True) -> dict[str, float]:
         """ZeRO-3's. The masters of float32 weights are a copy too: DeepSpeed compares a device with its name, which differ."""
@@ -244,7 +246,7 @@ class _Rank:
     def _trainer(self) -> dict[str, float]:
         held = self._states() | {"gradient buckets": self._bucket(), "whole weights": self._small()}
         if not self.card.gpu:
-            held["Python and libraries (measured)"] += OBJECTS
+            held["Python, libraries: measured"] += OBJECTS
         return held
 
     def _small(self) -> float:
@@ -425,8 +427,8 @@ def check_plan(planner: Planner, plan: Plan, cfg: Config) -> None:
     rows = plan.phases[over[0]]
     largest = max(rows, key=rows.get)
     raise ConfigError(
-        f"memory: {over[0]} takes {plan.total(over[0]) / GIB:.1f} GiB a rank, of which {largest} {rows[largest] / GIB:.1f}, and "
-        f"there are {card.name}: set {mend}"
+        f"memory: {over[0]} takes {plan.total(over[0]) / GIB:.1f} GiB a rank ({largest}: {rows[largest] / GIB:.1f}), more than "
+        f"{card.name}: set {mend}"
     )
 
 

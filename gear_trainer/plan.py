@@ -12,14 +12,14 @@ from gear_trainer import endpoint, memory
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import make_distillation, parse_credit
-from gear_trainer.model import check_model_path, deepspeed_config, model_sizes, offline_without_hub
+from gear_trainer.model import check_model_path, deepspeed_config, known_config, model_sizes, offline_without_hub
 from gear_trainer.preflight import check_machine, check_port
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
 from gear_trainer.siblings import Siblings
 from gear_trainer.tasks import make_task, task_class
 from gear_trainer.tasks.base import DataAway, Task
 from gear_trainer.teacher import check_teacher
-from gear_trainer.user_code import own_method
+from gear_trainer.user_code import own_method, said
 from gear_trainer.warm_start import check_demonstrations
 from gear_trainer.writer import Writer, check_room, templates
 
@@ -229,19 +229,34 @@ def print_plan(cfg: Config, task: Task, method: Any, sold_as: float | None = Non
     for row in geometry(cfg, task, prompts):
         shape.add_row(*row)
     out.print(shape)
-    sizes = model_sizes(cfg.model.path)
-    if sizes:
-        planner = memory.Planner(cfg, method, sizes, *lengths(cfg, task, prompts))
-        plan = planner.plan(cfg, memory.card(cfg, sold_as))
-        out.print()
-        out.print(memory.table(plan), *memory.notes(plan, cfg), sep="\n")
-        out.print()
+    planned = _planned(out, cfg, method, lengths(cfg, task, prompts), sold_as)
     out.print(yaml.safe_dump({"deepspeed": deepspeed_config(cfg)}, sort_keys=False), markup=False)
     out.print(yaml.safe_dump({"vllm": engine_kwargs(cfg, cfg.model.path)}, sort_keys=False), markup=False)
     for line in warnings(cfg, method):
         out.print(f"warning: {line}", markup=False, soft_wrap=True)
-    if sizes:
-        _check_memory(out, planner, plan, cfg)
+    if planned:
+        _check_memory(out, *planned, cfg)
+
+
+def _planned(
+    out: Any, cfg: Config, method: Any, longest: tuple[tuple[int, int], int], sold_as: float | None
+) -> tuple[memory.Planner, memory.Plan] | None:
+    """The memory plan, printed; None where the model's sizes are not at hand, or its code does not run without memory."""
+    sizes = known_config(cfg.model.path) and model_sizes(cfg.model.path)
+    if not sizes:
+        return None
+    try:
+        planner = memory.Planner(cfg, method, sizes, *longest)
+        plan = planner.plan(cfg, memory.card(cfg, sold_as))
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        out.print(f"memory plan left out: {said(error)}", markup=False, soft_wrap=True)
+        return None
+    out.print()
+    out.print(memory.table(plan))
+    for line in memory.notes(plan, cfg):
+        out.print(line, markup=False, soft_wrap=True)
+    out.print()
+    return planner, plan
 
 
 def _check_memory(out: Any, planner: memory.Planner, plan: memory.Plan, cfg: Config) -> None:

@@ -145,12 +145,20 @@ def _tiny(layers, device):
         return Qwen3ForCausalLM(config).eval()
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_passes_without_memory_are_those_of_real_tensors(checkpointing):
-    """Six layers run for real, with the CPU's kernels, against two and three on the meta device."""
+def test_passes_without_memory_are_those_of_real_tensors(checkpointing, one_thread):
+    """Five layers run for real, with the CPU's kernels, against two and three on the meta device."""
     from gear_trainer.model import checkpoint_layers
 
-    lm, rows, width = _tiny(6, "cpu"), 4, 96
+    lm, rows, width = _tiny(5, "cpu"), 2, 96
     if checkpointing:
         checkpoint_layers(lm)
     for p in lm.parameters():
@@ -167,7 +175,7 @@ def test_passes_without_memory_are_those_of_real_tensors(checkpointing):
         out = hidden()
         kept = meter.live
         out.backward(torch.ones_like(out))
-    found = passes(_tiny(6, "meta"), rows, width, checkpointing)
+    found = passes(_tiny(5, "meta"), rows, width, checkpointing)
     assert found.score == pytest.approx(score.peak, rel=0.05)
     assert found.kept == pytest.approx(kept, rel=0.05)
     assert found.backward == pytest.approx(meter.peak, rel=0.05)
