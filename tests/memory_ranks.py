@@ -2,7 +2,7 @@
 
     python tests/memory_ranks.py [--config FILE] [key=value ...]      # the demo, 4 steps, where nothing else is given
 
-Peaks are VmHWM, reset at each phase; every block of 128 KiB or more is mapped, so that what is freed is gone (glibc would keep it).
+Peaks are VmHWM, reset at each phase; blocks of 128 KiB and more are mapped, so that what is freed is gone (glibc would keep it).
 """
 
 import argparse
@@ -103,11 +103,12 @@ def main():
     chat = Chat(AutoTokenizer.from_pretrained(resolve_model_path(cfg, task)), task.tools, cfg.chat_template_args)
     prompts = check_prompts(cfg, task, method, chat)
     planner = memory.Planner(cfg, method, model_sizes(cfg.model.path), *lengths(cfg, task, prompts))
-    plan = planner.plan(cfg, memory.card(cfg))
+    fewer = load_config(ROOT / args.config, [*short, f"train.tokens_per_micro_batch={max(tokens, cfg.rollout.max_model_len)}"])
+    plan, as_run = (planner.plan(c, memory.card(c)) for c in (cfg, fewer))
     print(f"MiB a rank; the largest forward with gradients had {tokens} tokens, the plan takes {planner.tokens(cfg)}")
     for phase in (p for p in memory.PHASES if p in found):
-        ratio = plan.total(phase) / found[phase]
-        print(f"{phase:8}  planned {plan.total(phase) / memory.MIB:7.0f}  measured {found[phase] / memory.MIB:7.0f}  {ratio:.3f}")
+        sizes = [size / memory.MIB for size in (plan.total(phase), as_run.total(phase), found[phase])]
+        print(f"{phase:8}  planned {sizes[0]:7.0f}, for those tokens {sizes[1]:7.0f}  measured {sizes[2]:7.0f}")
 
 
 if __name__ == "__main__":
