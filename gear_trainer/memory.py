@@ -255,23 +255,15 @@ class _Rank:
 
     def _whole(self, in_use: int) -> float:
         """Weights that are whole at a time, with those fetched ahead: a buffer being read, one on its way, and the copies made of
-        the first. A CPU's gloo gathers through half a buffer more (counted on SmolLM2: 3.5 buffers beside the head)."""
+        the first. A CPU's gloo gathers through half a buffer more (counted on SmolLM2: 3.5 buffers beside the head).
+
+        None are kept for a backward within stage3_max_reuse_distance: DeepSpeed remembers for each module of a forward what it
+        released there first, and that was in scoring, which has no backward (seen on SmolLM2: at the head only the head is whole).
+        """
         if self.world == 1:
             return 0.0
         fetch = min(self.zero.prefetch_bucket_size + self.s.largest, self.s.layers)
-        kept = self._kept()
-        whole = min(self.s.total, self.s.head + kept + fetch) if kept else in_use + fetch
-        return self.item * (max(whole, self.s.small) + fetch * (2 if self.card.gpu else 2.5))
-
-    def _kept(self) -> int:
-        """Weights that stay whole from the forward to a backward within stage3_max_reuse_distance. DeepSpeed does so once it has
-        traced an update: from the third micro-batch of a row on, and through the scoring after it."""
-        rollouts = self.cfg.rollout.prompts_per_step * self.cfg.rollout.group_size // self.world
-        longest = self.planner.student + self.planner.response
-        if rollouts * longest < 3 * self.cfg.train.tokens_per_micro_batch:
-            return 0
-        later = max(0, self.zero.max_reuse_distance - 2 * self.s.head)
-        return min(self.s.layers, later // (3 if self.cfg.model.gradient_checkpointing else 2))
+        return self.item * (max(in_use + fetch, self.s.small) + fetch * (2 if self.card.gpu else 2.5))
 
     def _vllm(self) -> dict[str, float]:
         weights = self.s.total * self.item
