@@ -258,7 +258,7 @@ class _Rank:
         the first. A CPU's gloo gathers through half a buffer more (counted on SmolLM2: 3.5 buffers beside the head).
 
         None are kept for a backward within stage3_max_reuse_distance: DeepSpeed remembers for each module of a forward what it
-        released there first, and that was in scoring, which has no backward (seen on SmolLM2: at the head only the head is whole).
+        released there first: in scoring, which has no backward (seen on SmolLM2: at the head only the head is whole).
         """
         if self.world == 1:
             return 0.0
