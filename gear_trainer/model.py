@@ -219,13 +219,13 @@ def build_engine(cfg: Config, model_path: str):
     config = deepspeed_config(cfg)
     lm, keep_alive = load_partitioned(cfg, model_path, config)
     if cfg.model.gradient_checkpointing:
-        _checkpoint_layers(lm)
+        checkpoint_layers(lm)
     engine, *_ = deepspeed.initialize(model=Policy(lm), config=config, model_parameters=list(lm.parameters()))
     engine.hf_deepspeed_config = keep_alive
     return engine
 
 
-def _checkpoint_layers(lm: nn.Module) -> None:
+def checkpoint_layers(lm: nn.Module) -> None:
     """HF recomputes only layers in training mode, and from_pretrained leaves all in evaluation mode: switch on these alone.
 
     What is inside them stays in evaluation mode: dropout would make the update's log-probs differ from the scored ones.

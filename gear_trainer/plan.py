@@ -8,18 +8,18 @@ from typing import Any
 
 from gear_kernels import Gear, GearKernelsError
 from gear_kernels.methods import INPUTS, METHODS, signals_of
-from gear_trainer import endpoint
+from gear_trainer import endpoint, memory
 from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import make_distillation, parse_credit
-from gear_trainer.model import check_model_path, deepspeed_config, known_config, offline_without_hub
+from gear_trainer.model import check_model_path, deepspeed_config, known_config, model_sizes, offline_without_hub
 from gear_trainer.preflight import check_machine, check_port
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
 from gear_trainer.siblings import Siblings
 from gear_trainer.tasks import make_task, task_class
 from gear_trainer.tasks.base import DataAway, Task
-from gear_trainer.teacher import check_teacher, has_own_weights
-from gear_trainer.user_code import own_method
+from gear_trainer.teacher import check_teacher
+from gear_trainer.user_code import own_method, said
 from gear_trainer.warm_start import check_demonstrations
 from gear_trainer.writer import Writer, check_room, templates
 
@@ -161,11 +161,17 @@ def check_prompts(
     return student, teacher
 
 
+def lengths(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> tuple[tuple[int, int], int]:
+    """Longest prompt of student and of teacher, and longest response over all turns; bounds where no prompt was looked at."""
+    r = cfg.rollout
+    student, teacher = prompts or (r.max_model_len - r.max_new_tokens,) * 2
+    return (student, teacher), min(task.max_turns * r.max_new_tokens, r.max_model_len - student)
+
+
 def geometry(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> list[tuple[str, str]]:
     """The step's shape, as rows of a table; upper bounds where lengths are not known before sampling."""
     r, t = cfg.rollout, cfg.train
-    student, teacher = prompts or (r.max_model_len - r.max_new_tokens,) * 2
-    response = min(task.max_turns * r.max_new_tokens, r.max_model_len - student)
+    (student, teacher), response = lengths(cfg, task, prompts)
     rollouts = r.prompts_per_step * r.group_size
     per_rank = rollouts // cfg.world_size
     wide = max(student, teacher) + response
@@ -186,43 +192,24 @@ def geometry(cfg: Config, task: Task, prompts: tuple[int, int] | None) -> list[t
     ]
 
 
-def memory_plan(cfg: Config, hf_config: Any, method: Any) -> list[tuple[str, str]]:
-    """GiB per rank, from the model's configuration: what ZeRO-3, vLLM and the fused head hold."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def dry_run(cfg: Config, sold_as: float | None = None) -> None:
+    """Check all that a run checks, without the network where it cannot be reached, and print the plan.
 
-    with torch.device("meta"):  # sizes only
-        lm = AutoModelForCausalLM.from_config(hf_config)
-    n = sum(p.numel() for p in lm.parameters())
-    bytes_each = 2 if cfg.model.dtype == "bfloat16" else 4
-    states = n * 16 / cfg.world_size  # bf16: 2 + 2 and masters, moments 12; float32: 4 + 4 and moments 8
-    head = lm.get_output_embeddings().weight.numel() * bytes_each
-    gib = 1 / 2**30
-    own = has_own_weights(cfg, method)
-    wide = cfg.teacher.weights == "ema" and bytes_each == 2
-    teacher = n * (bytes_each + 4 * wide) / cfg.world_size
-    shadow = " and their float32 average" if wide else ""
-    return [
-        ("parameters", f"{n / 1e9:.2f} B"),
-        ("ZeRO-3 states", f"{states * gib:.2f} GiB a rank (weights, gradients, float32 masters and moments)"),
-        ("vLLM weights", f"{n * bytes_each * gib:.2f} GiB a rank"),
-        *([("teacher", f"{teacher * gib:.2f} GiB a rank ({cfg.teacher.weights} weights{shadow})")] if own else []),
-        ("gathered head", f"{head * (1 + own) * gib:.2f} GiB, only around its own use{', with the teacher' if own else ''}"),
-    ]
-
-
-def dry_run(cfg: Config) -> None:
-    """Check all that a run checks, without the network where it cannot be reached, and print the plan."""
+    sold_as: GB of the cards to plan for; None: those of this machine. Raises ConfigError where memory would not do.
+    """
     away: list[str] = []
     offline_without_hub()
     task, method = check(cfg, away)
-    print_plan(cfg, task, method)
+    print_plan(cfg, task, method, sold_as)
     for line in away:
         print(f"left out: {line}")
 
 
-def print_plan(cfg: Config, task: Task, method: Any) -> None:
-    """The resolved run. Loads a tokenizer and a model configuration where they are on this machine, never weights."""
+def print_plan(cfg: Config, task: Task, method: Any, sold_as: float | None = None) -> None:
+    """The resolved run. Loads a tokenizer and a model configuration where they are on this machine, never weights.
+
+    Raises ConfigError at the end where the memory plan does not fit.
+    """
     import yaml
     from rich.console import Console
     from rich.table import Table
@@ -233,21 +220,49 @@ def print_plan(cfg: Config, task: Task, method: Any) -> None:
     if distillation := make_distillation(cfg):
         out.print(f"distillation: {distillation}", markup=False)
     prompts = None
-    tables = []
     if Path(cfg.model.path).is_dir() and isinstance(task, Task):
         from transformers import AutoTokenizer
 
         chat = Chat(AutoTokenizer.from_pretrained(cfg.model.path), task.tools, cfg.chat_template_args)
         prompts = check_prompts(cfg, task, method, chat)
-    if not cfg.model.path.startswith("builtin:") and (hf_config := known_config(cfg.model.path)):
-        tables.append(("memory", memory_plan(cfg, hf_config, method)))
-    tables.insert(0, ("step geometry", geometry(cfg, task, prompts)))
-    for title, rows in tables:
-        table = Table(title=title, title_justify="left", show_header=False, box=None)
-        for row in rows:
-            table.add_row(*row)
-        out.print(table)
+    shape = Table(title="step geometry", title_justify="left", show_header=False, box=None)
+    for row in geometry(cfg, task, prompts):
+        shape.add_row(*row)
+    out.print(shape)
+    planned = _planned(out, cfg, method, lengths(cfg, task, prompts), sold_as)
     out.print(yaml.safe_dump({"deepspeed": deepspeed_config(cfg)}, sort_keys=False), markup=False)
     out.print(yaml.safe_dump({"vllm": engine_kwargs(cfg, cfg.model.path)}, sort_keys=False), markup=False)
     for line in warnings(cfg, method):
         out.print(f"warning: {line}", markup=False, soft_wrap=True)
+    if planned:
+        _check_memory(out, *planned, cfg)
+
+
+def _planned(
+    out: Any, cfg: Config, method: Any, longest: tuple[tuple[int, int], int], sold_as: float | None
+) -> tuple[memory.Planner, memory.Plan] | None:
+    """The memory plan, printed; None where the model's sizes are not at hand, or its code does not run without memory."""
+    sizes = known_config(cfg.model.path) and model_sizes(cfg.model.path)
+    if not sizes:
+        return None
+    try:
+        planner = memory.Planner(cfg, method, sizes, *longest)
+        plan = planner.plan(cfg, memory.card(cfg, sold_as))
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        out.print(f"memory plan left out: {said(error)}", markup=False, soft_wrap=True)
+        return None
+    out.print()
+    out.print(memory.table(plan))
+    for line in memory.notes(plan, cfg):
+        out.print(line, markup=False, soft_wrap=True)
+    out.print()
+    return planner, plan
+
+
+def _check_memory(out: Any, planner: memory.Planner, plan: memory.Plan, cfg: Config) -> None:
+    try:
+        memory.check_plan(planner, plan, cfg)
+    except ConfigError as error:
+        if not plan.card.assumed:
+            raise
+        out.print(f"warning: {error}", markup=False, soft_wrap=True)

@@ -21,6 +21,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file, see gear_trainer/configs")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, start nothing")
+    parser.add_argument("--card", type=float, metavar="GB", help="of a dry run: plan memory for GPUs sold as 80, 141, ... GB")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.lr=1e-5")
     return parser.parse_intermixed_args(argv)
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     try:
         cfg = load_config(args.config, args.overrides)
-        return _dry_run(cfg) if args.dry_run else _train(cfg, args.resume)
+        return _dry_run(cfg, args.card) if args.dry_run else _train(cfg, args.resume)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
             print("gear_trainer: interrupted before training began", file=sys.stderr, flush=True)
@@ -94,10 +95,10 @@ def _quiet() -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
-def _dry_run(cfg: Config) -> int:
+def _dry_run(cfg: Config, sold_as: float | None) -> int:
     from gear_trainer.plan import dry_run
 
-    dry_run(cfg)
+    dry_run(cfg, sold_as)
     return 0
 
 
