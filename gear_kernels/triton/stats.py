@@ -10,6 +10,7 @@ lanes become LOWEST, so e^x is exactly 0 and products with x stay finite; NaN pa
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,14 +40,6 @@ class Logits(NamedTuple):
     bias: Any  # [c], contiguous
     scale: float | None
     softcap: float | None
-
-
-class RowData(NamedTuple):
-    """Per-row tensors [n] as a kernel argument."""
-
-    targets: Any  # int64; a kernel reads it only under LOGPROBS or MASKED
-    inv_temperature: Any
-    ignore_index: int
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -511,20 +504,63 @@ def splits(rows: int, columns: int) -> int:
     return max(1, min(1024 // max(rows, 1), columns // 8192))
 
 
+@cache  # asked for with every tile
 def want(stats: tuple[str, ...]) -> int:
     """The kernels' compile-time flags for these statistics."""
     bits = {_BIT[name] for name in stats} | ({_TEACHER_BIT} if needs_teacher(stats) else set())
     return sum(1 << bit for bit in bits)
 
 
+class _Plan:
+    """What the launches of one kernel in one call share: block, warps, compile-time arguments, and what Triton made of them.
+
+    The block is the first tile's; a narrower last one takes it too, masked, instead of a kernel of its own. From a shape's second
+    launch on, a launch goes past what Triton finds out of its arguments each time (types, alignment, whether a global changed).
+    """
+
+    def __init__(self, kernel, chosen: Config, constants: dict[str, Any]):
+        self.kernel, self.block = kernel, chosen.block
+        self.options = {**constants, "BLOCK": chosen.block}
+        self.constants = tuple(self.options.values())  # in the kernel's own order
+        self.options["num_warps"] = chosen.num_warps
+        self.compiled: dict[tuple[int, ...], Any] = {}
+
+    def launch(self, grid: tuple[int, int, int], arguments: tuple, shape: tuple[int, ...], tensors: tuple) -> None:
+        """shape: every integer that Triton specialises on.  tensors: those of the arguments, None among them."""
+        compiled = self.compiled.get(shape)
+        if compiled is None or not _aligned(tensors):
+            compiled = self.kernel[grid](*arguments, **self.options)
+            if _aligned(tensors):
+                self.compiled[shape] = compiled  # None from Triton's interpreter
+        else:
+            compiled[grid](*arguments, *self.constants)
+
+
+def _aligned(tensors: tuple) -> bool:
+    """Whether all start at multiples of 16 bytes: the one property of a pointer that Triton compiles for."""
+    joined = 0
+    for tensor in tensors:
+        if tensor is not None:
+            joined |= tensor.data_ptr()
+    return joined & 15 == 0
+
+
+def _plan(task: Task, kernel: str, student: Tile, **constants: int) -> _Plan:
+    """The call's plan for "sweep", "mixture" or "gradient". constants: its compile-time arguments but for MASKED and BLOCK."""
+    kept = {} if task.kept is None else task.kept
+    plan = kept.get(kernel)
+    if plan is None:
+        chosen = config(kernel, student.z.shape[1], student.z.dtype)
+        masked = {"MASKED": task.rows.targets is not None}
+        plan = kept[kernel] = _Plan(globals()[f"_{kernel}_kernel"], chosen, masked | constants)
+    return plan
+
+
 def _argument(tile: Tile) -> Logits:
-    z, bias = tile.z.detach(), tile.bias
-    return Logits(z, *z.stride(), None if bias is None else bias.detach().contiguous(), tile.scale, tile.softcap)
-
-
-def _row_data(task: Task) -> RowData:
-    rows = task.rows
-    return RowData(rows.targets, rows.inv_temperature, rows.ignore_index)
+    z, bias, scale, softcap = tile
+    if z.requires_grad:
+        z = z.detach()
+    return Logits(z, *z.stride(), None if bias is None else bias.detach().contiguous(), scale, softcap)
 
 
 def _both(student: Tile, teacher: Tile | None) -> tuple[Logits, Logits]:
@@ -533,33 +569,26 @@ def _both(student: Tile, teacher: Tile | None) -> tuple[Logits, Logits]:
 
 
 def _width(columns: int, count: int, block: int) -> int:
-    return triton.cdiv(triton.cdiv(columns, count), block) * block
+    """Columns of one of `count` splits: whole blocks."""
+    return -(-columns // (count * block)) * block
 
 
 def sweep(student: Tile, teacher: Tile | None, task: Task, sums: torch.Tensor) -> None:
     """Backend.sweep."""
-    n, columns = student.z.shape
-    chosen, flags = config("sweep", columns, student.z.dtype), want(task.stats)
+    (n, columns), count = student.z.shape, sums.shape[0]
     if n:
-        _sweep_kernel[(n, len(sums))](
-            *(
-                *_both(student, teacher),
-                _row_data(task),
-                task.first,
-                *_table(sums),
-                columns,
-                _width(columns, len(sums), chosen.block),
-            ),
-            MASKED=task.rows.targets is not None,
-            WANT=flags,
-            BLOCK=chosen.block,
-            num_warps=chosen.num_warps,
-        )
+        plan = _plan(task, "sweep", student, WANT=want(task.stats))
+        first, second = _both(student, teacher)
+        sizes = (*_table(sums), columns, _width(columns, count, plan.block))
+        shape = (columns, first.row, first.col, second.row, second.col)
+        tensors = (first.z, first.bias, second.z, second.bias, task.rows.targets, task.rows.inv_temperature, sums)
+        plan.launch((n, count, 1), (first, second, task.rows, task.first, *sizes), shape, tensors)
 
 
 def _table(table: torch.Tensor) -> tuple[torch.Tensor, int]:
     """[splits, n, k], perhaps a slice of more rows -> the tensor and the rows that lie between its splits."""
-    return table, table.stride(0) // table.shape[2] if table.shape[0] > 1 else table.shape[1]
+    splits, n, k = table.shape
+    return table, table.stride(0) // k if splits > 1 else n
 
 
 def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
@@ -569,7 +598,7 @@ def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     state = torch.empty((n, len(STATE_NAMES)), device=sums.device)
     if n:
         _finish_kernel[(triton.cdiv(n, rows),)](
-            *(sums.contiguous(), _row_data(task), values, state, n, len(sums)),
+            *(sums.contiguous(), task.rows, values, state, n, len(sums)),
             MASKED=task.rows.targets is not None,
             WANT=want(task.stats),
             ROWS=rows,
@@ -580,28 +609,26 @@ def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
 
 def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, shares: torch.Tensor) -> None:
     """Backend.mixture."""
-    n, columns = student.z.shape
-    chosen = config("mixture", columns, student.z.dtype)
+    (n, columns), count = student.z.shape, shares.shape[0]
     if n:
-        _mixture_kernel[(n, len(shares))](
-            *(*_both(student, teacher), _row_data(task), state, *_table(shares), columns),
-            *(_width(columns, len(shares), chosen.block), task.beta),
-            MASKED=task.rows.targets is not None,
-            BLOCK=chosen.block,
-            num_warps=chosen.num_warps,
-        )
+        plan = _plan(task, "mixture", student)
+        first, second = _both(student, teacher)
+        sizes = (*_table(shares), columns, _width(columns, count, plan.block))
+        shape = (columns, first.row, first.col, second.row, second.col)
+        tensors = (first.z, first.bias, second.z, second.bias, task.rows.targets, task.rows.inv_temperature, state, shares)
+        plan.launch((n, count, 1), (first, second, task.rows, state, *sizes, task.beta), shape, tensors)
 
 
 def gradient(student: Tile, teacher: Tile | None, task: Task, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor) -> None:
     """Backend.gradient."""
     n, columns = student.z.shape
-    chosen, flags = config("gradient", columns, student.z.dtype), want(task.stats)
     if n:
-        _gradient_kernel[(n, triton.cdiv(columns, chosen.block))](
-            *(*_both(student, teacher), _row_data(task), task.first, state, grads, _argument(Tile(dz)), columns, task.beta),
-            MASKED=task.rows.targets is not None,
-            WANT=flags,
-            ROUND=INTERPRETED and dz.dtype == torch.bfloat16,
-            BLOCK=chosen.block,
-            num_warps=chosen.num_warps,
-        )
+        rounded = INTERPRETED and dz.dtype == torch.bfloat16
+        plan = _plan(task, "gradient", student, WANT=want(task.stats), ROUND=rounded)
+        first, second = _both(student, teacher)
+        out = Logits(dz, *dz.stride(), None, None, None)
+        shape = (columns, first.row, first.col, second.row, second.col, out.row, out.col)
+        rows = task.rows
+        tensors = (first.z, first.bias, second.z, second.bias, rows.targets, rows.inv_temperature, state, grads, dz)
+        arguments = (first, second, rows, task.first, state, grads, out, columns, task.beta)
+        plan.launch((n, -(-columns // plan.block), 1), arguments, shape, tensors)
