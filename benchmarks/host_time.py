@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gear_kernels import backends, ops, tiling
+from gear_kernels.tiling import Linear
 
 from .compile_report import TARGETS, _StubDriver
 from .projections import HEAD_SHAPE
@@ -52,7 +53,7 @@ def stubbed(target: str = "sm_90") -> Iterator[None]:
         yield
 
 
-def linear(width: int, rows: int = HEAD_SHAPE[0], columns: int = HEAD_SHAPE[1]) -> tiling.Linear:
+def linear(width: int, rows: int = HEAD_SHAPE[0], columns: int = HEAD_SHAPE[1]) -> Linear:
     """The operator's body for student, teacher and their head, bfloat16 tensors without values."""
     shapes = ((rows, width), (columns, width), (rows, width))
     student, weight, teacher = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
@@ -62,26 +63,22 @@ def linear(width: int, rows: int = HEAD_SHAPE[0], columns: int = HEAD_SHAPE[1]) 
 
 
 def measure(width: int, repeats: int = 20) -> dict[str, float]:
-    """Tiles of a forward, and of forward and backward the least microseconds a tile over the repeats."""
-    call = linear(width)
-    rows, columns = call.tile_shape()
-    tiles = -(-len(call.student) // rows) * -(-call.head.columns // columns)
-    state = torch.empty(len(call.student), 9, device="meta")
-    grads = torch.empty(len(call.student), 7, device="meta")
-    passes = {
-        "forward": lambda: linear(width).forward(),
-        "backward": lambda: linear(width).backward(state, grads, [True, True, False]),
-    }
+    """A head's tile, how many there are, and the least microseconds a tile over the repeats, for both passes."""
+    rows, columns = linear(width).tile_shape()
+    state, grads = (torch.empty(HEAD_SHAPE[0], length, device="meta") for length in (9, 7))
+    passes = {"forward": Linear.forward, "backward": lambda call: call.backward(state, grads, [True, True, False])}
+    tiles = -(-HEAD_SHAPE[0] // rows) * -(-HEAD_SHAPE[1] // columns)
     found = {"rows": rows, "columns": columns, "tiles": tiles}
     for name, run in passes.items():
-        run()  # compiles
-        found[name] = min(_seconds(run) for _ in range(repeats)) / tiles * 1e6
+        run(linear(width))  # compiles
+        found[name] = min(_seconds(run, linear(width)) for _ in range(repeats)) / tiles * 1e6
     return found
 
 
-def _seconds(run) -> float:
+def _seconds(run: Callable[[Linear], object], call: Linear) -> float:
+    """Of this thread alone: neighbours on the machine do not count."""
     start = time.thread_time()
-    run()
+    run(call)
     return time.thread_time() - start
 
 
