@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import parallel
-from .backends import BACKENDS, Backend, Task, Tile, _wide
+from .backends import BACKENDS, Task, Tile, _wide
 from .reference import STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, jsd
 
 
@@ -82,6 +82,7 @@ class Linear:
     workspace: int
 
     def __post_init__(self):
+        self.tiles, self.on_gpu = BACKENDS[self.backend], on_gpu(self.student.device)
         self.rows = len(self.student)
         self.scratch: dict[str, torch.Tensor] = {}
         self.views: dict[tuple, torch.Tensor] = {}  # of the scratch memory: a view costs the host 2 us, a tile has several
@@ -89,10 +90,6 @@ class Linear:
         self.cut = _Cut(self.student, self.teacher, self.task.rows.targets, self.task.rows.inv_temperature)
         self.stacked: torch.Tensor | None = None
         self.wide = _wide(self.student.dtype)
-
-    @property
-    def tiles(self) -> Backend:
-        return BACKENDS[self.backend]
 
     # --- sizes ---
 
@@ -110,7 +107,7 @@ class Linear:
         and the workspace allows it: a tile's host time is the same, and its GEMM would end sooner than that.
         """
         size, width = limits(self.student.device).tile, self.head.weight.shape[1]
-        while on_gpu(self.student.device) and 2 * width <= _WIDE and 4 * size <= self.workspace:
+        while self.on_gpu and 2 * width <= _WIDE and 4 * size <= self.workspace:
             size, width = 2 * size, 2 * width
         return min(size, self.workspace // 2)
 
@@ -125,7 +122,7 @@ class Linear:
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether GEMMs of this half dtype have float32 results here; torch's on a CPU do not, the compiled pass' may."""
-        return on_gpu(self.student.device) or self.tiles.multiplies(dtype)
+        return self.on_gpu or self.tiles.multiplies(dtype)
 
     def span(self, rows: int, columns: int, summed: bool) -> int:
         """Columns of one round of gradient GEMMs: dz and the weight's sums take what tiles leave. Several tiles, or a part of one
@@ -165,14 +162,15 @@ class Linear:
 
     def walk(self, rows: slice, columns: slice, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, tuple, Task]]:
         """Each tile of a range: its rows, its columns, both heads' logits (until the next one is made) and its task."""
-        parts, whole = list(_blocks(rows, shape[0])), self.task
+        task, parts = self.task, []
+        for part in _blocks(rows, shape[0]):
+            student, teacher, *own = self.cut[part]
+            parts.append((part, student, teacher, Rows(*own, task.rows.ignore_index)))
         for block in _blocks(columns, shape[1]):
             self.operands.clear()
-            for part in parts:
-                student, teacher, targets, inv_temperature = self.cut[part]
-                own = Rows(targets, inv_temperature, whole.rows.ignore_index)
-                task = Task(own, whole.stats, whole.beta, whole.first + block.start, whole.kept)
-                yield part, block, self.logits(student, teacher, block), task
+            first = task.first + block.start
+            for part, student, teacher, own in parts:
+                yield part, block, self.logits(student, teacher, block), Task(own, task.stats, task.beta, first, task.kept)
 
     def logits(self, student: torch.Tensor, teacher: torch.Tensor | None, columns: slice) -> tuple[Tile, Tile | None]:
         """Both heads' tiles of these hidden states; one GEMM over the stacked rows where they are few and the head is shared."""
@@ -219,7 +217,7 @@ class Linear:
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
         """out = a @ b (out += a @ b), accumulated in float32 (float64) and rounded to out's dtype at the end."""
-        if on_gpu(a.device) and a.dtype != out.dtype:
+        if self.on_gpu and a.dtype != out.dtype:
             if add and addmm_into_float32(a.device.type):
                 torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
             elif add:
@@ -325,7 +323,7 @@ class Linear:
         """Whether a GPU's GEMM may cut the sums over the rows of so narrow a block among processors, and add them up in bfloat16:
         torch allows it by default, and only float32 results keep it from it.
         """
-        return on_gpu(self.student.device) and (span.stop - span.start) * self.head.weight.shape[1] < _UNSPLIT
+        return self.on_gpu and (span.stop - span.start) * self.head.weight.shape[1] < _UNSPLIT
 
     def _weight_sums(self, span: slice) -> torch.Tensor:
         return self.buffer("weight sums", span.stop - span.start, self.head.weight.shape[1], dtype=self.wide)

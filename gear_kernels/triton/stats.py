@@ -527,13 +527,13 @@ class _Plan:
 
     def launch(self, grid: tuple[int, int, int], arguments: tuple, shape: tuple[int, ...], tensors: tuple) -> None:
         """shape: every integer that Triton specialises on.  tensors: those of the arguments, None among them."""
-        compiled = self.compiled.get(shape)
-        if compiled is None or not _aligned(tensors):
+        compiled = self.compiled.get(shape) if _aligned(tensors) else None
+        if compiled is not None:
+            compiled[grid](*arguments, *self.constants)
+        else:
             compiled = self.kernel[grid](*arguments, **self.options)
             if _aligned(tensors):
                 self.compiled[shape] = compiled  # None from Triton's interpreter
-        else:
-            compiled[grid](*arguments, *self.constants)
 
 
 def _aligned(tensors: tuple) -> bool:
