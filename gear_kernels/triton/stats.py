@@ -194,6 +194,22 @@ def _bounded(d):
 # --- sweep ------------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _stored_rest(at, S, T, R, row, first, begin, end, WANT: tl.constexpr):
+    """The other four of a row's sums: the target's logit under both heads, this tile's added; rows outside, as they were."""
+    s_target = tl.zeros((), tl.float64)
+    t_target, s_outside, t_outside = s_target, s_target, s_target
+    if WANT & LOGPROBS:
+        col = tl.load(R.targets + row) - first
+        inside = (col >= begin) & (col < end)
+        s_target = tl.load(at + 8) + _logit(S, row, col, inside).to(tl.float64)
+        if WANT & TEACHER:
+            t_target = tl.load(at + 9) + _logit(T, row, col, inside).to(tl.float64)
+    if WANT & (REVERSE_KL | FORWARD_KL):
+        s_outside, t_outside = tl.load(at + 10), tl.load(at + 11)
+    return s_target, t_target, s_outside, t_outside
+
+
 @triton.jit(do_not_specialize=["first", "n"])
 def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row, split): adds columns [split * width, ...) of the tile to SUMS [splits, n, 12] float64.
@@ -211,17 +227,10 @@ def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr,
     begin = split * width
     end = tl.minimum(begin + width, columns)
     at = SUMS + (split.to(tl.int64) * n + row) * _SUMS
-    EARLY: tl.constexpr = (WANT & (TEACHER_ENTROPY | FORWARD_KL)) == 0  # with these, 16 registers more a thread spilled
+    EARLY: tl.constexpr = (WANT & (TEACHER_ENTROPY | FORWARD_KL)) == 0  # with them the registers do not suffice
     if EARLY:
         stored = _stored(at, None, (WANT & TEACHER) != 0)
-    if WANT & (REVERSE_KL | FORWARD_KL):
-        s_outside, t_outside = tl.load(at + 10), tl.load(at + 11)
-    if WANT & LOGPROBS:
-        col = tl.load(R.targets + row) - first
-        inside = (col >= begin) & (col < end)
-        s_target = tl.load(at + 8) + _logit(S, row, col, inside).to(tl.float64)
-        if WANT & TEACHER:
-            t_target = tl.load(at + 9) + _logit(T, row, col, inside).to(tl.float64)
+        rest = _stored_rest(at, S, T, R, row, first, begin, end, WANT)
     lanes = tl.arange(0, BLOCK)
     s_max = tl.full((), float("-inf"), tl.float32)
     t_max = tl.full((), float("-inf"), tl.float32)
@@ -233,13 +242,15 @@ def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr,
         cols = start + lanes
         mask = cols < end
         s = _logits(S, row, cols, mask)
-        if WANT & TEACHER:
+        if EARLY and (WANT & TEACHER):
             t = _logits(T, row, cols, mask)
         s_new = tl.maximum(s_max, tl.max(s, 0))
         s_ref = _reference_max(s_new)
         s_by = tl.where(s_max == float("-inf"), 0.0, (s_ref - s_max) * inv_t)
         t_by = s_by * 0.0
         if WANT & TEACHER:
+            if not EARLY:
+                t = _logits(T, row, cols, mask)
             t_new = tl.maximum(t_max, tl.max(t, 0))
             t_ref = _reference_max(t_new)
             t_by = tl.where(t_max == float("-inf"), 0.0, (t_ref - t_max) * inv_t)
@@ -283,6 +294,7 @@ def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr,
         t_firsts, t_crosses = tl.sum(t_first, 0), tl.sum(t_cross, 0)
     if not EARLY:
         stored = _stored(at, None, True)
+        rest = _stored_rest(at, S, T, R, row, first, begin, end, WANT)
     own = (
         _reference_max(s_max).to(tl.float64),
         s_zs.to(tl.float64),
@@ -298,12 +310,12 @@ def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr,
         if (i < 4) or (WANT & TEACHER):
             tl.store(at + i, joined[i])
     if WANT & (REVERSE_KL | FORWARD_KL):
-        tl.store(at + 10, s_outside + tl.max(outside & 1, 0).to(tl.float64))
-        tl.store(at + 11, t_outside + tl.max(outside >> 1, 0).to(tl.float64))
+        tl.store(at + 10, rest[2] + tl.max(outside & 1, 0).to(tl.float64))
+        tl.store(at + 11, rest[3] + tl.max(outside >> 1, 0).to(tl.float64))
     if WANT & LOGPROBS:
-        tl.store(at + 8, s_target)
+        tl.store(at + 8, rest[0])
         if WANT & TEACHER:
-            tl.store(at + 9, t_target)
+            tl.store(at + 9, rest[1])
 
 
 # --- finish -----------------------------------------------------------------------------------------------------------
