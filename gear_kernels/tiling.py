@@ -323,7 +323,8 @@ class Linear:
         """Whether a GPU's GEMM may cut the sums over the rows of so narrow a block among processors, and add them up in bfloat16:
         torch allows it by default, and only float32 results keep it from it.
         """
-        return self.on_gpu and (span.stop - span.start) * self.head.weight.shape[1] < _UNSPLIT
+        weight = self.head.weight
+        return self.on_gpu and weight.dtype != self.wide and (span.stop - span.start) * weight.shape[1] < _UNSPLIT
 
     def _weight_sums(self, span: slice) -> torch.Tensor:
         return self.buffer("weight sums", span.stop - span.start, self.head.weight.shape[1], dtype=self.wide)
