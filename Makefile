@@ -17,7 +17,7 @@ PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
 LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS) \
             $(if $(PORT),--master_port $(PORT))
 
-.PHONY: train test fuzz drills bench venv lint clean
+.PHONY: train test fuzz drills bench compile-matrix venv lint clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) $(ARGS)
 
@@ -37,6 +37,19 @@ drills: venv
 bench: venv
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --full --benchmark-json=build/benchmarks.json $(ARGS)
+
+# every kernel for every target: by the pinned Triton against the committed table, then by the oldest and the newest one, whose
+# spills are named; and the interpreter's kernels with numpy 1. Ten minutes on two cores; the versions go to build/
+TRITONS  := 3.6.0 3.9.0
+NUMPY    := 1.26.4
+compile-matrix: venv
+	$(BIN)/python -m benchmarks.compile_report --check
+	for v in $(TRITONS); do \
+		test -d build/triton-$$v || $(PIP) --target build/triton-$$v --no-deps triton==$$v || exit 1; \
+		$(BIN)/python -m benchmarks.compile_report --triton build/triton-$$v || exit 1; \
+	done
+	test -d build/numpy-$(NUMPY) || $(PIP) --target build/numpy-$(NUMPY) --no-deps numpy==$(NUMPY)
+	PYTHONPATH=build/numpy-$(NUMPY) $(BIN)/python -m pytest tests/test_stats.py -k "triton and (rising or half or subsets)"
 
 venv: $(BUILT)
 
