@@ -20,7 +20,8 @@ import triton.language as tl
 
 from ..methods import NORMALIZERS, RULES, SCAN_SEGMENTERS, Scan
 from ..reference import SILENT
-from .stats import INTERPRETED, Config
+from .candidates import TRIED, Config
+from .stats import INTERPRETED
 
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr
 _INTERPRETER = _constant(INTERPRETED)
@@ -487,8 +488,9 @@ def config(tokens: int, sequences: int, segmented: bool) -> Config:
         longest, least = 32768, 16
     else:
         longest, least = 512 if not segmented else 2048 if tokens > 16384 * sequences else 1024, 128
-    block = min(longest, max(least, triton.next_power_of_2(-(-tokens // max(sequences, 1)))))
-    return Config(block, 1 if INTERPRETED else max(1, block // _LANES[segmented]))
+    chosen = TRIED.get("scan") or Config(longest, 1 if INTERPRETED else longest // _LANES[segmented])
+    block = min(chosen.block, max(least, triton.next_power_of_2(-(-tokens // max(sequences, 1)))))
+    return Config(block, max(1, chosen.num_warps * block // chosen.block))
 
 
 def scan(rows: ScanRows, out: ScanOutputs, what: Scan, total: int) -> tuple[torch.Tensor, ...]:

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..backends import Task, Tile, needs_teacher
 from ..reference import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES
+from .candidates import CONFIGS, TRIED, Config
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr  # the compiler takes globals only as constexpr, the interpreter never
@@ -454,32 +455,25 @@ def _gradient_kernel(
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-class Config(NamedTuple):
-    """Columns a program holds at a time, and its warps."""
-
-    block: int
-    num_warps: int
-
-
 # Chosen by kernel and architecture; no autotuning at the first call. 2048 columns keep the sums of the default set at 8 lanes a
 # thread on NVIDIA; narrower rows take fewer warps, for the end of a tile costs each warp as much as 500 columns. Registers and
-# spills: benchmarks/results/compile_report.md. Not yet measured on a GPU.
-_CONFIGS: dict[tuple[str, str], Config] = {}
+# spills: benchmarks/results/compile_report.md. Not yet measured on a GPU; what is to be measured: candidates.py.
 _BLOCKS = {"sweep": 2048, "mixture": 2048, "gradient": 1024}  # columns; 2048 spilled in the gradient of float16 on sm_100
 _LANES = 256  # columns to a warp of 32
 _INTERPRETED = Config(32768, 1)  # there the cost is per tile operation, hardly per element
 
 
-def config(kernel: str, columns: int) -> Config:
-    """The table's entry, narrowed to the columns there are."""
+def config(kernel: str, columns: int, dtype: torch.dtype) -> Config:
+    """The table's entry for logits of this dtype, narrowed to the columns there are."""
     needed = max(16, triton.next_power_of_2(columns))
     if INTERPRETED:
         return _INTERPRETED._replace(block=min(_INTERPRETED.block, needed))
     target = triton.runtime.driver.active.get_current_target()
     lanes = _LANES * target.warp_size // 32
-    chosen = _CONFIGS.get((kernel, str(target.arch)), Config(_BLOCKS[kernel], _BLOCKS[kernel] // lanes))
+    default = Config(_BLOCKS[kernel], _BLOCKS[kernel] // lanes)
+    chosen = TRIED.get(kernel) or CONFIGS.get((kernel, str(target.arch), str(dtype).removeprefix("torch.")), default)
     block = min(chosen.block, needed)
-    return Config(block, max(1, min(chosen.num_warps, block // lanes)))
+    return Config(block, max(1, chosen.num_warps * block // chosen.block))
 
 
 def splits(rows: int, columns: int) -> int:
@@ -515,7 +509,7 @@ def _width(columns: int, count: int, block: int) -> int:
 def sweep(student: Tile, teacher: Tile | None, task: Task, sums: torch.Tensor) -> None:
     """Backend.sweep."""
     n, columns = student.z.shape
-    chosen, flags = config("sweep", columns), want(task.stats)
+    chosen, flags = config("sweep", columns, student.z.dtype), want(task.stats)
     if n:
         _sweep_kernel[(n, len(sums))](
             *(*_both(student, teacher), _row_data(task), *_table(sums), columns, _width(columns, len(sums), chosen.block)),
@@ -550,7 +544,7 @@ def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
 def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, shares: torch.Tensor) -> None:
     """Backend.mixture."""
     n, columns = student.z.shape
-    chosen = config("mixture", columns)
+    chosen = config("mixture", columns, student.z.dtype)
     if n:
         _mixture_kernel[(n, len(shares))](
             *(*_both(student, teacher), _row_data(task), state, *_table(shares), columns),
@@ -564,7 +558,7 @@ def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, share
 def gradient(student: Tile, teacher: Tile | None, task: Task, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor) -> None:
     """Backend.gradient."""
     n, columns = student.z.shape
-    chosen, flags = config("gradient", columns), want(task.stats)
+    chosen, flags = config("gradient", columns, student.z.dtype), want(task.stats)
     if n:
         _gradient_kernel[(n, triton.cdiv(columns, chosen.block))](
             *(*_both(student, teacher), _row_data(task), state, grads, _argument(Tile(dz)), columns, task.beta),
