@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,20 +20,17 @@ def timed(calls: Callable | Sequence[Callable], setting: Setting, seconds: float
 
     calls: one, or the same work on other memory to take turns with, so that none finds its inputs in the L2 cache. Below a
     millisecond the device replays a CUDA graph of 20 to 50 calls; above, events stand around single calls that are enqueued while
-    the device is still busy, so that neither holds the host's start. At least three rounds, until `rounds` or `seconds` are spent.
+    the device is still busy: neither holds the host's start. At least three rounds, until `rounds` or `seconds` are spent.
     """
     calls = (calls,) if callable(calls) else tuple(calls)
     for _ in range(setting.pick(3, 1)):
         for call in calls:
             call()
-    clock, single = setting.pick("filler", "wall"), functools.partial(_in_turn, calls, setting)
-    times = None
+    clock, times = setting.pick("filler", "wall"), _in_turn(calls, setting, seconds, 3)
     if not setting.self_test:
-        first = min(single(seconds, 3))
-        if first < SMALL_MS:
-            clock, times = _by_graph(calls, first, seconds, rounds)
-    times = times or single(seconds, setting.pick(rounds, 3))
-    return {**spread(times), "host_us": host_us(calls[0], setting, rounds=3 if times[0] > 5 else 10), "clock": clock}
+        clock, graphed = _by_graph(calls, min(times), seconds, rounds) if min(times) < SMALL_MS else (clock, None)
+        times = graphed or times + _in_turn(calls, setting, seconds, rounds - 3)
+    return {**spread(times), "host_us": host_us(calls[0], setting, rounds=3 if min(times) > 5 else 10), "clock": clock}
 
 
 def _in_turn(calls: Sequence[Callable], setting: Setting, seconds: float, rounds: int) -> list[float]:
