@@ -26,7 +26,7 @@ def timed(calls: Callable | Sequence[Callable], setting: Setting, seconds: float
     for _ in range(setting.pick(3, 1)):
         for call in calls:
             call()
-    clock, times = setting.pick("filler", "wall"), _in_turn(calls, setting, seconds, 3)
+    clock, times = "wall" if setting.self_test else "filler", _in_turn(calls, setting, seconds, 3)
     if not setting.self_test:
         clock, graphed = _by_graph(calls, min(times), seconds, rounds) if min(times) < SMALL_MS else (clock, None)
         times = graphed or times + _in_turn(calls, setting, seconds, rounds - 3)
