@@ -28,10 +28,10 @@ SUBSETS = (("logprobs", "entropy"), DEFAULT, ("reverse_kl",), ("forward_kl",), (
 
 
 def correctness_items(setting: Setting) -> list[Item]:
-    """Every kernel, on shapes and inputs that have broken kernels; of all kinds in turn, so that no kind is last and cut."""
-    kinds = (credit_items, _shape_items, linear_items, _edge_items, _graph_items)
-    turns = itertools.zip_longest(*(make(setting) for make in kinds))
-    return [item for turn in turns for item in turn if item]
+    """Every kernel, on shapes and inputs that have broken kernels; all kinds spread evenly, so that none is last and cut."""
+    kinds = [make(setting) for make in (credit_items, _shape_items, linear_items, _edge_items, _graph_items)]
+    places = [((i + 0.5) / len(kind), item) for kind in kinds for i, item in enumerate(kind)]
+    return [item for _, item in sorted(places, key=lambda place: place[0])]
 
 
 def _shape_items(setting: Setting) -> list[Item]:

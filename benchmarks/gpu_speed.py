@@ -85,8 +85,8 @@ def _read_ceiling(setting: Setting) -> dict:
     return {**found, "gb_s": size * MIB / found["ms"] / 1e6}
 
 
-def _gemm_ceiling(setting: Setting, product: Product, count: int = 10) -> dict:
-    """Ten products in turns of three sets of operands and results, as tiles follow each other; ms is one product's."""
+def _gemm_ceiling(setting: Setting, product: Product, count: int = 12) -> dict:
+    """Twelve products in turns of three sets of operands and results, as tiles follow each other; ms is one product's."""
     rows, inner, columns = (setting.pick(size, 64) for size in (product.rows, product.inner, product.columns))
     sets = []
     for _ in range(3):

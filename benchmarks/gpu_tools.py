@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import os
 import re
 import shutil
 import statistics
@@ -83,11 +84,9 @@ def _run(tool: str, *options: str, what: str, caching: bool = True) -> subproces
     path = shutil.which(tool) or next((str(p) for f in _FOLDERS for p in Path("/").glob(f"{f[1:]}/{tool}")), None)
     if path is None:
         raise Skip(f"{tool} is not installed")
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if not caching else {}
+    environment = os.environ if caching else {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [path, *options, sys.executable, "-m", "benchmarks.gpu_tools", what]
-    done = subprocess.run(
-        ["env", *(f"{k}={v}" for k, v in environment.items()), *command], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
     refused = [line.strip() for line in output.splitlines() if any(word in line for word in _REFUSED)]
     if refused:
