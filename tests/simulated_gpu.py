@@ -1,4 +1,4 @@
-"""A GPU on two clocks, for instruments: the host takes time to launch, the device runs what is launched in order and no earlier."""
+"""A GPU on two clocks, for instruments: the host needs time to launch, the device runs launches in order and no earlier."""
 
 import contextlib
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import torch
 
 
 class SimulatedGpu:
-    """Microseconds. host: the host's clock.  free: when the device will be idle.  captured: the nodes of a graph that is recorded.
+    """Microseconds. host: the host's clock.  free: when the device will be idle.  captured: nodes of a graph being recorded.
 
     `install` puts it under torch.cuda's events, graphs, streams and `_sleep`, and under a module's `time.perf_counter`.
     """

@@ -210,42 +210,49 @@ class Tiny(Setting):
         return tiny
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """(a setting "on CUDA" whose tensors are on the CPU, its simulated device, pairs of logits that each kernel was given)"""
-    gpu, pairs = SimulatedGpu().install(monkeypatch, gpu_timing), set()
+@pytest.fixture(scope="module")
+def tuned():
+    """Of each item of blocks and scan: (phase, outcome, pairs of logits that its kernel was given, candidates that stood)."""
+    found, pairs, stood = [], set(), set()
 
     def kernel(student, teacher, *rest):
         pairs.add((student.z, teacher.z))
+        stood.update(candidates.TRIED.items())
         gpu.launch(8.0, 50.0)
 
+    def scan(self, *rest):
+        stood.update(candidates.TRIED.items())
+        gpu.launch(40.0, 200.0)
+
     serving = replace(backends.BACKENDS["reference"], **dict.fromkeys(gpu_tune.KERNELS, kernel))
-    monkeypatch.setitem(backends.BACKENDS, "reference", serving)
-    monkeypatch.setattr(backends, "choose", lambda device, dtype: "reference")
-    monkeypatch.setattr(Pack, "credit", lambda self, *rest: gpu.launch(40.0, 200.0))
-    with OnCpu(), measure.one_thread():
-        yield Tiny("cuda"), gpu, pairs
+    with pytest.MonkeyPatch.context() as patch, OnCpu(), measure.one_thread():
+        gpu = SimulatedGpu().install(patch, gpu_timing)
+        patch.setitem(backends.BACKENDS, "reference", serving)
+        patch.setattr(backends, "choose", lambda device, dtype: "reference")
+        patch.setattr(Pack, "credit", scan)
+        for phase in ("blocks", "scan"):
+            for line in work(report.PHASES[phase].items(Tiny("cuda")), Tiny("cuda")):
+                if "begin" in line:
+                    pairs.clear(), stood.clear()
+                else:
+                    found.append((phase, line, set(pairs), set(stood)))
+    return found
 
 
-def test_R1_blocks_and_scans_are_timed_by_graphs(tiny):
-    setting = tiny[0]
-    for phase, us in (("blocks", 8.0), ("scan", 40.0)):
-        found = [line for line in work(report.PHASES[phase].items(setting), setting) if "status" in line]
-        assert found and all(line["status"] == "passed" for line in found), found
-        assert {line["figures"]["clock"].split()[0] for line in found} == {"graph"}
-        assert all(line["figures"]["ms"] == pytest.approx(us / 1e3) for line in found)
+def test_R1_blocks_and_scans_are_timed_by_graphs(tuned):
+    for phase, line, _, _ in tuned:
+        assert line["status"] == "passed" and line["figures"]["clock"].startswith("graph of "), line
+        assert line["figures"]["ms"] == pytest.approx({"blocks": 0.008, "scan": 0.04}[phase])
+        assert line["figures"]["host_us"] == pytest.approx({"blocks": 50.0, "scan": 200.0}[phase])
 
 
 # --- R4: what is tuned, in which order, on what --------------------------------------------------------------------------------
 
 
-def test_R4_student_and_teacher_are_two_tensors(tiny):
-    setting, _, pairs = tiny
-    for item in gpu_tune.block_items(setting):
-        pairs.clear()
-        item.run()
+def test_R4_student_and_teacher_are_two_tensors(tuned):
+    for line, pairs in ((line, pairs) for phase, line, pairs, _ in tuned if phase == "blocks"):
         ((student, teacher),) = pairs
-        assert student.untyped_storage().data_ptr() != teacher.untyped_storage().data_ptr(), item.name
+        assert student.untyped_storage().data_ptr() != teacher.untyped_storage().data_ptr(), line["name"]
         assert (student - teacher).abs().max() > 0.1
 
 
@@ -263,13 +270,12 @@ def test_R4_every_candidate_is_tried_tiles_first():
     assert places == sorted(places, key=["tile", "logits"].index)
 
 
-def test_R4_candidates_stand_while_they_are_timed(tiny, monkeypatch):
-    setting, seen = tiny[0], []
-    monkeypatch.setattr(gpu_tune, "timed", lambda call, setting, **more: seen.append(dict(candidates.TRIED)) or {"ms": 1.0})
-    for item in gpu_tune.block_items(setting):
-        item.run()
-    configs = [config for kernel in gpu_tune.KERNELS for config in candidates.STATS_CANDIDATES["90"][kernel]]
-    assert [one for tried in seen for one in tried.values()] == configs and not candidates.TRIED
+def test_R4_candidates_stand_while_they_are_timed(tuned):
+    for _, line, _, stood in tuned:
+        ((kernel, config),) = stood
+        kinds = line["name"].split(", ")
+        assert kernel == kinds[0] and f"{config.block}/{config.num_warps}" == kinds[-1]
+    assert {phase for phase, *_ in tuned} == {"blocks", "scan"} and not candidates.TRIED
 
 
 def test_R4_ceilings_are_the_products_of_the_operators(monkeypatch):
