@@ -41,15 +41,16 @@ class Tile(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is asked of a tile: its rows, the statistics wanted, the mixture's beta, the tile's first column in the vocabulary."""
+    """What is asked of a tile: its rows, the statistics wanted, the mixture's beta, the tile's first column in the vocabulary.
+
+    kept: what a back end works out once for all tiles of a call; None where there is but one tile.
+    """
 
     rows: Rows
     stats: tuple[str, ...]
     beta: float = 0.5
     first: int = 0
-
-    def at(self, rows: slice, first: int) -> Task:
-        return self._replace(rows=self.rows.part(rows), first=first)
+    kept: dict | None = None
 
 
 @dataclass(frozen=True)

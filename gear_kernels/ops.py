@@ -173,7 +173,7 @@ def _linear(saved: Sequence[Tensor | None], stats: tuple[str, ...], numbers: Num
         options = (numbers.teacher_softcap or None, numbers.teacher_scale or None)
         own = tiling.HeadPart(teacher_weight, teacher_bias, *options, columns)
     rows = tiling.rows_of(targets, inv_temperature, int(numbers.ignore_index), _vocabulary(weight, numbers, group))
-    task = Task(rows, stats, numbers.jsd_beta, first)
+    task = Task(rows, stats, numbers.jsd_beta, first, {})
     return tiling.Linear(student, teacher, head, own, task, backend, group, int(numbers.workspace_bytes))
 
 
