@@ -36,7 +36,7 @@ def _paths(setting: Setting) -> dict:
     if setting.self_test:
         return found
     assert found["backend"] == "triton", f"{found['backend']} serves {device}; gear_kernels.show() says why"
-    return {**found, "addmm": "in one call" if tiling._addmm_into_float32(device.type) else "product, then sum: slower, 128 MiB"}
+    return {**found, "addmm": "in one call" if tiling.addmm_into_float32(device.type) else "product, then sum: slower, 128 MiB"}
 
 
 def _scan(setting: Setting) -> dict:
