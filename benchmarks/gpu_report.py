@@ -89,8 +89,8 @@ def _output(*command: str) -> str:
 # --- phases -----------------------------------------------------------------------------------------------------------------
 
 PHASES: dict[str, Phase] = {
-    "machine": Phase(machine_items, 120),  # a cold start of torch and CUDA alone can take a minute
-    "smoke": Phase(smoke_items, 60, strict=True, vital=True),
+    "machine": Phase(machine_items, 120, own=True),  # a cold start of torch and CUDA alone can take a minute
+    "smoke": Phase(smoke_items, 150, own=True, strict=True, vital=True),
     "card": Phase(card_items, 25),
     "ceilings": Phase(ceiling_items, 40),
     "headline": Phase(headline_items, 90),
@@ -124,12 +124,9 @@ _RESERVE = 10  # seconds of a budget for the files at its end
 
 
 def shares(phases: Sequence[str], left: float) -> float:
-    """Seconds for the first of these phases when so many are left for all; what it does not use goes to the others.
-
-    The machine's limit is its own: it nearly always needs a tenth of it.
-    """
+    """Seconds for the first of these phases when so many are left for all; what it does not use goes to the others."""
     limits = [PHASES[name].seconds for name in phases]
-    return max(1.0, min(left, limits[0]) if phases[0] == "machine" else left * limits[0] / sum(limits))
+    return max(1.0, min(left, limits[0]) if PHASES[phases[0]].own else left * limits[0] / sum(limits))
 
 
 def run(setting: Setting, plan: Plan, folder: Path, name: str = "", tell: Callable[[str], None] = say) -> dict:

@@ -33,12 +33,14 @@ Note = Callable[[dict], None]  # takes an outcome as soon as it is there
 class Phase:
     """items: made without touching the device.  seconds: its share of the report, and its limit where no budget is given.
 
+    own: these seconds are its limit whatever the budget: it starts on a cold machine, and needs a tenth of them on a warm one.
     workers: processes side by side, for what needs no quiet device.  strict: an item that was not reached is a failure.
     vital: after a failure the rest of the report would mean nothing.
     """
 
     items: Callable[[Setting], list[Item]]
     seconds: int
+    own: bool = False
     workers: int = 1
     strict: bool = False
     vital: bool = False
@@ -137,7 +139,8 @@ class _Strand:
     def run(self, part: Part) -> None:
         while True:
             with tempfile.TemporaryFile("w+") as errors:
-                worker = _Worker(command(self.name, self.setting, part._replace(done=len(self.items))), self.setting, errors)
+                starts = command(self.name, self.setting, part._replace(done=len(self.items)))
+                worker = _Worker(starts, environment(self.setting, self.phase.workers), errors)
                 running = self._follow(worker)
                 late, code = time.perf_counter() >= self.deadline, worker.process.returncode
                 if running is not None:
@@ -179,12 +182,17 @@ def command(phase: str, setting: Setting, part: Part) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu_report", *options]
 
 
+def environment(setting: Setting, workers: int) -> dict[str, str]:
+    """Of a worker: the peers' wheels on its path, and its share of the processors, lest threads wait for each other."""
+    paths = filter(None, (setting.wheels, os.environ.get("PYTHONPATH")))
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    return found | ({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))} if workers > 1 else {})
+
+
 class _Worker:
     """A process and its lines; killed once `until` has passed, which its reader moves on with every line."""
 
-    def __init__(self, command: Sequence[str], setting: Setting, errors):
-        paths = filter(None, (setting.wheels, os.environ.get("PYTHONPATH")))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    def __init__(self, command: Sequence[str], environment: dict[str, str], errors):
         pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
         self.until, self.overdue = float("inf"), False
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)

@@ -127,7 +127,11 @@ def headline_items(setting: Setting) -> list[Item]:
 
 def _ours_items(setting: Setting, label: str, names: tuple[str, ...], suffix: str = "") -> list[Item]:
     return [
-        Item(f"hidden bfloat16, {OURS}, {label}, {passes}{suffix}", lambda p=passes: ours_hidden(setting, names, label, p))
+        Item(
+            f"hidden bfloat16, {OURS}, {label}, {passes}{suffix}",
+            lambda p=passes: ours_hidden(setting, names, label, p),
+            seconds=40,
+        )
         for passes in PASSES
     ]
 
@@ -213,9 +217,8 @@ def _bare_trl() -> None:
 def _peer_item(setting: Setting, peer: Peer, kind: str, dtype: torch.dtype, passes: str, label: str = "") -> Item:
     """label: what the outputs are called, where they are not the default."""
     name = f"{label or f'{kind} {plain(dtype)}'}, {peer.name} ({'+'.join(peer.gives)}), {passes}"
-    limit = {"seconds": 60.0} if peer.compiles else {}
     run = functools.partial(_peer, setting, peer, kind, dtype, passes, label or "default")
-    return Item(name, run, peer=peer.name != OURS, **limit)
+    return Item(name, run, seconds=90 if peer.compiles else 40, peer=peer.name != OURS)
 
 
 def head_case(setting: Setting) -> Case:
