@@ -217,6 +217,13 @@ def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in NATIVE_DTYPES else f"it computes in float32, so {dtype} is left to the reference"
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a tensor's device the current one inside: Triton launches there and torch on the tensor's own, and the two differ
+    where a model lies on several GPUs of one process.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _triton(function: str) -> Callable:
     return lambda *arguments: getattr(_load_triton()[0], function)(*arguments)  # triton is imported at the first call
 
