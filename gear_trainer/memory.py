@@ -7,7 +7,7 @@ model's own code on meta tensors (`meter`). All in bytes. Rows that are allowanc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from gear_kernels import tiling
 from gear_trainer.config import Config, ConfigError
 from gear_trainer.distill import make_distillation
 from gear_trainer.meter import Passes, passes
-from gear_trainer.model import deepspeed_config, known_config
+from gear_trainer.model import choose_accelerator, deepspeed_config, known_config
 from gear_trainer.preflight import kv_bytes
 from gear_trainer.teacher import has_own_weights
 
@@ -48,7 +48,7 @@ class Card(NamedTuple):
     assumed: bool = False  # nobody named it: a plan that does not fit is a warning
 
 
-ASSUMED = 80
+ASSUMED = 80  # GB of the card of a configuration that is meant for GPUs, where none is
 
 
 def card(cfg: Config, sold_as: float | None = None) -> Card:
@@ -183,8 +183,7 @@ class _Rank:
     """One configuration on one card: each method is a group of rows, or a moment made of them."""
 
     def __init__(self, planner: Planner, cfg: Config, card: Card):
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else its import looks for one, and says so
+        choose_accelerator()
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         made = deepspeed_config(cfg)
@@ -495,17 +494,18 @@ def table(plan: Plan) -> Any:
     from rich.table import Table
 
     unit, name = (GIB, "GiB") if max(map(plan.total, PHASES)) > 4 * GIB else (MIB, "MiB")
-    number: Callable[[float], str] = lambda x: f"{x / unit:.2f}" if unit == GIB else f"{x / unit:,.0f}"  # noqa: E731
+    digits = ".2f" if unit == GIB else ",.0f"
     made = Table(title=f"memory, {name} a rank, of {plan.card.name}", title_justify="left", box=None, pad_edge=False)
     made.add_column("at the heaviest moment of")
     for phase in PHASES:
         made.add_column(phase, justify="right")
     rows = dict.fromkeys(row for phase in PHASES for row in plan.phases[phase])
     for row in sorted(rows, key=_order):
-        made.add_row(row, *(number(plan.phases[p][row]) if row in plan.phases[p] else "·" for p in PHASES))
+        sizes = (plan.phases[p].get(row) for p in PHASES)
+        made.add_row(row, *("·" if size is None else f"{size / unit:{digits}}" for size in sizes))
     made.add_section()
-    made.add_row("together", *(number(plan.total(p)) for p in PHASES), style="bold")
-    made.add_row("left", *(number(plan.card.total - plan.total(p)) for p in PHASES))
+    made.add_row("together", *(f"{plan.total(p) / unit:{digits}}" for p in PHASES), style="bold")
+    made.add_row("left", *(f"{(plan.card.total - plan.total(p)) / unit:{digits}}" for p in PHASES))
     made.add_row("which is", *(plan.moments[p] for p in PHASES), style="dim")
     return made
 

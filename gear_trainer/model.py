@@ -184,6 +184,12 @@ def _logit_scale(config: Any) -> float | None:
     return None
 
 
+def choose_accelerator() -> None:
+    """Tell DeepSpeed that there is no GPU, before its first import: left alone it looks for one, and says so."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def deepspeed_config(cfg: Config) -> dict[str, Any]:
     """The DeepSpeed configuration that this run means; `deepspeed:` of the config file is merged over it."""
     t = cfg.train

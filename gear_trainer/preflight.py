@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gear_trainer.config import Config, ConfigError
-from gear_trainer.model import deepspeed_config, model_sizes
+from gear_trainer.model import choose_accelerator, deepspeed_config, model_sizes
 from gear_trainer.user_code import said
 
 PORT = 29500  # the launchers' own, where none is named
@@ -136,10 +136,7 @@ def engine_arguments() -> set[str]:
 
 def check_deepspeed(cfg: Config) -> None:
     """Hand the merged configuration to DeepSpeed's own validation, and refuse keys that it never looks at. Raises ConfigError."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     from deepspeed.runtime.config import DeepSpeedConfig
 
     asked = _Asked(deepspeed_config(cfg))

@@ -128,15 +128,13 @@ def _train(cfg: Config, resume: bool) -> int:
 
 
 def _set_environment() -> None:
-    import torch
-
+    from gear_trainer.model import choose_accelerator
     from gear_trainer.rollout.vllm_colocated import set_environment, take_device
 
     set_environment()
     take_device()
+    choose_accelerator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, resume: bool):

@@ -191,7 +191,7 @@ def test_gradcheck_in_float64(name, compute):
     assert torch.autograd.gradcheck(value, (free,))
 
 
-FUZZ_CALLS = {"native": 1000, "reference": 750, "triton": 250}  # 2,000 calls of each operator in all
+FUZZ_CALLS = {"native": 1000, "reference": 750, "triton": 250}  # 2,000 calls of each operator in all; see fuzzing.often
 
 
 @st.composite
