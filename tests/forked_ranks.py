@@ -71,14 +71,15 @@ class Server:
     def start(self, log, *argv, patch=None, ranks=2, **environment):
         """Fork a run of the trainer; `patch`: `module:function` of tests/, called in every rank before it starts."""
         order = {"argv": ["--config", DEMO, *argv], "log": str(log), "patch": patch, "ranks": ranks, "environment": environment}
-        return Ranks(self, self.ask({**order, "port": _free_port()}), log)
+        return Ranks(self, self.ask({**order, "port": free_port()}), log)
 
     def close(self):
         self.process.stdin.close()
         self.process.wait(60)
 
 
-def _free_port():
+def free_port():
+    """A port that nobody listens on, for the ranks of a run to meet at."""
     with socket.create_server(("", 0)) as taken:
         return taken.getsockname()[1]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked_ranks import DEMO, ROOT
+from forked_ranks import DEMO, ROOT, free_port
 
 from gear_trainer.checkpoint import MANIFEST
 from gear_trainer.metrics import read_metrics
@@ -387,7 +387,8 @@ def test_D5_an_error_on_a_rank_other_than_0_is_shown(drill):
 
 
 def test_D16_sigterm_to_the_launcher_alone(drill):
-    program = [Path(sys.executable).with_name("deepspeed"), "--log_level", "error", "--num_gpus", "2", "--master_port", "29639"]
+    program = [Path(sys.executable).with_name("deepspeed"), "--log_level", "error", "--num_gpus", "2"]
+    program += ["--master_port", str(free_port())]
     arguments = ["--config", DEMO, f"name={drill.name}", f"output_dir={drill.out}", *SMALL, "train.steps=5000"]
     log = (drill.out / "launcher.log").open("w")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}

@@ -13,21 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_openai import fake_openai
+from forked_ranks import DEMO, ROOT, free_port
 
 from benchmarks import split
 from gear_trainer.metrics import read_metrics
 from gear_trainer.records import read_records, recorded_steps
 
-ROOT = Path(__file__).parents[1]
-DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29533"]
-
-
 def _launch(name, out, *more):
-    command = [*DEEPSPEED, "gear_trainer/run.py", "--config", DEMO, f"name={name}", f"output_dir={out}", *more]
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [*deepspeed, "gear_trainer/run.py", "--config", DEMO, f"name={name}", f"output_dir={out}", *more]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as a user types it
     log = (out / f"{name}.log").open("a")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
