@@ -21,7 +21,7 @@ LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed
 # Importing vLLM takes 30 s where no bytecode is kept, 16 s with it; every rank does, and so do the processes of tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test fuzz drills bench venv lint clean
+.PHONY: train test fuzz drills bench compile-matrix venv lint clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) world_size=$(RANKS) $(ARGS)
 
@@ -41,6 +41,19 @@ drills: venv
 bench: venv
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --full --benchmark-json=build/benchmarks.json $(ARGS)
+
+# every kernel for every target: by the pinned Triton against the committed table, then by the oldest and the newest one, whose
+# spills are named; and the interpreter's kernels with numpy 1. Ten minutes on two cores; the versions go to build/
+TRITONS  := 3.6.0 3.9.0
+NUMPY    := 1.26.4
+compile-matrix: venv
+	$(BIN)/python -m benchmarks.compile_report --check
+	for v in $(TRITONS); do \
+		test -d build/triton-$$v || $(PIP) --target build/triton-$$v --no-deps triton==$$v || exit 1; \
+		$(BIN)/python -m benchmarks.compile_report --triton build/triton-$$v || exit 1; \
+	done
+	test -d build/numpy-$(NUMPY) || $(PIP) --target build/numpy-$(NUMPY) --no-deps numpy==$(NUMPY)
+	PYTHONPATH=build/numpy-$(NUMPY) $(BIN)/python -m pytest tests/test_stats.py -k "triton and (rising or half or subsets)"
 
 venv: $(BUILT)
 

@@ -2,7 +2,10 @@
 
 Writes compile_report.json and compile_report.md: registers, spills, shared memory and the widest global load and store of each
 specialisation on each target. --check compiles again, compares with the JSON and exits with 1 on any spill, shared memory over
-the target's limit, missing row, growth of registers or shared memory, or narrower load or store.
+the target's limit, missing row, growth of registers or shared memory, or narrower load or store; and, compiling nothing for it,
+on a table that was written from other kernels than the tree's, so that a few cases (--only) guard all of them. --triton DIR does
+it with the Triton of that folder (`pip install --target DIR --no-deps triton==...`) and names what spills there; the Makefile's
+compile-matrix is all versions.
 
 Kernels are compiled through the package's own launchers, called with meta tensors: nothing here repeats an argument list or a
 block size. A target has its own process, because a fatal back-end error ends it. Never run with TRITON_INTERPRET=1.
@@ -13,7 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -22,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +54,11 @@ TARGETS: dict[str, tuple[tuple[str, int | str, int], int]] = {
     "gfx942": (("hip", "gfx942", 64), 64 * _KIB),
 }
 _PROCESSES = 2  # a compile keeps one core busy
+# A case of each kind of statistics, logits and scan, for every test run: 17 of a target's 121 kernels.
+FEW = (
+    "^(default, (float32|bfloat16), V=151936|all seven, bfloat16, V=151936|student only, float32, V=512, dz bfloat16|"
+    "default, float32, V=32003|jsd, float32, V=32003|masked|gear|gear, quantile, masked|rlsd, masked|high_entropy)$"
+)
 
 
 @dataclass(frozen=True)
@@ -379,11 +390,14 @@ def _width(accesses: list[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """only: a regular expression for the names of cases.  config: block and warps in place of the package's table."""
+    """only: a regular expression for the names of cases.  config: block and warps in place of the package's table.  triton: the
+    folder of another version than the installed one.
+    """
 
     targets: tuple[str, ...] = tuple(TARGETS)
     only: str = ""
     config: tuple[int, int] | None = None
+    triton: Path | None = None
 
     @property
     def partial(self) -> bool:
@@ -408,6 +422,8 @@ def _compile(target: str, options: Options, progress: Progress, task: Any) -> tu
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as cache:
         # a fresh cache: a compile that failed with a mere message must not be answered from an old one
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        if options.triton:
+            environment["PYTHONPATH"] = os.pathsep.join([str(options.triton.resolve()), os.environ.get("PYTHONPATH", "")])
         pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
         with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
             for line in process.stdout:
@@ -461,14 +477,43 @@ def check(rows: list[Row], path: Path, options: Options) -> list[str]:
     """All offenders against the committed table. Figures are compared only between tables of one Triton version."""
     table = json.loads(path.read_text())
     committed = [Row(**row) for row in table["rows"]]
+    return stale(table) + _compared(rows, committed, table["triton"] == _triton_version(), options)
+
+
+def stale(table: dict) -> list[str]:
+    """A line where the table is of other kernels or cases, which is seen without a compiler."""
+    mend = "the kernels or cases are not those of the committed table; write it anew: python -m benchmarks.compile_report"
+    return [] if table.get("kernels") == fingerprint() else [mend]
+
+
+def fingerprint() -> str:
+    """Of the kernels and what launches them, comments and docstrings left out, and of the cases; the same in every Python."""
+    paths = sorted((ROOT / "gear_kernels" / "triton").glob("*.py"))
+    code = [piece for path in paths for piece in _code(path)]
+    cases = [launch.case for family in FAMILIES for launch in family.launches(importlib.import_module(family.module))]
+    return hashlib.sha256("".join([*code, *cases]).encode()).hexdigest()[:16]
+
+
+def _code(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    starts = (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE, tokenize.ENCODING)
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        docstring = token.type == tokenize.STRING and before.type in starts and after.type == tokenize.NEWLINE
+        if not docstring:
+            yield token.string or tokenize.tok_name[token.type]
+
+
+def _compared(rows: list[Row], committed: list[Row], grown: bool, options: Options) -> list[str]:
     committed = [row for row in committed if row.target in options.targets and re.search(options.only, row.case)]
-    return faults(rows) + regressions(rows, committed, table["triton"] == _triton_version())
+    return faults(rows) + regressions(rows, committed, grown)
 
 
-def _triton_version() -> str:
-    import triton
-
-    return triton.__version__
+def _triton_version(folder: Path | None = None) -> str:
+    """Of the installed Triton, or of the one in a folder."""
+    if folder is None:
+        return importlib.metadata.version("triton")
+    return next(one.version for one in importlib.metadata.distributions(path=[str(folder)]) if one.name == "triton")
 
 
 # --- entry point ---------------------------------------------------------------------------------------------------------------
@@ -511,14 +556,26 @@ def write(rows: list[Row], folder: Path) -> None:
     version = _triton_version()
     body = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TABLE).write_text(f'{{\n "triton": {json.dumps(version)},\n "rows": [\n{body}\n ]\n}}\n')
+    head = f'{{\n "triton": {json.dumps(version)},\n "kernels": {json.dumps(fingerprint())},\n "rows": [\n'
+    (folder / TABLE).write_text(f"{head}{body}\n ]\n}}\n")
     (folder / TABLE).with_suffix(".md").write_text(markdown(rows, version))
 
 
 def run(options: Options, folder: Path, checking: bool, console: Console) -> int:
-    """Compile, then check or write; the exit code. A partial table is printed, never written."""
+    """Compile, then check or write; the exit code. A partial table is printed, never written. Another Triton's spills are named,
+    and its failures alone count.
+    """
     start = time.perf_counter()
     rows, lines = compile_all(options, console)
+    if options.triton:
+        found = [*lines, *faults(rows)]
+        for line in found:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        version = _triton_version(options.triton)
+        console.print(
+            f"Triton {version}: {len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s, {len(found)} lines above"
+        )
+        return 1 if lines else 0
     lines += check(rows, folder / TABLE, options) if checking else faults(rows)
     if options.partial and not checking:
         console.print(markdown(rows, _triton_version()), markup=False)
@@ -538,6 +595,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; a partial table is printed, not written")
     parser.add_argument("--only", default="", help="a regular expression for names of cases; likewise")
     parser.add_argument("--config", help="BLOCK,WARPS to try in place of the package's own table; likewise")
+    parser.add_argument("--triton", type=Path, metavar="DIR", help="a folder with another Triton; nothing is compared or written")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the folder of the table")
     parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -547,7 +605,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.worker:
         worker(given.worker, given.only, config)
         return 0
-    options = Options(tuple(given.targets.split(",")), given.only, config)
+    options = Options(tuple(given.targets.split(",")), given.only, config, given.triton)
     return run(options, given.output, given.check, Console(width=None if sys.stdout.isatty() else 200))
 
 

@@ -225,8 +225,7 @@ def tune_items(setting: Setting) -> list[Item]:
 
 
 def _tune_kernel(setting: Setting, kernel: str, shape: tuple, block: int, warps: int) -> dict:
-    import triton
-
+    from gear_kernels.triton import candidates
     from gear_kernels.triton import stats as kernels
 
     n, columns, dtype = shape
@@ -242,14 +241,8 @@ def _tune_kernel(setting: Setting, kernel: str, shape: tuple, block: int, warps:
         "mixture": lambda: kernels.mixture(tile, tile, task, state, torch.zeros_like(sums[..., :2])),
     }
     dz = torch.empty(n, columns, dtype=BF16, device=setting.device)
-    key = (kernel, str(triton.runtime.driver.active.get_current_target().arch))
-    before = dict(kernels._CONFIGS)
-    kernels._CONFIGS[key] = kernels.Config(block, warps)
-    try:
+    with candidates.trying(kernel, candidates.Config(block, warps)):
         times = timed_ms(calls[kernel], setting, seconds=0.5)
-    finally:
-        kernels._CONFIGS.clear()
-        kernels._CONFIGS.update(before)
     return {**spread(times), "gb_s": 2 * student.numel() * student.element_size() / statistics.median(times) / 1e6}
 
 

@@ -41,15 +41,16 @@ class Tile(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is asked of a tile: its rows, the statistics wanted, the mixture's beta, the tile's first column in the vocabulary."""
+    """What is asked of a tile: its rows, the statistics wanted, the mixture's beta, the tile's first column in the vocabulary.
+
+    kept: what a back end works out once for all tiles of a call; None where there is but one tile.
+    """
 
     rows: Rows
     stats: tuple[str, ...]
     beta: float = 0.5
     first: int = 0
-
-    def at(self, rows: slice, first: int) -> Task:
-        return self._replace(rows=self.rows.part(rows), first=first)
+    kept: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,13 @@ def _triton_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"it runs on CUDA and ROCm devices, not on {device.type}"
     return None if dtype in NATIVE_DTYPES else f"it computes in float32, so {dtype} is left to the reference"
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a tensor's device the current one inside: Triton launches there and torch on the tensor's own, and the two differ
+    where a model lies on several GPUs of one process.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _triton(function: str) -> Callable:

@@ -197,7 +197,8 @@ def _triton_scan(pack: Pack, scan: Scan) -> Credit:
         *(pack.row("signal"), second, pack.advantages.detach().to(pack.dtype).contiguous()),
         *(pack.mask, pack.rows["turn_ids"], pack.cu_seqlens, level),
     )
-    diagnostics = module.scan(rows, module.ScanOutputs(*floats, ids, onsets, tallies), scan, pack.total)
+    with backends.on_device(pack.device):
+        diagnostics = module.scan(rows, module.ScanOutputs(*floats, ids, onsets, tallies), scan, pack.total)
     return Credit(*floats, ids, onsets, dict(zip(DIAGNOSTICS, diagnostics, strict=True)))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import parallel, tiling
-from .backends import BACKENDS, Task, _wide, needs_teacher
+from .backends import BACKENDS, Task, _wide, needs_teacher, on_device
 from .errors import bad_input
 from .reference import GRADIENT_NAMES, STAT_NAMES, STATE_NAMES
 
@@ -70,8 +70,9 @@ def _tables(student: Tensor) -> tuple[Tensor, Tensor]:
 def token_stats(student, teacher, targets, inv_temperature, ignore_index, stats, jsd_beta, backend):
     """Logits [N, V] -> values [7, N] in the order of STAT_NAMES (those not asked for may hold anything), state [N, 9]."""
     check_values(targets, inv_temperature, student.shape[1], ignore_index)
-    rows = tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1])
-    return tiling.logits_forward(student, _used_teacher(teacher, stats), Task(rows, tuple(stats), jsd_beta), backend)
+    with on_device(student.device):
+        rows = tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1])
+        return tiling.logits_forward(student, _used_teacher(teacher, stats), Task(rows, tuple(stats), jsd_beta), backend)
 
 
 @token_stats.register_fake
@@ -90,8 +91,9 @@ def token_stats_backward(student, teacher, targets, inv_temperature, state, grad
     through, dz = _through(stats), torch.empty(student.shape, dtype=student.dtype, device=student.device)
     teacher = _used_teacher(teacher, through)
     pair = (tiling.Tile(student), None if teacher is None else tiling.Tile(teacher))
-    task = Task(tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1]), through, jsd_beta)
-    BACKENDS[backend].gradient(*pair, task, state, grads.T.contiguous(), dz)
+    with on_device(student.device):
+        task = Task(tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1]), through, jsd_beta)
+        BACKENDS[backend].gradient(*pair, task, state, grads.T.contiguous(), dz)
     return dz
 
 
@@ -128,7 +130,10 @@ def linear_token_stats(
     numbers, sharded = Numbers(*numbers), bool(where[1])
     check_values(targets, inv_temperature, _vocabulary(weight, numbers, where[1]), int(numbers.ignore_index), sharded)
     saved = (student, weight, bias, _used_teacher(teacher, stats), teacher_weight, teacher_bias, targets, inv_temperature)
-    with torch.autocast(student.device.type, enabled=False):  # it would round the tiles' GEMMs to bfloat16
+    with (
+        on_device(student.device),
+        torch.autocast(student.device.type, enabled=False),
+    ):  # it would round the tiles' GEMMs to bfloat16
         return _linear(saved, tuple(stats), numbers, where).forward()
 
 
@@ -147,7 +152,7 @@ def linear_token_stats_backward(saved, state, grads, stats, numbers, where, need
     through = _through(stats)
     if not needs_teacher(through):
         saved = [*saved[:3], None, None, None, *saved[6:]]
-    with torch.autocast(state.device.type, enabled=False):
+    with on_device(state.device), torch.autocast(state.device.type, enabled=False):
         out = _linear(saved, through, Numbers(*numbers), where).backward(state, grads.T.contiguous(), needed)
     return [state.new_empty(0) if gradient is None else gradient for gradient in out]
 
@@ -173,7 +178,7 @@ def _linear(saved: Sequence[Tensor | None], stats: tuple[str, ...], numbers: Num
         options = (numbers.teacher_softcap or None, numbers.teacher_scale or None)
         own = tiling.HeadPart(teacher_weight, teacher_bias, *options, columns)
     rows = tiling.rows_of(targets, inv_temperature, int(numbers.ignore_index), _vocabulary(weight, numbers, group))
-    task = Task(rows, stats, numbers.jsd_beta, first)
+    task = Task(rows, stats, numbers.jsd_beta, first, {})
     return tiling.Linear(student, teacher, head, own, task, backend, group, int(numbers.workspace_bytes))
 
 

@@ -146,7 +146,7 @@ def linear_token_stats(
     need one valid_vocab on both.  targets, temperature, ignore_index, stats, jsd_beta: as in `token_stats`, as are all rules on
     -inf, NaN and ignored rows.  workspace_bytes: bound on the logits tiles and dz alive at a time (at least 64 columns of one
     row); None means 24 MiB on a CPU, 160 MiB on a GPU. Besides them the backward holds the hidden states' gradient in float32,
-    and for half inputs a block of the weight's.
+    and for half inputs a block of the weight's, unless one product gives it.
 
     Logits are float32 whatever the inputs (float64 for float64), never rounded to bfloat16: that alone would bias KL by about
     1e-4 nats. On CUDA, and with bfloat16 on processors with AVX512-BF16, the backward's GEMMs read dz rounded to the inputs'

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import parallel
-from .backends import BACKENDS, Backend, Task, Tile, _wide
+from .backends import BACKENDS, Task, Tile, _wide
 from .reference import STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, jsd
 
 
@@ -38,7 +38,11 @@ class Limits(NamedTuple):
 # rows, D = 4096) a round of gradient GEMMs takes all rows and 4096 columns; tiles, dz, weight sums and the hidden gradient's sums
 # are 288 MiB in all. Counted on the meta device (tests/test_compile.py), not yet timed on a GPU.
 _LIMITS = {"cpu": Limits(4 << 20, 24 << 20, 1024, 1024), "cuda": Limits(32 << 20, 160 << 20, 2048, 8192)}
+_WIDE = 4096  # width of the hidden states that the table's tiles are for
 _NARROWEST = 64  # columns: below it a tile is cut by rows
+# Values of a block of the weight's gradient from which on its GEMM is a whole wave of 128 x 256 tiles for the 132 multiprocessors
+# of an H100, and has no reason to cut its sums among them.
+_UNSPLIT = 1 << 22
 # Rows up to which student and teacher are copied into one GEMM operand: below, the GEMM gains (128 rows on a CPU: 760 ms against
 # 940); above, it is large enough, and on a GPU the copy would be a third of the memory limit.
 _STACKED_ROWS = 1024
@@ -78,13 +82,14 @@ class Linear:
     workspace: int
 
     def __post_init__(self):
+        self.tiles, self.on_gpu = BACKENDS[self.backend], on_gpu(self.student.device)
+        self.rows = len(self.student)
         self.scratch: dict[str, torch.Tensor] = {}
+        self.views: dict[tuple, torch.Tensor] = {}  # of the scratch memory: a view costs the host 2 us, a tile has several
+        self.operands: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of the block of columns that is walked
+        self.cut = _Cut(self.student, self.teacher, self.task.rows.targets, self.task.rows.inv_temperature)
         self.stacked: torch.Tensor | None = None
         self.wide = _wide(self.student.dtype)
-
-    @property
-    def tiles(self) -> Backend:
-        return BACKENDS[self.backend]
 
     # --- sizes ---
 
@@ -98,7 +103,13 @@ class Linear:
         return rows, max(1, min(self.head.columns, columns - columns % _NARROWEST))
 
     def tile_bytes(self) -> int:
-        return min(limits(self.student.device).tile, self.workspace // 2)
+        """Bytes of both heads' tile. On a GPU twice the table's, and twice again, where the hidden states are that much narrower
+        and the workspace allows it: a tile's host time is the same, and its GEMM would end sooner than that.
+        """
+        size, width = limits(self.student.device).tile, self.head.weight.shape[1]
+        while self.on_gpu and 2 * width <= _WIDE and 4 * size <= self.workspace:
+            size, width = 2 * size, 2 * width
+        return min(size, self.workspace // 2)
 
     def widest(self, head: HeadPart) -> int:
         """Columns of a head that a GEMM may take at a time: all, unless they must be copied into a wider dtype first."""
@@ -111,7 +122,7 @@ class Linear:
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether GEMMs of this half dtype have float32 results here; torch's on a CPU do not, the compiled pass' may."""
-        return on_gpu(self.student.device) or self.tiles.multiplies(dtype)
+        return self.on_gpu or self.tiles.multiplies(dtype)
 
     def span(self, rows: int, columns: int, summed: bool) -> int:
         """Columns of one round of gradient GEMMs: dz and the weight's sums take what tiles leave. Several tiles, or a part of one
@@ -137,40 +148,47 @@ class Linear:
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of this shape, the same memory at every call: the tile stays in the cache, and no page faults."""
+        view = self.views.get((name, shape))
+        if view is not None:
+            return view
         count = 1
         for length in shape:
             count *= length
         flat = self.scratch.get(name)
         if flat is None or flat.numel() < count:
+            self.views.clear()  # they would keep the former memory
             flat = self.scratch[name] = torch.empty(count, dtype=dtype, device=self.student.device)
-        return flat[:count].view(shape)
+        return self.views.setdefault((name, shape), flat[:count].view(shape))
 
     def walk(self, rows: slice, columns: slice, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, tuple, Task]]:
         """Each tile of a range: its rows, its columns, both heads' logits (until the next one is made) and its task."""
+        task, parts = self.task, []
+        for part in _blocks(rows, shape[0]):
+            student, teacher, *own = self.cut[part]
+            parts.append((part, student, teacher, Rows(*own, task.rows.ignore_index)))
         for block in _blocks(columns, shape[1]):
-            for part in _blocks(rows, shape[0]):
-                yield part, block, self.logits(part, block), self.task.at(part, self.task.first + block.start)
+            self.operands.clear()
+            first = task.first + block.start
+            for part, student, teacher, own in parts:
+                yield part, block, self.logits(student, teacher, block), Task(own, task.stats, task.beta, first, task.kept)
 
-    def logits(self, rows: slice, columns: slice) -> tuple[Tile, Tile | None]:
-        """Both heads' tiles; one GEMM over the stacked rows where they are few and the head is shared."""
-        if self.teacher is None:
-            return self._tile("student", self.head, self.student[rows], columns), None
-        if self.teacher_head is not self.head:
-            student = self._tile("student", self.head, self.student[rows], columns)
-            return student, self._tile("teacher", self.teacher_head, self.teacher[rows], columns)
-        n = len(self.student)
-        if rows.stop - rows.start < n or n > _STACKED_ROWS:
-            student = self._tile("student", self.head, self.student[rows], columns)
-            return student, self._tile("teacher", self.head, self.teacher[rows], columns)
+    def logits(self, student: torch.Tensor, teacher: torch.Tensor | None, columns: slice) -> tuple[Tile, Tile | None]:
+        """Both heads' tiles of these hidden states; one GEMM over the stacked rows where they are few and the head is shared."""
+        if teacher is None:
+            return self._tile("student", self.head, student, columns), None
+        n = self.rows
+        if self.teacher_head is not self.head or student.shape[0] < n or n > _STACKED_ROWS:
+            tile = self._tile("student", self.head, student, columns)
+            return tile, self._tile("teacher", self.teacher_head, teacher, columns)
         if self.stacked is None:
             self.stacked = torch.cat([self.student, self.teacher]).to(self.dz_dtype)
         both = self._tile("student", self.head, self.stacked, columns)
         return both._replace(z=both.z[:n]), both._replace(z=both.z[n:])
 
     def _tile(self, name: str, head: HeadPart, hidden: torch.Tensor, columns: slice) -> Tile:
-        z = self.buffer(name + " logits", len(hidden), columns.stop - columns.start, dtype=self.wide)
-        self.product(hidden, self.wide_weight(head.weight, columns).T, z)
-        bias = None if head.bias is None else head.bias[columns]
+        weight, bias = self.operands.get(head is self.head) or self._operand(head, columns)
+        z = self.buffer(name + " logits", hidden.shape[0], columns.stop - columns.start, dtype=self.wide)
+        self.product(hidden, weight, z)
         if self.tiles.fused_head:
             return Tile(z, bias, head.scale, head.softcap)
         if bias is not None:
@@ -181,6 +199,15 @@ class Linear:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
         return Tile(z)
 
+    def _operand(self, head: HeadPart, columns: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A head's block as the GEMM reads it [D, c], and its bias; for all rows of the block, where no other head's is widened
+        into the same memory.
+        """
+        if self._widens(head.weight):
+            self.operands.clear()
+        bias = None if head.bias is None else head.bias[columns]
+        return self.operands.setdefault(head is self.head, (self.wide_weight(head.weight, columns).T, bias))
+
     def wide_weight(self, weight: torch.Tensor, columns: slice) -> torch.Tensor:
         """The head's block as the GEMM reads it."""
         block = weight[columns]
@@ -190,8 +217,8 @@ class Linear:
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
         """out = a @ b (out += a @ b), accumulated in float32 (float64) and rounded to out's dtype at the end."""
-        if on_gpu(a.device) and a.dtype != out.dtype:
-            if add and _addmm_into_float32(a.device.type):
+        if self.on_gpu and a.dtype != out.dtype:
+            if add and addmm_into_float32(a.device.type):
                 torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
             elif add:
                 out += torch.mm(a, b, out_dtype=out.dtype)
@@ -211,9 +238,9 @@ class Linear:
         rows, columns = self.tile_shape()
         splits = self.tiles.splits(rows, columns)
         sums = self.student.new_zeros((splits, len(self.student), len(SUM_NAMES)), dtype=torch.float64)
-        whole = slice(0, len(self.student)), slice(0, self.head.columns)
+        cut, whole = _Cut(sums, dim=1), (slice(0, len(self.student)), slice(0, self.head.columns))
         for part, _, pair, task in self.walk(*whole, (rows, columns)):
-            self.tiles.sweep(*pair, task, sums[:, part])
+            self.tiles.sweep(*pair, task, *cut[part])
         if self.group:
             sums = parallel.gather_sums(sums, len(self.head.weight), self.group)
         values, state = self.tiles.finish(sums, self.task)
@@ -223,9 +250,9 @@ class Linear:
 
     def _mixture(self, state: torch.Tensor, rows: int, columns: int, splits: int) -> torch.Tensor:
         shares = self.student.new_zeros((splits, len(self.student), 2), dtype=torch.float64)
-        whole = slice(0, len(self.student)), slice(0, self.head.columns)
+        cut, states, whole = _Cut(shares, dim=1), _Cut(state), (slice(0, len(self.student)), slice(0, self.head.columns))
         for part, _, pair, task in self.walk(*whole, (rows, columns)):
-            self.tiles.mixture(*pair, task, state[part], shares[:, part])
+            self.tiles.mixture(*pair, task, *states[part], *cut[part])
         shares = shares.sum(0)
         if self.group:
             parallel.add_up(shares, self.group)
@@ -234,50 +261,91 @@ class Linear:
     # --- backward ---
 
     def backward(self, state: torch.Tensor, grads: torch.Tensor, needed: Sequence[bool]) -> list[torch.Tensor | None]:
-        """Gradients of hidden states, weight and bias in their own dtype, summed in float32; None where not needed."""
+        """Gradients of hidden states, weight and bias in their own dtype, summed in float32; None where not needed.
+
+        Rounds of a span of columns and a part of the rows: dz tile by tile, then the gradient GEMMs.
+        """
         head, (hidden, weight, bias) = self.head, needed
         out = _Sums(
             torch.zeros_like(self.student, dtype=self.wide) if hidden else None,
             torch.empty_like(head.weight) if weight else None,
             torch.zeros_like(head.bias, dtype=self.wide) if bias else None,
         )
-        shape = self.tile_shape()
+        grads, unit = self._scaled(grads)
+        per_row, shape = _Cut(state, grads), self.tile_shape()
         rows = self.part_rows(shape)
         summed = weight and self._sums_weight(out.weight, rows)
         for span in _blocks(slice(0, head.columns), self.span(rows, shape[1], summed)):
-            block = self._weight_sums(span) if summed else out.weight[span] if weight else None
+            own = summed or (weight and self._splits_sums(span))
+            block = self._weight_sums(span) if own else out.weight[span] if weight else None
             for part in _blocks(slice(0, len(self.student)), rows):
-                dz = self._dz(part, span, shape, state, grads)
+                dz = self._dz(part, span, shape, per_row)
                 self._add(out, block, dz, part, span)
-            if summed:
-                out.weight[span] = block
+            if own:
+                out.weight[span] = block if unit is None else block.mul_(unit)
         if out.weight is not None:
             out.weight[head.columns :] = 0
             if not len(self.student):
                 out.weight.zero_()
+        for total in (out.hidden, out.bias):
+            if total is not None and unit is not None:
+                total *= unit
         if self.group and out.hidden is not None:
             parallel.add_up(out.hidden, self.group)
         like = (self.student, head.weight, head.bias)
         return [None if g is None else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
 
+    def _scaled(self, grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Row gradients as dz is made from, and what sums of dz are to be multiplied by: None, nothing, unless dz is float16.
+
+        A mean over a batch makes gradients of 1e-7 a row, and float16 ends at 6e-8: columns of a probability below 0.1 would get
+        none. A power of two, found without a look at its value, brings the largest to between 8 and 16: it changes no digit, and
+        leaves room for terms of 4000 nats.
+        """
+        if self.dz_dtype != torch.float16:
+            return grads, None
+        rows = self.task.rows
+        largest = torch.where(rows.keep()[:, None], grads * rows.inv_temperature[:, None], 0).abs().amax()
+        exponent = (4 - torch.frexp(largest).exponent).clamp(-100, 100)
+        exponent = torch.where((largest > 0) & largest.isfinite(), exponent, 0)
+        one = torch.ones_like(largest)
+        return grads * torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
+
     def _sums_weight(self, gradient: torch.Tensor, rows: int) -> bool:
         """Whether the weight's gradient is summed in float32 blocks that are rounded once: it is narrower, and no single product
-        of the back end gives a block of it.
+        gives a block of it, or dz is scaled.
         """
         single = rows >= len(self.student) and gradient.stride(1) == 1 and self.student.dtype == gradient.dtype
-        return gradient.dtype != self.wide and not (single and self.tiles.multiplies(gradient.dtype))
+        direct = single and self.multiplies(gradient.dtype) and self.dz_dtype != torch.float16
+        return gradient.dtype != self.wide and not direct
+
+    def _splits_sums(self, span: slice) -> bool:
+        """Whether a GPU's GEMM may cut the sums over the rows of so narrow a block among processors, and add them up in bfloat16:
+        torch allows it by default, and only float32 results keep it from it.
+        """
+        weight = self.head.weight
+        return self.on_gpu and weight.dtype != self.wide and (span.stop - span.start) * weight.shape[1] < _UNSPLIT
 
     def _weight_sums(self, span: slice) -> torch.Tensor:
         return self.buffer("weight sums", span.stop - span.start, self.head.weight.shape[1], dtype=self.wide)
 
-    def _dz(self, part: slice, span: slice, shape: tuple[int, int], state: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    def _dz(self, part: slice, span: slice, shape: tuple[int, int], per_row: _Cut) -> torch.Tensor:
+        """dz of a round, tile by tile. per_row: of state and row gradients."""
         dz = self.buffer("dz", part.stop - part.start, span.stop - span.start, dtype=self.dz_dtype)
         for rows, block, (student, teacher), task in self.walk(part, span, shape):
-            target = dz[rows.start - part.start : rows.stop - part.start, block.start - span.start : block.stop - span.start]
-            self.tiles.gradient(student, teacher, task, state[rows], grads[rows], target)
+            target = self._window(dz, rows.start - part.start, rows.stop - part.start, block.start - span.start, block)
+            self.tiles.gradient(student, teacher, task, *per_row[rows], target)
             if not self.tiles.fused_head:
                 _through_head(self.head, student.z, target)
         return dz
+
+    def _window(self, dz: torch.Tensor, top: int, bottom: int, left: int, columns: slice) -> torch.Tensor:
+        """A tile's place in dz, a view of `buffer`; every span has the same ones."""
+        key = ("window", dz.shape, top, bottom, left, columns.stop - columns.start)
+        window = self.views.get(key)
+        if window is None:
+            window = self.views[key] = dz[top:bottom, left : left + columns.stop - columns.start]
+        return window
 
     def _add(self, out: _Sums, block: torch.Tensor | None, dz: torch.Tensor, part: slice, span: slice) -> None:
         if out.bias is not None:
@@ -291,12 +359,16 @@ class Linear:
 
 
 @cache
-def _addmm_into_float32(device: str) -> bool:
-    """Whether this torch adds a product of half matrices to a float32 one (its first releases with out_dtype refused)."""
+def addmm_into_float32(device: str) -> bool:
+    """Whether this torch adds a product of half matrices to a float32 one on this type of device ("cuda"), asked of it once.
+
+    Its first releases with out_dtype refused a float32 sum, and those before have no such argument; there each round of gradient
+    GEMMs makes a second float32 matrix of the hidden states' size (128 MiB at 8192 x 4096) and adds it.
+    """
     total, half = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=torch.bfloat16)
     try:
         torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
     return True
 
@@ -305,6 +377,23 @@ class _Sums(NamedTuple):
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+
+
+class _Cut:
+    """Rows of tensors (along `dim`), each slice made once: it costs the host 2 us, and every block of columns has the same."""
+
+    def __init__(self, *tensors: torch.Tensor | None, dim: int = 0):
+        self.tensors, self.dim = tensors, dim
+        self.parts: dict[tuple[int, int], tuple[torch.Tensor | None, ...]] = {}
+
+    def __getitem__(self, rows: slice) -> tuple[torch.Tensor | None, ...]:
+        key = rows.start, rows.stop
+        part = self.parts.get(key)
+        if part is None:
+            length = rows.stop - rows.start
+            part = tuple(None if t is None else t.narrow(self.dim, rows.start, length) for t in self.tensors)
+            self.parts[key] = part
+        return part
 
 
 def _blocks(whole: slice, size: int) -> Iterator[slice]:

@@ -20,7 +20,8 @@ import triton.language as tl
 
 from ..methods import NORMALIZERS, RULES, SCAN_SEGMENTERS, Scan
 from ..reference import SILENT
-from .stats import INTERPRETED, Config
+from .candidates import TRIED, Config
+from .stats import INTERPRETED
 
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr
 _INTERPRETER = _constant(INTERPRETED)
@@ -480,15 +481,18 @@ _LANES = {True: 256, False: 128}  # tokens to a warp of 32, with segments or wit
 
 
 def config(tokens: int, sequences: int, segmented: bool) -> Config:
-    """From the shape alone. 1024 tokens at 160 registers leave room for three programs on a streaming multiprocessor; few long
-    sequences take blocks of 2048 (4096 spilled), many short ones blocks of their mean length. Not yet measured on a GPU.
+    """From the shape alone. 512 tokens by two warps leave room for six programs of 168 registers on a streaming multiprocessor:
+    512 sequences run in one round on an H100 (1024 by four: three programs, and two rounds), and a reduction waits for two warps.
+    Few long sequences take blocks of 2048 (4096 spilled), many short ones blocks of their mean length. Not yet measured on a GPU;
+    what is to be measured: candidates.py.
     """
     if INTERPRETED:
         longest, least = 32768, 16
     else:
-        longest, least = 512 if not segmented else 2048 if tokens > 16384 * sequences else 1024, 128
-    block = min(longest, max(least, triton.next_power_of_2(-(-tokens // max(sequences, 1)))))
-    return Config(block, 1 if INTERPRETED else max(1, block // _LANES[segmented]))
+        longest, least = 2048 if segmented and tokens > 16384 * sequences else 512, 128
+    chosen = TRIED.get("scan") or Config(longest, 1 if INTERPRETED else longest // _LANES[segmented])
+    block = min(chosen.block, max(least, triton.next_power_of_2(-(-tokens // max(sequences, 1)))))
+    return Config(block, max(1, chosen.num_warps * block // chosen.block))
 
 
 def scan(rows: ScanRows, out: ScanOutputs, what: Scan, total: int) -> tuple[torch.Tensor, ...]:

@@ -10,6 +10,7 @@ lanes become LOWEST, so e^x is exactly 0 and products with x stay finite; NaN pa
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 
 from ..backends import Task, Tile, needs_teacher
 from ..reference import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES
+from .candidates import CONFIGS, TRIED, Config
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr  # the compiler takes globals only as constexpr, the interpreter never
@@ -38,15 +40,6 @@ class Logits(NamedTuple):
     bias: Any  # [c], contiguous
     scale: float | None
     softcap: float | None
-
-
-class RowData(NamedTuple):
-    """Per-row tensors [n] as a kernel argument. `first`: the tile's first column in the vocabulary."""
-
-    targets: Any  # int64; a kernel reads it only under LOGPROBS or MASKED
-    inv_temperature: Any
-    ignore_index: int
-    first: int
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -159,22 +152,30 @@ def _read(at, mask):
 
 
 @triton.jit
-def _add_stored(
-    at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, TEACHER_TOO: tl.constexpr, EXACT: tl.constexpr
-):
-    """Joins float64 sums of both heads with those stored at `at`; returns all eight."""
-    o_max, o_z = _read(at, mask), _read(at + 1, mask)
+def _stored(at, mask, TEACHER_TOO: tl.constexpr):
+    """The eight float64 sums of both heads that earlier tiles left at `at`; the student's own twice where there is no teacher."""
+    s_max, s_z, s_first, s_cross = _read(at, mask), _read(at + 1, mask), _read(at + 2, mask), _read(at + 3, mask)
+    t_max, t_z, t_first, t_cross = s_max, s_z, s_first, s_cross
+    if TEACHER_TOO:
+        t_max, t_z, t_first, t_cross = _read(at + 4, mask), _read(at + 5, mask), _read(at + 6, mask), _read(at + 7, mask)
+    return s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross
+
+
+@triton.jit
+def _add_stored(stored, own, inv_t, TEACHER_TOO: tl.constexpr, EXACT: tl.constexpr):
+    """Joins float64 sums of both heads, `own`, with those of `_stored`; returns all eight."""
+    o_max, o_z, o_first, o_cross, p_max, p_z, p_first, p_cross = stored
+    s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross = own
     n_max = _join(o_max, o_z, s_max, s_z)
     o_by, s_by = _distance(n_max, o_max, o_z, inv_t), _distance(n_max, s_max, s_z, inv_t)
     o_other, s_other = o_by * 0.0, o_by * 0.0
     if TEACHER_TOO:
-        p_max, p_z = _read(at + 4, mask), _read(at + 5, mask)
         m_max = _join(p_max, p_z, t_max, t_z)
         o_other, s_other = _distance(m_max, p_max, p_z, inv_t), _distance(m_max, t_max, t_z, inv_t)
-        p_z, p_first, p_cross = _move(p_z, _read(at + 6, mask), _read(at + 7, mask), o_other, o_by, EXACT)
+        p_z, p_first, p_cross = _move(p_z, p_first, p_cross, o_other, o_by, EXACT)
         t_z, t_first, t_cross = _move(t_z, t_first, t_cross, s_other, s_by, EXACT)
         t_max, t_z, t_first, t_cross = m_max, p_z + t_z, p_first + t_first, p_cross + t_cross
-    o_z, o_first, o_cross = _move(o_z, _read(at + 2, mask), _read(at + 3, mask), o_by, o_other, EXACT)
+    o_z, o_first, o_cross = _move(o_z, o_first, o_cross, o_by, o_other, EXACT)
     s_z, s_first, s_cross = _move(s_z, s_first, s_cross, s_by, s_other, EXACT)
     return n_max, o_z + s_z, o_first + s_first, o_cross + s_cross, t_max, t_z, t_first, t_cross
 
@@ -193,9 +194,29 @@ def _bounded(d):
 # --- sweep ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n"])
-def _sweep_kernel(S, T, R, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, split): adds columns [split * width, ...) of the tile to SUMS [splits, n, 12] float64."""
+@triton.jit
+def _stored_rest(at, S, T, R, row, first, begin, end, WANT: tl.constexpr):
+    """The other four of a row's sums: the target's logit under both heads, this tile's added; rows outside, as they were."""
+    s_target = tl.zeros((), tl.float64)
+    t_target, s_outside, t_outside = s_target, s_target, s_target
+    if WANT & LOGPROBS:
+        col = tl.load(R.targets + row) - first
+        inside = (col >= begin) & (col < end)
+        s_target = tl.load(at + 8) + _logit(S, row, col, inside).to(tl.float64)
+        if WANT & TEACHER:
+            t_target = tl.load(at + 9) + _logit(T, row, col, inside).to(tl.float64)
+    if WANT & (REVERSE_KL | FORWARD_KL):
+        s_outside, t_outside = tl.load(at + 10), tl.load(at + 11)
+    return s_target, t_target, s_outside, t_outside
+
+
+@triton.jit(do_not_specialize=["first", "n"])
+def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (row, split): adds columns [split * width, ...) of the tile to SUMS [splits, n, 12] float64.
+
+    first: the tile's first column in the vocabulary. All loads that wait for nothing stand above the first reduction, whose
+    barrier no later load may cross: a tile of 2048 columns is one block, and its time is that of its chain of loads.
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     if MASKED:
@@ -205,6 +226,11 @@ def _sweep_kernel(S, T, R, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: 
     inv_t = tl.load(R.inv_temperature + row)
     begin = split * width
     end = tl.minimum(begin + width, columns)
+    at = SUMS + (split.to(tl.int64) * n + row) * _SUMS
+    EARLY: tl.constexpr = (WANT & (TEACHER_ENTROPY | FORWARD_KL)) == 0  # with them the registers do not suffice
+    if EARLY:
+        stored = _stored(at, None, (WANT & TEACHER) != 0)
+        rest = _stored_rest(at, S, T, R, row, first, begin, end, WANT)
     lanes = tl.arange(0, BLOCK)
     s_max = tl.full((), float("-inf"), tl.float32)
     t_max = tl.full((), float("-inf"), tl.float32)
@@ -216,12 +242,15 @@ def _sweep_kernel(S, T, R, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: 
         cols = start + lanes
         mask = cols < end
         s = _logits(S, row, cols, mask)
+        if EARLY and (WANT & TEACHER):
+            t = _logits(T, row, cols, mask)
         s_new = tl.maximum(s_max, tl.max(s, 0))
         s_ref = _reference_max(s_new)
         s_by = tl.where(s_max == float("-inf"), 0.0, (s_ref - s_max) * inv_t)
         t_by = s_by * 0.0
         if WANT & TEACHER:
-            t = _logits(T, row, cols, mask)
+            if not EARLY:
+                t = _logits(T, row, cols, mask)
             t_new = tl.maximum(t_max, tl.max(t, 0))
             t_ref = _reference_max(t_new)
             t_by = tl.where(t_max == float("-inf"), 0.0, (t_ref - t_max) * inv_t)
@@ -259,15 +288,14 @@ def _sweep_kernel(S, T, R, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: 
         if WANT & (REVERSE_KL | FORWARD_KL):
             s_null, t_null = s == float("-inf"), t == float("-inf")
             outside |= tl.where(t_null, tl.where(s_null, 0, 1), tl.where(s_null, 2, 0))
-    at = SUMS + (split.to(tl.int64) * n + row) * _SUMS
     s_zs, s_firsts, s_crosses, t_zs = _sum4(s_z, s_first, s_cross, t_z)
     t_firsts, t_crosses = t_zs * 0.0, t_zs * 0.0
     if WANT & (TEACHER_ENTROPY | FORWARD_KL):
         t_firsts, t_crosses = tl.sum(t_first, 0), tl.sum(t_cross, 0)
-    joined = _add_stored(
-        at,
-        None,
-        inv_t.to(tl.float64),
+    if not EARLY:
+        stored = _stored(at, None, True)
+        rest = _stored_rest(at, S, T, R, row, first, begin, end, WANT)
+    own = (
         _reference_max(s_max).to(tl.float64),
         s_zs.to(tl.float64),
         s_firsts.to(tl.float64),
@@ -276,21 +304,18 @@ def _sweep_kernel(S, T, R, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: 
         t_zs.to(tl.float64),
         t_firsts.to(tl.float64),
         t_crosses.to(tl.float64),
-        (WANT & TEACHER) != 0,
-        False,
     )
+    joined = _add_stored(stored, own, inv_t.to(tl.float64), (WANT & TEACHER) != 0, False)
     for i in tl.static_range(8):
         if (i < 4) or (WANT & TEACHER):
             tl.store(at + i, joined[i])
     if WANT & (REVERSE_KL | FORWARD_KL):
-        tl.store(at + 10, tl.load(at + 10) + tl.max(outside & 1, 0).to(tl.float64))
-        tl.store(at + 11, tl.load(at + 11) + tl.max(outside >> 1, 0).to(tl.float64))
+        tl.store(at + 10, rest[2] + tl.max(outside & 1, 0).to(tl.float64))
+        tl.store(at + 11, rest[3] + tl.max(outside >> 1, 0).to(tl.float64))
     if WANT & LOGPROBS:
-        col = tl.load(R.targets + row) - R.first
-        inside = (col >= begin) & (col < end)
-        tl.store(at + 8, tl.load(at + 8) + _logit(S, row, col, inside).to(tl.float64))
+        tl.store(at + 8, rest[0])
         if WANT & TEACHER:
-            tl.store(at + 9, tl.load(at + 9) + _logit(T, row, col, inside).to(tl.float64))
+            tl.store(at + 9, rest[1])
 
 
 # --- finish -----------------------------------------------------------------------------------------------------------
@@ -324,9 +349,8 @@ def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT
     target, t_target, outside, t_outside = zero, zero, zero, zero
     for split in range(splits):
         at = SUMS + (split * n + rows) * _SUMS
-        s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross = _add_stored(
-            at, mask, inv_t, s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross, True, True
-        )
+        own = (s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross)
+        s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross = _add_stored(_stored(at, mask, True), own, inv_t, True, True)
         target += _read(at + 8, mask)
         t_target += _read(at + 9, mask)
         outside += _read(at + 10, mask)
@@ -403,9 +427,21 @@ def _store(at, value, mask, ROUND: tl.constexpr):
     tl.store(at, value.to(at.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["beta"])
+@triton.jit(do_not_specialize=["first", "beta"])
 def _gradient_kernel(
-    S, T, R, STATE, GRADS, OUT, columns, beta, MASKED: tl.constexpr, WANT: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr
+    S,
+    T,
+    R,
+    first,
+    STATE,
+    GRADS,
+    OUT,
+    columns,
+    beta,
+    MASKED: tl.constexpr,
+    WANT: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program (row, block): dz of the raw GEMM output, all gradients at once. OUT: a Logits that only names z and its strides."""
     row = tl.program_id(0).to(tl.int64)
@@ -429,7 +465,7 @@ def _gradient_kernel(
     if WANT & LOGPROBS:
         g = _usable(tl.load(grads), tl.load(state + 7))
         factor -= g
-        other -= tl.where(cols == tl.load(R.targets + row) - R.first, g, 0.0)
+        other -= tl.where(cols == tl.load(R.targets + row) - first, g, 0.0)
     if WANT & ENTROPY:
         factor -= tl.load(grads + 2) * (x + tl.load(state + 4))
     if WANT & REVERSE_KL:
@@ -454,32 +490,25 @@ def _gradient_kernel(
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-class Config(NamedTuple):
-    """Columns a program holds at a time, and its warps."""
-
-    block: int
-    num_warps: int
-
-
 # Chosen by kernel and architecture; no autotuning at the first call. 2048 columns keep the sums of the default set at 8 lanes a
 # thread on NVIDIA; narrower rows take fewer warps, for the end of a tile costs each warp as much as 500 columns. Registers and
-# spills: benchmarks/results/compile_report.md. Not yet measured on a GPU.
-_CONFIGS: dict[tuple[str, str], Config] = {}
+# spills: benchmarks/results/compile_report.md. Not yet measured on a GPU; what is to be measured: candidates.py.
 _BLOCKS = {"sweep": 2048, "mixture": 2048, "gradient": 1024}  # columns; 2048 spilled in the gradient of float16 on sm_100
 _LANES = 256  # columns to a warp of 32
 _INTERPRETED = Config(32768, 1)  # there the cost is per tile operation, hardly per element
 
 
-def config(kernel: str, columns: int) -> Config:
-    """The table's entry, narrowed to the columns there are."""
+def config(kernel: str, columns: int, dtype: torch.dtype) -> Config:
+    """The table's entry for logits of this dtype, narrowed to the columns there are."""
     needed = max(16, triton.next_power_of_2(columns))
     if INTERPRETED:
         return _INTERPRETED._replace(block=min(_INTERPRETED.block, needed))
     target = triton.runtime.driver.active.get_current_target()
     lanes = _LANES * target.warp_size // 32
-    chosen = _CONFIGS.get((kernel, str(target.arch)), Config(_BLOCKS[kernel], _BLOCKS[kernel] // lanes))
+    default = Config(_BLOCKS[kernel], _BLOCKS[kernel] // lanes)
+    chosen = TRIED.get(kernel) or CONFIGS.get((kernel, str(target.arch), str(dtype).removeprefix("torch.")), default)
     block = min(chosen.block, needed)
-    return Config(block, max(1, min(chosen.num_warps, block // lanes)))
+    return Config(block, max(1, chosen.num_warps * block // chosen.block))
 
 
 def splits(rows: int, columns: int) -> int:
@@ -487,20 +516,63 @@ def splits(rows: int, columns: int) -> int:
     return max(1, min(1024 // max(rows, 1), columns // 8192))
 
 
+@cache  # asked for with every tile
 def want(stats: tuple[str, ...]) -> int:
     """The kernels' compile-time flags for these statistics."""
     bits = {_BIT[name] for name in stats} | ({_TEACHER_BIT} if needs_teacher(stats) else set())
     return sum(1 << bit for bit in bits)
 
 
+class _Plan:
+    """What the launches of one kernel in one call share: block, warps, compile-time arguments, and what Triton made of them.
+
+    The block is the first tile's; a narrower last one takes it too, masked, instead of a kernel of its own. From a shape's second
+    launch on, a launch goes past what Triton finds out of its arguments each time (types, alignment, whether a global changed).
+    """
+
+    def __init__(self, kernel, chosen: Config, constants: dict[str, Any]):
+        self.kernel, self.block = kernel, chosen.block
+        self.options = {**constants, "BLOCK": chosen.block}
+        self.constants = tuple(self.options.values())  # in the kernel's own order
+        self.options["num_warps"] = chosen.num_warps
+        self.compiled: dict[tuple[int, ...], Any] = {}
+
+    def launch(self, grid: tuple[int, int, int], arguments: tuple, shape: tuple[int, ...], tensors: tuple) -> None:
+        """shape: every integer that Triton specialises on.  tensors: those of the arguments, None among them."""
+        compiled = self.compiled.get(shape) if _aligned(tensors) else None
+        if compiled is not None:
+            compiled[grid](*arguments, *self.constants)
+        else:
+            compiled = self.kernel[grid](*arguments, **self.options)
+            if _aligned(tensors):
+                self.compiled[shape] = compiled  # None from Triton's interpreter
+
+
+def _aligned(tensors: tuple) -> bool:
+    """Whether all start at multiples of 16 bytes: the one property of a pointer that Triton compiles for."""
+    joined = 0
+    for tensor in tensors:
+        if tensor is not None:
+            joined |= tensor.data_ptr()
+    return joined & 15 == 0
+
+
+def _plan(task: Task, kernel: str, student: Tile, **constants: int) -> _Plan:
+    """The call's plan for "sweep", "mixture" or "gradient". constants: its compile-time arguments but for MASKED and BLOCK."""
+    kept = {} if task.kept is None else task.kept
+    plan = kept.get(kernel)
+    if plan is None:
+        chosen = config(kernel, student.z.shape[1], student.z.dtype)
+        masked = {"MASKED": task.rows.targets is not None}
+        plan = kept[kernel] = _Plan(globals()[f"_{kernel}_kernel"], chosen, masked | constants)
+    return plan
+
+
 def _argument(tile: Tile) -> Logits:
-    z, bias = tile.z.detach(), tile.bias
-    return Logits(z, *z.stride(), None if bias is None else bias.detach().contiguous(), tile.scale, tile.softcap)
-
-
-def _row_data(task: Task) -> RowData:
-    rows = task.rows
-    return RowData(rows.targets, rows.inv_temperature, rows.ignore_index, task.first)
+    z, bias, scale, softcap = tile
+    if z.requires_grad:
+        z = z.detach()
+    return Logits(z, *z.stride(), None if bias is None else bias.detach().contiguous(), scale, softcap)
 
 
 def _both(student: Tile, teacher: Tile | None) -> tuple[Logits, Logits]:
@@ -509,26 +581,26 @@ def _both(student: Tile, teacher: Tile | None) -> tuple[Logits, Logits]:
 
 
 def _width(columns: int, count: int, block: int) -> int:
-    return triton.cdiv(triton.cdiv(columns, count), block) * block
+    """Columns of one of `count` splits: whole blocks."""
+    return -(-columns // (count * block)) * block
 
 
 def sweep(student: Tile, teacher: Tile | None, task: Task, sums: torch.Tensor) -> None:
     """Backend.sweep."""
-    n, columns = student.z.shape
-    chosen, flags = config("sweep", columns), want(task.stats)
+    (n, columns), count = student.z.shape, sums.shape[0]
     if n:
-        _sweep_kernel[(n, len(sums))](
-            *(*_both(student, teacher), _row_data(task), *_table(sums), columns, _width(columns, len(sums), chosen.block)),
-            MASKED=task.rows.targets is not None,
-            WANT=flags,
-            BLOCK=chosen.block,
-            num_warps=chosen.num_warps,
-        )
+        plan = _plan(task, "sweep", student, WANT=want(task.stats))
+        first, second = _both(student, teacher)
+        sizes = (*_table(sums), columns, _width(columns, count, plan.block))
+        shape = (columns, first.row, first.col, second.row, second.col)
+        tensors = (first.z, first.bias, second.z, second.bias, task.rows.targets, task.rows.inv_temperature, sums)
+        plan.launch((n, count, 1), (first, second, task.rows, task.first, *sizes), shape, tensors)
 
 
 def _table(table: torch.Tensor) -> tuple[torch.Tensor, int]:
     """[splits, n, k], perhaps a slice of more rows -> the tensor and the rows that lie between its splits."""
-    return table, table.stride(0) // table.shape[2] if table.shape[0] > 1 else table.shape[1]
+    splits, n, k = table.shape
+    return table, table.stride(0) // k if splits > 1 else n
 
 
 def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
@@ -538,7 +610,7 @@ def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     state = torch.empty((n, len(STATE_NAMES)), device=sums.device)
     if n:
         _finish_kernel[(triton.cdiv(n, rows),)](
-            *(sums.contiguous(), _row_data(task), values, state, n, len(sums)),
+            *(sums.contiguous(), task.rows, values, state, n, len(sums)),
             MASKED=task.rows.targets is not None,
             WANT=want(task.stats),
             ROWS=rows,
@@ -549,28 +621,26 @@ def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
 
 def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, shares: torch.Tensor) -> None:
     """Backend.mixture."""
-    n, columns = student.z.shape
-    chosen = config("mixture", columns)
+    (n, columns), count = student.z.shape, shares.shape[0]
     if n:
-        _mixture_kernel[(n, len(shares))](
-            *(*_both(student, teacher), _row_data(task), state, *_table(shares), columns),
-            *(_width(columns, len(shares), chosen.block), task.beta),
-            MASKED=task.rows.targets is not None,
-            BLOCK=chosen.block,
-            num_warps=chosen.num_warps,
-        )
+        plan = _plan(task, "mixture", student)
+        first, second = _both(student, teacher)
+        sizes = (*_table(shares), columns, _width(columns, count, plan.block))
+        shape = (columns, first.row, first.col, second.row, second.col)
+        tensors = (first.z, first.bias, second.z, second.bias, task.rows.targets, task.rows.inv_temperature, state, shares)
+        plan.launch((n, count, 1), (first, second, task.rows, state, *sizes, task.beta), shape, tensors)
 
 
 def gradient(student: Tile, teacher: Tile | None, task: Task, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor) -> None:
     """Backend.gradient."""
     n, columns = student.z.shape
-    chosen, flags = config("gradient", columns), want(task.stats)
     if n:
-        _gradient_kernel[(n, triton.cdiv(columns, chosen.block))](
-            *(*_both(student, teacher), _row_data(task), state, grads, _argument(Tile(dz)), columns, task.beta),
-            MASKED=task.rows.targets is not None,
-            WANT=flags,
-            ROUND=INTERPRETED and dz.dtype == torch.bfloat16,
-            BLOCK=chosen.block,
-            num_warps=chosen.num_warps,
-        )
+        rounded = INTERPRETED and dz.dtype == torch.bfloat16
+        plan = _plan(task, "gradient", student, WANT=want(task.stats), ROUND=rounded)
+        first, second = _both(student, teacher)
+        out = Logits(dz, *dz.stride(), None, None, None)
+        shape = (columns, first.row, first.col, second.row, second.col, out.row, out.col)
+        rows = task.rows
+        tensors = (first.z, first.bias, second.z, second.bias, rows.targets, rows.inv_temperature, state, grads, dz)
+        arguments = (first, second, rows, task.first, state, grads, out, columns, task.beta)
+        plan.launch((n, -(-columns // plan.block), 1), arguments, shape, tensors)
