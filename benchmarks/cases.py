@@ -63,8 +63,13 @@ def plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def make_case(kind: str, dtype: torch.dtype, rows: int, columns: int, width: int = 0, device: str = "cpu") -> Case:
-    """Random inputs, the same on every run: kind "logits" [rows, columns], or "hidden" [rows, width] with its head."""
+def make_case(
+    kind: str, dtype: torch.dtype, rows: int, columns: int, width: int = 0, device: str = "cpu", sampled: bool = True
+) -> Case:
+    """Random inputs, the same on every run: kind "logits" [rows, columns], or "hidden" [rows, width] with its head.
+
+    sampled: targets out of each row's own distribution, for which the logits are made; else any.
+    """
     random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -77,8 +82,8 @@ def make_case(kind: str, dtype: torch.dtype, rows: int, columns: int, width: int
     else:
         student, weight = normal(rows, width), normal(columns, width, scale=_LOGIT_STD / math.sqrt(width))
         teacher = student + normal(rows, width, scale=_TEACHER_GAP / _LOGIT_STD)
-        logits = student @ weight.T
-    targets = _sampled(logits, random)
+        logits = student @ weight.T if sampled else None
+    targets = _sampled(logits, random) if sampled else torch.randint(columns, (rows,), generator=random, device=device)
     weight = None if weight is None else weight.to(dtype).requires_grad_()
     row_grads = normal(2, rows, scale=1 / rows).double()
     return Case(student.to(dtype).requires_grad_(), teacher.to(dtype), targets, row_grads, weight)

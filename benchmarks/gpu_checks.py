@@ -17,7 +17,9 @@ from gear_kernels.reference import GRADIENT_NAMES, STAT_NAMES
 
 from .cases import plain
 from .gpu_compare import Problem, check, check_linear, compare, compare_gradients, gradients, linear, problem, weighted
-from .gpu_items import BF16, F16, F32, Item, Setting, Skip, capture
+from .gpu_items import BF16, F16, F32, Item, Setting, Skip
+from .gpu_timing import capture
+from .packs import Pack
 from .packs import inputs_of as credit_inputs
 from .packs import packs as credit_packs
 from .peers import ALL as DEFAULT
@@ -26,12 +28,14 @@ SUBSETS = (("logprobs", "entropy"), DEFAULT, ("reverse_kl",), ("forward_kl",), (
 
 
 def correctness_items(setting: Setting) -> list[Item]:
-    """Every kernel, on shapes and inputs that have broken kernels."""
-    return [*_shape_items(setting), *_edge_items(setting), *linear_items(setting), *_graph_items(setting), *credit_items(setting)]
+    """Every kernel, on shapes and inputs that have broken kernels; all kinds spread evenly, so that none is last and cut."""
+    kinds = [make(setting) for make in (credit_items, _shape_items, linear_items, _edge_items, _graph_items)]
+    places = [((i + 0.5) / len(kind), item) for kind in kinds for i, item in enumerate(kind)]
+    return [item for _, item in sorted(places, key=lambda place: place[0])]
 
 
 def _shape_items(setting: Setting) -> list[Item]:
-    vocabularies = setting.pick((1, 127, 1187, 32003, 151936), (1, 127, 1187))
+    vocabularies = setting.pick((1, 127, 1187, 32003, 151936), (1, 127, 300))
     found = [
         Item(f"{plain(dtype)}, V={vocab}", lambda v=vocab, d=dtype: check(problem(setting, 5, v, d, seed=v)))
         for vocab, dtype in itertools.product(vocabularies, (F32, BF16, F16))
@@ -42,7 +46,7 @@ def _shape_items(setting: Setting) -> list[Item]:
     ]
     found.append(Item("divergences, no targets", lambda: _check_without_targets(setting)))
     for n in setting.pick((0, 1, 2, 300, 5000), (0, 1, 40)):
-        vocab = setting.pick(32003 if n <= 300 else 1187, 1187)
+        vocab = setting.pick(32003 if n <= 300 else 1187, 300)
         found.append(
             Item(f"N={n}, V={vocab}", lambda n=n, v=vocab: check(problem(setting, n, v, BF16)) if n else _no_rows(setting))
         )
@@ -188,27 +192,29 @@ def _large(setting: Setting) -> dict:
 
 def linear_items(setting: Setting) -> list[Item]:
     """Heads of all kinds, tiles cut every way, autocast."""
+    shape = setting.pick((37, 1187, 64), (13, 300, 32))
     heads = {
         "plain": {},
         "bias": {"bias": True},
         "scale": {"scale": 0.5},
         "softcap": {"softcap": 5.0},
         "bias scale softcap": {"bias": True, "scale": -0.7, "softcap": 8.0},
-        "valid_vocab": {"valid_vocab": 1153, "bias": True},
+        "valid_vocab": {"valid_vocab": shape[1] - 34, "bias": True},
         "own teacher head": {"own": True, "softcap": 9.0},
     }
     found = [
-        Item(f"linear {plain(dtype)}, {name}", lambda d=dtype, h=head: check_linear(linear(setting, d, **h)))
+        Item(f"linear {plain(dtype)}, {name}", lambda d=dtype, h=head: check_linear(linear(setting, d, shape, **h)))
         for name, head in heads.items()
         for dtype in ((F32, BF16) if name == "plain" else (BF16,))
     ]
-    found.append(Item("linear float16, plain", lambda: check_linear(linear(setting, F16))))
-    shapes = setting.pick([(1, 151936, 256), (700, 32003, 128), (33, 127, 64), (5, 1, 16)], [(1, 1187, 16), (5, 1, 16)])
+    found.append(Item("linear float16, plain", lambda: check_linear(linear(setting, F16, shape))))
+    shapes = setting.pick([(1, 151936, 256), (700, 32003, 128), (33, 127, 64), (5, 1, 16)], [(1, 300, 16), (5, 1, 16)])
     found += [Item(f"linear {s}", lambda s=s: check_linear(linear(setting, BF16, s))) for s in shapes]
     for workspace in (64 << 10, 1 << 20):
-        run = functools.partial(linear, setting, BF16, (150, 2003, 64), workspace=workspace, bias=True)
+        cut = setting.pick((150, 2003, 64), (40, 501, 64))
+        run = functools.partial(linear, setting, BF16, cut, workspace=workspace, bias=True)
         found.append(Item(f"linear, workspace {workspace >> 10} KiB", lambda run=run: check_linear(run())))
-    found.append(Item("linear, default set", lambda: check_linear(linear(setting, BF16), names=DEFAULT)))
+    found.append(Item("linear, default set", lambda: check_linear(linear(setting, BF16, shape), names=DEFAULT)))
     return [*found, Item("linear under autocast", lambda: _autocast(setting))]
 
 
@@ -224,7 +230,8 @@ def _autocast(setting: Setting) -> dict:
 def _calls(setting: Setting) -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     """Forward and backward of both operators as functions of their leaves, and the leaves: few rows, and many."""
     vocab = setting.pick(32003, 1187)
-    few, many, hidden = problem(setting, 3, vocab), problem(setting, 64, vocab, BF16), linear(setting, BF16, (48, 2003, 64))
+    shape = setting.pick((48, 2003, 64), (20, 300, 32))
+    few, many, hidden = problem(setting, 3, vocab), problem(setting, shape[0], vocab, BF16), linear(setting, BF16, shape)
     return {
         "logits, few rows": (lambda s: _both(few.run(STAT_NAMES, s), s), [few.student]),
         "logits": (lambda s: _both(many.run(STAT_NAMES, s), s), [many.student]),
@@ -331,18 +338,21 @@ def _stream(setting: Setting, name: str) -> dict:
 
 def credit_items(setting: Setting) -> list[Item]:
     """Every method on packs of every kind against the reference back end on the CPU, then how the scan runs."""
-    tokens = setting.pick(1 << 16, 1 << 10)
+    packs = setting.pick((1 << 16, 512, 4096), (1 << 8, 8, 16))
     methods = {**METHODS, "gear, caps": Gear(max_segment_len=5, stop_at_turn=True, renormalize=True)}
     methods |= {f"gear, {name}": Gear(normalizer=name) for name in NORMALIZERS}
-    found = [Item(f"credit {name}", lambda m=method: _credit_same(setting, m, tokens)) for name, method in methods.items()]
+    found = [
+        Item(f"credit {name}", lambda m=method: credit_same(setting, m, credit_packs(*packs)), seconds=60)
+        for name, method in methods.items()
+    ]
     gpu = "CUDA's profiler and sync debug mode"
     return [*found, Item("credit, launches and synchronisations", lambda: _credit_launches(setting), gpu_only=gpu)]
 
 
-def _credit_same(setting: Setting, method: object, tokens: int) -> dict:
+def credit_same(setting: Setting, method: object, packs: dict[str, Pack]) -> dict:
     """Segments equal to the reference's, weights within a few roundings; twice the same bits."""
     worst = 0.0
-    for p in credit_packs(tokens).values():
+    for p in packs.values():
         more = credit_inputs(method, p)
         with backend("reference"):
             want = p.credit(method, **more)

@@ -37,6 +37,8 @@ class Item:
     name: str
     run: Callable[[], dict]
     gpu_only: str = ""  # why it cannot run on a CPU
+    seconds: float = 20.0  # its limit
+    peer: bool = False  # someone else's code: what goes wrong in it is no failure
 
 
 def synchronize(setting: Setting) -> None:
@@ -48,17 +50,3 @@ def synchronize(setting: Setting) -> None:
 def is_fatal(error: Exception) -> bool:
     """After these the process' CUDA context answers nothing any more."""
     return "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
-
-
-def capture(call: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
-    """A CUDA graph of a call that has run three times on a side stream, as capturing wants it, and the call's results in it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results

@@ -1,24 +1,31 @@
-"""The GPU report's overheads: what small calls cost beside their kernels, and what is left of that in a CUDA graph."""
+"""The GPU report's overheads: what small calls cost beside their kernels, and what the host does during a large one."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
-from .cases import PASSES, SMALL, make_case, runner
-from .gpu_items import F32, Item, Setting, capture, synchronize
-from .gpu_speed import spread, timed_ms
+from gear_kernels import backends
+
+from .cases import PASSES, SMALL, Case, make_case, runner
+from .gpu_items import BF16, F32, Item, Setting
+from .gpu_speed import head_case
+from .gpu_timing import alone_ms, timed
 from .packs import SMALL_PACK, pack
 from .peers import OURS, peers
 
 
 def overhead_items(setting: Setting) -> list[Item]:
-    """Calls so small that the host is what they wait for, after one of torch's own."""
-    found = [Item("torch, an addition", lambda: _overhead(setting, torch.ones(1, device=setting.device).add_, 1))]
+    """The head's forward, whose host works tile by tile; then calls so small that the host is what they wait for."""
+    rows = setting.pick(8192, 16)
+    found = [
+        Item(f"hidden, {rows} rows, forward", lambda: _tiled(setting)),
+        Item("torch, an addition", lambda: _overhead(setting, torch.ones(1, device=setting.device).add_, 1)),
+    ]
     for kind in SMALL:
         found += [
             Item(f"{kind} {list(SMALL[kind])}, {passes}", lambda k=kind, p=passes: _statistics(setting, k, p))
@@ -27,30 +34,31 @@ def overhead_items(setting: Setting) -> list[Item]:
     return [*found, Item("credit, typical pack", lambda: _overhead(setting, pack(*SMALL_PACK).to(setting.device).credit))]
 
 
+def _ours(case: Case, kind: str, passes: str) -> Callable[[], tuple]:
+    return runner(next(peer for peer in peers(kind) if peer.name == OURS).load(), case, passes)
+
+
 def _statistics(setting: Setting, kind: str, passes: str) -> dict:
-    case = make_case(kind, F32, *SMALL[kind], device=setting.device)
-    ours = next(peer for peer in peers(kind) if peer.name == OURS)
-    return _overhead(setting, runner(ours.load(), case, passes))
+    return _overhead(setting, _ours(make_case(kind, F32, *SMALL[kind], device=setting.device), kind, passes))
+
+
+def _tiled(setting: Setting) -> dict:
+    call = _ours(head_case(setting), "hidden", "forward")
+    found, tiles = _overhead(setting, call), _sweeps(setting, call)
+    return {**found, "tiles": tiles, "host_us_a_tile": found["host_us"] / tiles}
+
+
+def _sweeps(setting: Setting, call: Callable) -> int:
+    """Tiles that a call reads."""
+    name = backends.choose(torch.device(setting.device), BF16)
+    chosen = backends.BACKENDS[name]
+    counted = mock.Mock(wraps=chosen.sweep)
+    with mock.patch.dict(backends.BACKENDS, {name: dataclasses.replace(chosen, sweep=counted)}):
+        call()
+    return counted.call_count
 
 
 def _overhead(setting: Setting, function: Callable, *arguments: object) -> dict:
-    """host_us: until a call returns, the device still busy.  ms: by events, the gaps between kernels included.  graph_ms: the
-    same replayed as a CUDA graph.
-    """
+    """alone_ms: a call on an idle device, the gaps between its launches included."""
     call = functools.partial(function, *arguments)
-    times = timed_ms(call, setting, seconds=0.5)
-    found = {"host_us": _host_us(setting, call), **spread(times)}
-    if not setting.self_test:
-        graph, _ = capture(call)
-        found["graph_ms"] = statistics.median(timed_ms(graph.replay, setting, seconds=0.5))
-    return found
-
-
-def _host_us(setting: Setting, call: Callable, rounds: int = 20) -> float:
-    found = []
-    for _ in range(setting.pick(rounds, 3)):
-        synchronize(setting)
-        start = time.perf_counter()
-        call()
-        found.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(found)
+    return {**timed(call, setting, seconds=0.5), "alone_ms": alone_ms(call, setting)}

@@ -1,115 +1,201 @@
-"""The GPU report's figures: what the device reaches, times and memory beside the peers, and the sweep of --tune."""
+"""The GPU report's figures: what the device reaches, times and memory of the operators, and those of the peers beside them."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib.util
-import itertools
 import math
-import statistics
 import sys
 import time
 import types
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from gear_kernels import backends, linear_token_stats, reference, tiling
+from gear_kernels import linear_token_stats
 from gear_kernels.reference import STAT_NAMES
 
 from .cases import PASSES, Case, make_case, plain, runner
 from .gpu_compare import named, weighted
 from .gpu_items import BF16, F32, Item, Setting, Skip, is_fatal, synchronize
-from .measure import MIB, ReadBandwidth, elapsed_ms, extra_memory
-from .packs import TOKEN_BYTES
+from .gpu_timing import alone_ms, timed
+from .measure import MIB, ReadBandwidth, extra_memory
+from .packs import TOKEN_BYTES, Pack
 from .packs import packs as credit_packs
 from .peers import ALL as DEFAULT
-from .peers import OURS, Peer, PeerMissing, eager_stats, peers, trl_kernels
+from .peers import OURS, UPDATE_PEERS, Peer, PeerMissing, eager_stats, peers, trl_kernels
 from .projections import HEAD_SHAPE
+
+UPDATE_LABEL = "log-prob + entropy"  # the update pass: TRL's issue 7244 has this shape
+REPEATS = 3  # of the headline
 
 # --- ceilings ---------------------------------------------------------------------------------------------------------------
 
 
+class Product(NamedTuple):
+    """A matrix product [rows, inner] x [inner, columns] that the operators make. add: to what is there.  turned: of a transposed
+    left operand.
+    """
+
+    name: str
+    rows: int
+    inner: int
+    columns: int
+    result: torch.dtype = F32
+    add: bool = False
+    turned: bool = False
+
+
+def products() -> list[Product]:
+    """Of the head: tiles of logits in every geometry worth trying, then the two gradients."""
+    n, _, width = HEAD_SHAPE
+    tiles = ((2048, 2048), (2048, 4096), (4096, 2048), (4096, 4096), (8192, 1024), (8192, 2048), (1024, 8448))
+    found = [Product(f"tile {rows} x {columns}", rows, width, columns) for rows, columns in tiles]
+    for columns in (4096, 8192):
+        found.append(Product(f"hidden gradient, {columns} columns", n, columns, width, add=True))
+        found.append(Product(f"weight gradient, {columns} columns", columns, n, width, turned=True))
+        found.append(Product(f"weight gradient, {columns} columns, bfloat16 result", columns, n, width, BF16, turned=True))
+    return found
+
+
+def card_items(setting: Setting) -> list[Item]:
+    """The device's two numbers: GB/s (1e9 bytes) and TFLOP/s."""
+    square = Product("8192 x 8192 x 8192", 8192, 8192, 8192, BF16)
+    found = [Item("copy", lambda: _copy_ceiling(setting)), Item("read", lambda: _read_ceiling(setting))]
+    return [*found, Item(f"GEMM, {square.name}", lambda: _gemm_ceiling(setting, square))]
+
+
 def ceiling_items(setting: Setting) -> list[Item]:
-    """GB/s (1e9 bytes) and TFLOP/s that this device reaches."""
-    n, vocab, width = setting.pick(HEAD_SHAPE, (64, 512, 32))
-    tile = max(64, tiling.limits(torch.device(setting.device)).tile // (8 * n))  # columns of both heads' float32 tile
-    return [
-        Item("copy", lambda: _copy_ceiling(setting)),
-        Item("read", lambda: _read_ceiling(setting)),
-        Item("GEMM, bfloat16 result", lambda: _gemm_ceiling(setting, 2 * n, vocab // 2, width, vocab // 2, BF16)),
-        Item("GEMM, float32 result", lambda: _gemm_ceiling(setting, 2 * n, vocab // 2, width, vocab // 2, F32)),
-        Item("GEMM, float32 tiles", lambda: _gemm_ceiling(setting, 2 * n, min(16 * tile, vocab), width, min(tile, vocab), F32)),
-    ]
+    """TFLOP/s of the products that the operators make."""
+    return [Item(f"GEMM, {p.name}", lambda p=p: _gemm_ceiling(setting, p)) for p in products()]
 
 
 def _copy_ceiling(setting: Setting) -> dict:
     words = torch.ones(setting.pick(2 << 30, 4 << 20) // 4, device=setting.device)
     target = torch.empty_like(words)
-    times = timed_ms(lambda: target.copy_(words), setting)
-    return {**spread(times), "gb_s": 2 * words.numel() * 4 / statistics.median(times) / 1e6}
+    found = timed(lambda: target.copy_(words), setting)
+    return {**found, "gb_s": 2 * words.numel() * 4 / found["ms"] / 1e6}
 
 
 def _read_ceiling(setting: Setting) -> dict:
     size = setting.pick(4096, 4)
-    calls = ReadBandwidth(setting.device, size).calls.values()
-    times = min((timed_ms(call, setting) for call in calls), key=statistics.median)
-    return {**spread(times), "gb_s": size * MIB / statistics.median(times) / 1e6}
+    found = min((timed(call, setting) for call in ReadBandwidth(setting.device, size).calls.values()), key=lambda f: f["ms"])
+    return {**found, "gb_s": size * MIB / found["ms"] / 1e6}
 
 
-def _gemm_ceiling(setting: Setting, rows: int, columns: int, width: int, tile: int, result: torch.dtype) -> dict:
-    """[rows, width] x [width, columns] in tiles of so many columns into one buffer."""
-    hidden, weight = (torch.randn(size, width, device=setting.device).to(BF16) for size in (rows, columns))
-    out = torch.empty(rows, tile, dtype=result, device=setting.device)
-    options = {"out_dtype": result} if result != BF16 and setting.device == "cuda" else {}
-    if setting.self_test:
-        out = out.to(BF16)  # a CPU has no float32 result for bfloat16 operands
+def _gemm_ceiling(setting: Setting, product: Product, count: int = 12) -> dict:
+    """Twelve products in turns of three sets of operands and results, as tiles follow each other; ms is one product's."""
+    rows, inner, columns = (setting.pick(size, 64) for size in (product.rows, product.inner, product.columns))
+    sets = []
+    for _ in range(3):
+        a, b = (torch.randn(*shape, device=setting.device).to(BF16) for shape in ((rows, inner), (columns, inner)))
+        a = a.T.contiguous().T if product.turned else a
+        sets.append((a, b.T, torch.zeros(rows, columns, dtype=setting.pick(product.result, BF16), device=setting.device)))
+    options = {"out_dtype": product.result} if product.result != BF16 and not setting.self_test else {}
 
-    def call():
-        for start in range(0, columns - tile + 1, tile):
-            torch.mm(hidden, weight[start : start + tile].T, out=out, **options)
+    def call() -> None:
+        for i in range(count):
+            a, b, out = sets[i % 3]
+            if product.add:
+                torch.addmm(out, a, b, out=out, **options)
+            else:
+                torch.mm(a, b, out=out, **options)
 
-    times = timed_ms(call, setting)
-    return {**spread(times), "tflop_s": 2 * rows * width * (columns // tile * tile) / statistics.median(times) / 1e9}
+    found = timed(call, setting)
+    found |= {name: found[name] / count for name in ("ms", "low_ms", "high_ms", "host_us")}
+    return {**found, "tflop_s": 2 * rows * inner * columns / found["ms"] / 1e9}
 
 
-def timed_ms(call: Callable, setting: Setting, seconds: float = 2.0, rounds: int = 20) -> list[float]:
-    """Milliseconds of warm calls: at least three, until `rounds` or `seconds` are spent."""
-    for _ in range(setting.pick(3, 1)):
-        call()
-    found, start = [], time.perf_counter()
-    while len(found) < 3 or (len(found) < setting.pick(rounds, 3) and time.perf_counter() - start < seconds):
-        found.append(elapsed_ms(call, setting.device))
+# --- the headline -----------------------------------------------------------------------------------------------------------
+
+
+def headline_items(setting: Setting) -> list[Item]:
+    """The figures that the design promises: ours, the update pass beside its peers and the bare products, ours again."""
+    _bare_trl()
+    found = _ours_items(setting, "default", DEFAULT)
+    for peer in UPDATE_PEERS[: setting.pick(None, 1)]:
+        if setting.device in peer.devices:
+            found += [_peer_item(setting, peer, "hidden", BF16, passes, UPDATE_LABEL) for passes in PASSES]
+        if peer.name == OURS:
+            found += [Item(f"{UPDATE_LABEL}, bare GEMM, {passes}", lambda p=passes: _bare(setting, p)) for passes in PASSES]
+    for again in range(2, REPEATS + 1):
+        found += _ours_items(setting, "default", DEFAULT, f" ({again} of {REPEATS})")
     return found
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-    return {"ms": middle, "low_ms": low, "high_ms": high}
+def _ours_items(setting: Setting, label: str, names: tuple[str, ...], suffix: str = "") -> list[Item]:
+    return [
+        Item(
+            f"hidden bfloat16, {OURS}, {label}, {passes}{suffix}",
+            lambda p=passes: ours_hidden(setting, names, label, p),
+            seconds=40,
+        )
+        for passes in PASSES
+    ]
+
+
+def _bare(setting: Setting, passes: str) -> dict:
+    """One head's logits kept in bfloat16; with the backward, the two products of their gradient."""
+    case = head_case(setting)
+    student, weight = case.student.detach(), case.weight.detach()
+    logits = torch.empty(len(student), len(weight), dtype=BF16, device=setting.device)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        torch.mm(student, weight.T, out=logits)
+        return () if passes == "forward" else (logits @ weight, logits.T @ student)
+
+    found = timed(call, setting)
+    flops = (1 if passes == "forward" else 3) * 2 * logits.numel() * student.shape[1]
+    return {**found, "tflop_s": flops / found["ms"] / 1e9, "extra_mib": logits.numel() * 2 / MIB}
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------------
 
 
 def speed_items(setting: Setting) -> list[Item]:
-    """Ours first, then the peers that need no compiling, then those that do."""
-    _bare_trl()
-    ours = [
-        Item(f"hidden bfloat16, {OURS}, {label}, {passes}", lambda s=names, p=passes, n=label: _ours_hidden(setting, s, n, p))
-        for label, names in (("default", DEFAULT), ("all seven", STAT_NAMES))
+    """Ours beyond the headline: all outputs, given logits, credit."""
+    found = _ours_items(setting, "all seven", STAT_NAMES)
+    found += [Item(f"credit, {name}", lambda n=name: credit_speed(setting, n)) for name in credit_packs(1 << 10)]
+    for dtype in (BF16, F32):
+        peer = next(p for p in peers("logits") if p.name == OURS)
+        found += [_peer_item(setting, peer, "logits", dtype, passes) for passes in PASSES]
+    return found
+
+
+def shape_items(setting: Setting) -> list[Item]:
+    """Other widths, where the host may be what a call waits for, and other numbers of rows."""
+    n, _, width = HEAD_SHAPE
+    shapes = setting.pick([(n, 1024), (n, 2048), (n, 2560), (512, width), (2048, width), (32768, width)], [(16, 32), (8, 64)])
+    return [
+        Item(f"hidden bfloat16, {rows} rows, D={wide}, {passes}", lambda s=(rows, wide), p=passes: _shaped(setting, *s, p))
+        for rows, wide in shapes
         for passes in PASSES
     ]
-    ours += [Item(f"credit, {name}", lambda n=name: _credit_speed(setting, n)) for name in credit_packs(1 << 10)]
-    logits = [("logits", BF16), ("logits", F32)]
-    for kind, dtype in logits:
-        peer = next(p for p in peers(kind) if p.name == OURS)
-        ours += [_peer_item(setting, peer, kind, dtype, passes) for passes in PASSES]
-    others = []
-    for kind, dtype in (("hidden", BF16), *logits):
-        entrants = peers(kind, setting.device, compiled=not setting.self_test)
-        others += [(p, _peer_item(setting, p, kind, dtype, passes)) for p in entrants if p.name != OURS for passes in PASSES]
-    return ours + [item for _, item in sorted(others, key=lambda pair: pair[0].compiles)]
+
+
+def _shaped(setting: Setting, rows: int, width: int, passes: str) -> dict:
+    """alone_ms: on an idle device. Where host_us is longer than ms, the host is what a call waits for."""
+    case = _shaped_case(setting, rows, width)
+    call = runner(next(peer for peer in peers("hidden") if peer.name == OURS).load(), case, passes)
+    return {**timed(call, setting), "alone_ms": alone_ms(call, setting, 3), **_floor(case, passes, "default")}
+
+
+@functools.lru_cache(maxsize=1)
+def _shaped_case(setting: Setting, rows: int, width: int) -> Case:
+    return make_case("hidden", BF16, rows, setting.pick(HEAD_SHAPE[1], 1187), width, setting.device, sampled=False)
+
+
+def peer_items(setting: Setting) -> list[Item]:
+    """The peers of all three outputs: first those that need no compiling."""
+    _bare_trl()
+    found = []
+    for kind, dtype in (("hidden", BF16), ("logits", BF16), ("logits", F32)):
+        entrants = [p for p in peers(kind, setting.device, compiled=not setting.self_test) if p.name != OURS]
+        for peer in entrants[: setting.pick(None, 1)]:  # the others import slowly; cpu_report and its tests have them
+            found += [(peer, _peer_item(setting, peer, kind, dtype, passes)) for passes in PASSES]
+    return [item for _, item in sorted(found, key=lambda pair: pair[0].compiles)]
 
 
 def _bare_trl() -> None:
@@ -128,9 +214,16 @@ def _bare_trl() -> None:
             del sys.modules[name]  # others must not take it for the real one
 
 
-def _peer_item(setting: Setting, peer: Peer, kind: str, dtype: torch.dtype, passes: str) -> Item:
-    name = f"{kind} {plain(dtype)}, {peer.name} ({'+'.join(peer.gives)}), {passes}"
-    return Item(name, lambda: _peer(setting, peer, _case(setting, kind, dtype), passes))
+def _peer_item(setting: Setting, peer: Peer, kind: str, dtype: torch.dtype, passes: str, label: str = "") -> Item:
+    """label: what the outputs are called, where they are not the default."""
+    name = f"{label or f'{kind} {plain(dtype)}'}, {peer.name} ({'+'.join(peer.gives)}), {passes}"
+    run = functools.partial(_peer, setting, peer, kind, dtype, passes, label or "default")
+    return Item(name, run, seconds=90 if peer.compiles else 40, peer=peer.name != OURS)
+
+
+def head_case(setting: Setting) -> Case:
+    """Hidden states and the head of HEAD_SHAPE."""
+    return _case(setting, "hidden", BF16)
 
 
 @functools.lru_cache(maxsize=1)  # some 6 GB; items of one case follow each other
@@ -139,10 +232,11 @@ def _case(setting: Setting, kind: str, dtype: torch.dtype) -> Case:
     return make_case(kind, dtype, n, vocab, width, setting.device)
 
 
-def _peer(setting: Setting, peer: Peer, case: Case, passes: str) -> dict:
+def _peer(setting: Setting, peer: Peer, kind: str, dtype: torch.dtype, passes: str, label: str) -> dict:
     try:
-        function = peer.load()
-        return {**_measured(setting, case, function, case.loss, passes), **_floor(case, passes, "default")}
+        function, case = peer.load(), _case(setting, kind, dtype)
+        found = {**_measured(setting, case, function, case.loss, passes), **_floor(case, passes, label)}
+        return {**found, **({"label": label, "passes": passes} if peer.name == OURS else {})}
     except PeerMissing as error:
         raise Skip(f"not installed: {error}") from error
     except Exception as error:
@@ -151,13 +245,19 @@ def _peer(setting: Setting, peer: Peer, case: Case, passes: str) -> dict:
         raise Skip(f"{type(error).__name__}: {error}"[:300]) from error
 
 
-def _ours_hidden(setting: Setting, names: tuple[str, ...], label: str, passes: str) -> dict:
-    case = _case(setting, "hidden", BF16)
+def ours_hidden(setting: Setting, names: tuple[str, ...], label: str, passes: str) -> dict:
+    """Figures of `linear_token_stats` at HEAD_SHAPE."""
+    case = head_case(setting)
 
     def function(case: Case) -> dict[str, torch.Tensor]:
         return named(linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=names), names)
 
-    return {**_measured(setting, case, function, weighted, passes), **_floor(case, passes, label), "label": label}
+    return {
+        **_measured(setting, case, function, weighted, passes),
+        **_floor(case, passes, label),
+        "label": label,
+        "passes": passes,
+    }
 
 
 def _measured(setting: Setting, case: Case, function: Callable, loss: Callable, passes: str) -> dict:
@@ -167,7 +267,7 @@ def _measured(setting: Setting, case: Case, function: Callable, loss: Callable, 
     call()
     synchronize(setting)
     first = time.perf_counter() - start
-    found = {**spread(timed_ms(call, setting, seconds=3.0, rounds=12)), "first_s": first}
+    found = {**timed(call, setting, seconds=3.0, rounds=12), "first_s": first}
     extra = extra_memory(call, setting.device)
     results = 0 if passes == "forward" else sum(leaf.numel() * leaf.element_size() for leaf in case.leaves) / MIB
     if extra is not None:
@@ -186,80 +286,23 @@ def _error(case: Case, outputs: dict[str, torch.Tensor], rows: int = 32) -> floa
     return max(errors, default=math.nan)
 
 
-def _credit_speed(setting: Setting, name: str) -> dict:
-    p = credit_packs(setting.pick(1 << 20, 1 << 12))[name].to(setting.device)
-    return {**spread(timed_ms(p.credit, setting)), "floor_bytes": TOKEN_BYTES * p.signal.numel()}
+def credit_speed(setting: Setting, name: str) -> dict:
+    """Three copies of a pack in turn: one of 2^20 tokens, 33 MB, would stay in the L2 cache."""
+    packs = [_pack(setting, name).to(setting.device) for _ in range(3)]
+    return {**timed([p.credit for p in packs], setting), "floor_bytes": TOKEN_BYTES * packs[0].signal.numel()}
+
+
+@functools.lru_cache(maxsize=1)
+def _pack(setting: Setting, name: str) -> Pack:
+    return credit_packs(setting.pick(1 << 20, 1 << 12))[name]
 
 
 def _floor(case: Case, passes: str, label: str) -> dict:
     """What must be done at least: GEMM flops from hidden states, bytes of logits moved. jsd needs the logits a second time."""
-    sweeps = 2 if label == "all seven" else 1
+    sweeps, heads = 2 if label == "all seven" else 1, 1 if label == UPDATE_LABEL else 2
     n = len(case.targets)
     if case.weight is None:
         tensors = 2 * sweeps + (3 if passes != "forward" else 0)
         return {"floor_bytes": tensors * case.student.numel() * case.student.element_size()}
-    gemms = 2 * sweeps + (4 if passes != "forward" else 0)
+    gemms = heads * sweeps + (heads + 2 if passes != "forward" else 0)
     return {"floor_flops": gemms * 2 * n * case.weight.numel()}
-
-
-# --- tuning -----------------------------------------------------------------------------------------------------------------
-
-
-def tune_items(setting: Setting) -> list[Item]:
-    """Blocks and warps of the kernels, then sizes of tiles: reported, applied by nobody but a reader."""
-    found = []
-    shapes = setting.pick({"tile": (2048, 2048, F32), "logits": (4096, 151936, BF16)}, {"tile": (8, 64, F32)})
-    for kernel, (place, shape) in itertools.product(("sweep", "gradient", "mixture"), shapes.items()):
-        for block, warps in ((512, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16)):
-            name = f"{kernel}, {place}, {block}/{warps}"
-            run = functools.partial(_tune_kernel, setting, kernel, shape, block, warps)
-            found.append(Item(name, run, "the table of blocks is for compiled kernels"))
-    for tile, rows, workspace in setting.pick(
-        ((32, 2048, 160), (16, 2048, 160), (64, 2048, 160), (32, 4096, 160), (32, 8192, 160), (64, 4096, 160), (32, 2048, 320)),
-        ((1, 16, 4),),
-    ):
-        name = f"tile {tile} MiB, {rows} rows, workspace {workspace} MiB"
-        limits = tiling.Limits(tile << 20, workspace << 20, rows, max(rows, 8192))
-        found.append(Item(name, functools.partial(_tune_tiles, setting, limits)))
-    return found
-
-
-def _tune_kernel(setting: Setting, kernel: str, shape: tuple, block: int, warps: int) -> dict:
-    from gear_kernels.triton import candidates
-    from gear_kernels.triton import stats as kernels
-
-    n, columns, dtype = shape
-    student = _tune_logits(setting, shape)
-    sums = torch.zeros(1, n, len(reference.SUM_NAMES), dtype=torch.float64, device=setting.device)
-    rows = reference.Rows(torch.zeros(n, dtype=torch.int64, device=setting.device), torch.ones(n, device=setting.device), -100)
-    task, tile = backends.Task(rows, DEFAULT if kernel != "mixture" else ("jsd",)), backends.Tile(student)
-    kernels.sweep(tile, tile, task, sums)
-    _, state = kernels.finish(sums, task)
-    calls = {
-        "sweep": lambda: kernels.sweep(tile, tile, task, sums),
-        "gradient": lambda: kernels.gradient(tile, tile, task, state, torch.ones(n, 7, device=setting.device), dz),
-        "mixture": lambda: kernels.mixture(tile, tile, task, state, torch.zeros_like(sums[..., :2])),
-    }
-    dz = torch.empty(n, columns, dtype=BF16, device=setting.device)
-    with candidates.trying(kernel, candidates.Config(block, warps)):
-        times = timed_ms(calls[kernel], setting, seconds=0.5)
-    return {**spread(times), "gb_s": 2 * student.numel() * student.element_size() / statistics.median(times) / 1e6}
-
-
-@functools.lru_cache(maxsize=1)
-def _tune_logits(setting: Setting, shape: tuple) -> torch.Tensor:
-    return torch.randn(shape[0], shape[1], device=setting.device).mul_(3).to(shape[2])
-
-
-def _tune_tiles(setting: Setting, limits: tiling.Limits) -> dict:
-    before = dict(tiling._LIMITS)
-    tiling._LIMITS[setting.device] = limits
-    try:
-        found = {}
-        for passes in PASSES:
-            measured = _ours_hidden(setting, DEFAULT, "default", passes)
-            found |= {f"{passes} ms": measured["ms"], f"{passes} MiB": measured.get("beside_results_mib")}
-        return found
-    finally:
-        tiling._LIMITS.clear()
-        tiling._LIMITS.update(before)

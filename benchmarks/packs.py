@@ -47,18 +47,18 @@ def pairs(tokens: int, sequences: int) -> Pack:
     return p._replace(signal=signal, entropy=entropy)
 
 
-def packs(tokens: int = 1 << 20) -> dict[str, Pack]:
-    """The typical pack first; `tokens` in each but where one sequence or 4096 are named. A long sequence has 131072."""
+def packs(tokens: int = 1 << 20, sequences: int = 512, many: int = 4096) -> dict[str, Pack]:
+    """The typical pack first; `tokens` in each but where one sequence or `many` are named. A long sequence has 131072."""
     long = min(131072, tokens)
     return {
-        "typical, 512 sequences": pack(tokens, 512),
-        "30 % masked": pack(tokens, 512, masked=0.3),
-        "segments of two tokens": pairs(tokens, 512),
+        f"typical, {sequences} sequences": pack(tokens, sequences),
+        "30 % masked": pack(tokens, sequences, masked=0.3),
+        "segments of two tokens": pairs(tokens, sequences),
         "long sequences": pack(tokens, tokens // long),
         "one long sequence": pack(long, 1),
         "one long sequence, segments of two tokens": pairs(long, 1),
-        "4096 sequences of one token": pack(4096, 4096),
-        "4096 empty sequences": pack(0, 4096),
+        f"{many} sequences of one token": pack(many, many),
+        f"{many} empty sequences": pack(0, many),
     }
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .cases import Case
 
 ALL = ("logprobs", "entropy", "reverse_kl")
+UPDATE = ALL[:2]  # what a policy-gradient update needs; no teacher
 Function = Callable[["Case"], dict[str, torch.Tensor]]
 _TRL_VOCABULARY_CHUNK = 32768  # columns; what TRL's trainers pass
 
@@ -68,8 +69,14 @@ def _ours_hidden() -> Function:
     return lambda case: _named(linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=ALL))
 
 
-def _named(stats) -> dict[str, torch.Tensor]:
-    return {name: getattr(stats, name) for name in ALL}
+def _ours_update() -> Function:
+    from gear_kernels import linear_token_stats
+
+    return lambda case: _named(linear_token_stats(case.student, case.weight, case.targets, stats=UPDATE), UPDATE)
+
+
+def _named(stats, names: tuple[str, ...] = ALL) -> dict[str, torch.Tensor]:
+    return {name: getattr(stats, name) for name in names}
 
 
 # --- torch -------------------------------------------------------------------------------------------------------------------
@@ -131,17 +138,33 @@ def _trl_hidden() -> Function:
     """KL by one function, log-prob by another. The first one's entropy has no gradient, so it serves under no_grad only."""
     _imported("trl", "trl", "1.16.0")
     divergence = trl_kernels("chunked_divergence").ChunkedDivergenceFunction.apply
-    logprob = trl_kernels("chunked_logprob").ChunkedLogProbFunction.apply
+    logprob = _trl_logprob()
 
     def call(case: Case) -> dict[str, torch.Tensor]:
         frozen = case.weight.detach()
         kl, entropy = divergence(case.student, case.weight, None, case.teacher, frozen, None, 1.0)
         wanted = ("entropy",) if torch.is_grad_enabled() else ()
-        options = (1.0, _TRL_VOCABULARY_CHUNK, None, 1.0, wanted)
-        logprobs, with_gradient, *_ = logprob(case.student, case.weight, None, case.targets, *options)
+        logprobs, with_gradient = logprob(case, wanted)
         return {"logprobs": logprobs, "entropy": with_gradient if wanted else entropy, "reverse_kl": kl}
 
     return call
+
+
+def _trl_logprob() -> Callable[[Case, tuple[str, ...]], tuple[torch.Tensor, torch.Tensor | None]]:
+    """Log-probs, and the entropy where it is named."""
+    logprob = trl_kernels("chunked_logprob").ChunkedLogProbFunction.apply
+
+    def call(case: Case, wanted: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        options = (1.0, _TRL_VOCABULARY_CHUNK, None, 1.0, wanted)
+        return logprob(case.student, case.weight, None, case.targets, *options)[:2]
+
+    return call
+
+
+def _trl_update() -> Function:
+    _imported("trl", "trl", "1.16.0")
+    logprob = _trl_logprob()
+    return lambda case: dict(zip(UPDATE, logprob(case, ("entropy",)), strict=True))
 
 
 def _trl_divergence() -> Function:
@@ -171,14 +194,23 @@ def _trl_logits() -> Function:
 def _liger_hidden(compiled: bool = False) -> Function:
     """beta 1 of its JSD is the reverse KL, as a mean over rows; a second function gives log-prob and entropy."""
     jsd = _imported("liger_kernel.chunked_loss", "liger-kernel", "0.8.5").LigerFusedLinearJSDLoss
-    module = _imported("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel", "0.8.5")
-    cross_entropy = module.LigerFusedLinearScaledCrossEntropyFunction.apply
+    update = _liger_update()
     mean_kl = jsd(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled)
 
     def call(case: Case) -> dict[str, torch.Tensor]:
         kl = mean_kl(case.student, case.weight, case.teacher, case.weight.detach(), case.targets)
+        return {**update(case), "mean_reverse_kl": kl}
+
+    return call
+
+
+def _liger_update() -> Function:
+    module = _imported("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel", "0.8.5")
+    cross_entropy = module.LigerFusedLinearScaledCrossEntropyFunction.apply
+
+    def call(case: Case) -> dict[str, torch.Tensor]:
         nll, entropy = cross_entropy(case.student, case.weight, case.targets, 1.0, -100, 1, True)
-        return {"logprobs": -nll, "entropy": entropy, "mean_reverse_kl": kl}
+        return {"logprobs": -nll, "entropy": entropy}
 
     return call
 
@@ -249,6 +281,13 @@ PEERS = (
     Peer("Liger 0.8.5, uncompiled", "hidden", _LIGER_GIVES, _liger_hidden, _LIGER_NOTE, instead=True),
     Peer("verl 0.9", "hidden", ALL[:2], _verl_hidden, _VERL_NOTE, devices=("cuda",)),
     Peer("cut-cross-entropy 25.1", "hidden", ("logprobs",), _cut_cross_entropy, "no teacher, no entropy", compiles=True),
+)
+# The update pass alone, from hidden states of one head: TRL's issue 7244. verl and cut-cross-entropy give no more anyhow.
+UPDATE_PEERS = (
+    Peer(OURS, "hidden", UPDATE, _ours_update),
+    Peer("TRL 1.16", "hidden", UPDATE, _trl_update, "logits in the inputs' dtype"),
+    Peer("Liger 0.8.5", "hidden", UPDATE, _liger_update),
+    *(peer for peer in PEERS if peer.kind == "hidden" and peer.name.startswith(("cut-cross-entropy", "verl"))),
 )
 
 

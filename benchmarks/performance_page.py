@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import demo
 from .credit_report import LOOP
-from .gpu_report import GOALS
+from .gpu_page import GOALS
 from .peers import OURS
 from .projections import HEAD_SHAPE
 from .scaling import AXES, EAGER, FILE, GEMMS, PASSES, PLOTS, RESULTS, ROOT, series
@@ -347,8 +347,12 @@ def gpus(reports: dict[str, dict], compiled: dict) -> list[str]:
 
 
 def _gpu_cells(reports: dict[str, dict], goal: float) -> list[str]:
-    items = [i.get("figures", {}) for r in reports.values() for i in r["phases"].get("speed", {}).get("items", [])]
+    items = [i.get("figures", {}) for r in reports.values() for i in _gpu_items(r)]
     return [held(f"{f['ms']:.3g} ms", f["goal_met"]) for f in items if f.get("goal_ms") == goal][:1]
+
+
+def _gpu_items(report: dict) -> list[dict]:
+    return [i for phase in ("headline", "speed", "shapes", "peers") for i in report["phases"].get(phase, {}).get("items", [])]
 
 
 def _gpu_speed(name: str, report: dict) -> list[str]:
@@ -356,7 +360,7 @@ def _gpu_speed(name: str, report: dict) -> list[str]:
     (machine,) = (i["figures"] for i in report["phases"]["machine"]["items"])
     where = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit']}"
     rows = []
-    for item in report["phases"].get("speed", {}).get("items", []):
+    for item in _gpu_items(report):
         f = item.get("figures", {"ms": math.nan})
         share = f"{f['of_roofline']:.0%}" if "of_roofline" in f else ""
         memory = f"{f['beside_results_mib']:.0f}" if "beside_results_mib" in f else ""

@@ -98,6 +98,15 @@ def test_a_wrong_answer_is_called_wrong():
         assert row.wrong and row.is_wrong(name) and not row.is_wrong("logprobs")
 
 
+def test_update_passes_agree():
+    """Log-prob and entropy of one head, forward and backward: ours, TRL's and Liger's."""
+    case = cases.make_case("hidden", torch.float32, 16, 300, 32)
+    truth = cases.find_truth(case)
+    for peer in (p for p in peers.UPDATE_PEERS if "cpu" in p.devices and not p.compiles):
+        row, call, _ = cpu_report.first_call(peer, case, truth, "forward+backward")
+        assert not row.wrong and (call is not None or row.failure.startswith("not installed")), row
+
+
 def test_a_missing_peer_is_named():
     with pytest.raises(peers.PeerMissing, match=r"pip install --no-deps no-such-package==1\.0"):
         peers._imported("no_such_module", "no-such-package", "1.0")
