@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gear_trainer.batching import MicroBatch, micro_batch
-from gear_trainer.model import Policy, hidden_states
+from gear_trainer.policy.batching import MicroBatch, micro_batch
+from gear_trainer.policy.model import Policy, hidden_states
 from gear_trainer.rollout import Rollout
 
 from .bench_stats import everyone, note

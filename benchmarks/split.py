@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from gear_kernels import FusedHead, TokenStats, credit_weights
-from gear_trainer.batching import MicroBatch, micro_batch, split_rows
-from gear_trainer.chat import Chat
-from gear_trainer.model import hidden_states
-from gear_trainer.records import read_records
+from gear_trainer.policy.batching import MicroBatch, micro_batch, split_rows
+from gear_trainer.policy.model import hidden_states
 from gear_trainer.rollout import Rollout
+from gear_trainer.rollout.chat import Chat
+from gear_trainer.runs.records import read_records
 from gear_trainer.tasks import make_task
 
 from .measure import OtherLoad, elapsed_ms, interleave, keep_freed_blocks, one_thread

@@ -96,14 +96,14 @@ def _quiet() -> None:
 
 
 def _dry_run(cfg: Config, sold_as: float | None) -> int:
-    from gear_trainer.plan import dry_run
+    from gear_trainer.preflight.checks import dry_run
 
     dry_run(cfg, sold_as)
     return 0
 
 
 def _train(cfg: Config, resume: bool) -> int:
-    from gear_trainer.plan import check, check_launch
+    from gear_trainer.preflight.checks import check, check_launch
     from gear_trainer.runs.files import lock_run
     from gear_trainer.runs.interrupts import Interrupts
 
@@ -112,8 +112,8 @@ def _train(cfg: Config, resume: bool) -> int:
     interrupts = Interrupts()
     lock = lock_run(cfg) if int(os.environ["RANK"]) == 0 else None  # before anything that takes time, or that is written
     _set_environment()
-    from gear_trainer.endpoint import connect
-    from gear_trainer.model import check_hub_model, resolve_model_path
+    from gear_trainer.hints.endpoint import connect
+    from gear_trainer.policy.model import check_hub_model, resolve_model_path
 
     check_hub_model(cfg.model.path)
     # every rank asks for itself, as it will during the run
@@ -128,7 +128,7 @@ def _train(cfg: Config, resume: bool) -> int:
 
 
 def _set_environment() -> None:
-    from gear_trainer.model import choose_accelerator
+    from gear_trainer.policy.model import choose_accelerator
     from gear_trainer.rollout.vllm_colocated import set_environment, take_device
 
     set_environment()
@@ -148,17 +148,17 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    from gear_trainer import checkpoint
-    from gear_trainer.chat import Chat
-    from gear_trainer.model import build_engine
-    from gear_trainer.plan import check_prompts, sees_sibling, warnings
+    from gear_trainer.hints.siblings import Siblings
+    from gear_trainer.hints.writer import PolicyWriter, Writer
+    from gear_trainer.policy import checkpoint
+    from gear_trainer.policy.model import build_engine
+    from gear_trainer.policy.teacher import Teacher, has_own_weights
+    from gear_trainer.preflight.checks import check_prompts, sees_sibling, warnings
+    from gear_trainer.rollout.chat import Chat
     from gear_trainer.rollout.vllm_colocated import ColocatedVllm
     from gear_trainer.runs.files import prepare_run_dir
     from gear_trainer.runs.ranks import Beats
-    from gear_trainer.siblings import Siblings
-    from gear_trainer.teacher import Teacher, has_own_weights
-    from gear_trainer.trainer import Trainer
-    from gear_trainer.writer import PolicyWriter, Writer
+    from gear_trainer.train.loop import Trainer
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
@@ -193,8 +193,8 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
 def _finish(cfg: Config, trainer, done: int) -> int:
     import torch.distributed as dist
 
-    from gear_trainer import checkpoint
-    from gear_trainer.report import write_report
+    from gear_trainer.policy import checkpoint
+    from gear_trainer.report.build import write_report
     from gear_trainer.runs.ranks import Beats
 
     finished = done == cfg.train.steps

@@ -4,9 +4,9 @@ import os
 import shutil
 import signal
 
-from gear_trainer import checkpoint
-from gear_trainer.endpoint import connect
-from gear_trainer.trainer import Trainer
+from gear_trainer.hints.endpoint import connect
+from gear_trainer.policy import checkpoint
+from gear_trainer.train.loop import Trainer
 
 
 def _die():

@@ -98,10 +98,10 @@ def _serve():
     import torch.utils.tensorboard  # noqa: F401
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
-    import gear_trainer.plan
-    import gear_trainer.report
+    import gear_trainer.preflight.checks
+    import gear_trainer.report.build
     import gear_trainer.run
-    import gear_trainer.trainer  # noqa: F401
+    import gear_trainer.train.loop  # noqa: F401
 
     gc.collect()
     gc.freeze()  # vLLM's start and end collect eight times: half a second each over what was imported here

@@ -23,7 +23,7 @@ def install():
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from gear_trainer.trainer import Trainer
+    from gear_trainer.train.loop import Trainer
 
     tokens = {True: 0, False: 0}
     forward = Trainer._forward
@@ -74,11 +74,11 @@ def measured(file):
 def main():
     from forked_ranks import DEMO, ROOT, Server
 
-    from gear_trainer import memory
-    from gear_trainer.chat import Chat
     from gear_trainer.config import load_config
-    from gear_trainer.model import model_sizes, resolve_model_path
-    from gear_trainer.plan import check_prompts, lengths, make_method
+    from gear_trainer.policy.model import model_sizes, resolve_model_path
+    from gear_trainer.preflight import memory
+    from gear_trainer.preflight.checks import check_prompts, lengths, make_method
+    from gear_trainer.rollout.chat import Chat
     from gear_trainer.tasks import make_task
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

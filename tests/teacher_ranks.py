@@ -18,16 +18,16 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from gear_trainer import checkpoint  # noqa: E402
 from gear_trainer.config import ConfigError, load_config  # noqa: E402
-from gear_trainer.metrics import Sums  # noqa: E402
-from gear_trainer.model import build_engine  # noqa: E402
-from gear_trainer.plan import make_method  # noqa: E402
+from gear_trainer.policy import checkpoint  # noqa: E402
+from gear_trainer.policy.gather import whole_state_dict  # noqa: E402
+from gear_trainer.policy.model import build_engine  # noqa: E402
+from gear_trainer.policy.teacher import Teacher, has_own_weights  # noqa: E402
+from gear_trainer.preflight.checks import make_method  # noqa: E402
 from gear_trainer.rollout import Rollout  # noqa: E402
-from gear_trainer.sync import whole_state_dict  # noqa: E402
+from gear_trainer.runs.metrics import Sums  # noqa: E402
 from gear_trainer.tasks.base import Problem  # noqa: E402
-from gear_trainer.teacher import Teacher, has_own_weights  # noqa: E402
-from gear_trainer.trainer import Trainer  # noqa: E402
+from gear_trainer.train.loop import Trainer  # noqa: E402
 
 VOCAB, TEMPERATURE = 160, 0.8
 DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "mathapi_cpu.yaml"

@@ -14,14 +14,14 @@ import pytest
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Rlsd
 from gear_trainer.config import ConfigError, changes, load_config, parse_yaml
-from gear_trainer.distill import make_distillation
-from gear_trainer.metrics import _flat
-from gear_trainer.model import check_model_path, deepspeed_config, learning_rate, model_sizes
-from gear_trainer.plan import check, check_launch, make_method
-from gear_trainer.preflight import check_machine, check_port, engine_arguments, kv_bytes
+from gear_trainer.policy.model import check_model_path, deepspeed_config, learning_rate, model_sizes
+from gear_trainer.policy.teacher import has_own_weights
+from gear_trainer.preflight.checks import check, check_launch, make_method
+from gear_trainer.preflight.machine import check_machine, check_port, engine_arguments, kv_bytes
+from gear_trainer.recipe import make_distillation
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
+from gear_trainer.runs.metrics import _flat
 from gear_trainer.tasks import TaskError, make_task
-from gear_trainer.teacher import has_own_weights
 
 CONFIGS = Path(__file__).parents[1] / "gear_trainer" / "configs"
 DEMO = CONFIGS / "mathapi_cpu.yaml"
@@ -191,7 +191,7 @@ def qwen3_8b(tmp_path_factory):
     """A directory with Qwen3-8B's published sizes and a tokenizer, no weights; and a data file in GSM8K's form."""
     from transformers import Qwen3Config
 
-    from gear_trainer.tokenizer import subset_tokenizer
+    from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
 
     folder = tmp_path_factory.mktemp("qwen3-8b")
     subset_tokenizer(["Question: what is 1 + 1? Answer: 2"], folder)

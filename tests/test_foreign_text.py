@@ -17,17 +17,17 @@ import pytest
 import torch
 
 from gear_kernels.methods import Turn
-from gear_trainer.chat import Chat
 from gear_trainer.config import load_config
-from gear_trainer.metrics import Sums
+from gear_trainer.demo.qwen3_tokenizer import EOS, PAD, qwen3_tokenizer, subset_tokenizer
+from gear_trainer.hints.siblings import Siblings
 from gear_trainer.rollout import Completion, Limits, groups_of, is_mixed, roll_out, troubles
+from gear_trainer.rollout.chat import Chat
 from gear_trainer.rollout.episodes import Caller, EpisodeError, caller
-from gear_trainer.siblings import Siblings
+from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task
 from gear_trainer.tasks.common import user
-from gear_trainer.tokenizer import EOS, PAD, qwen3_tokenizer, subset_tokenizer
-from gear_trainer.trainer import Scores, Trainer, _count, group_advantages
+from gear_trainer.train.loop import Scores, Trainer, _count, group_advantages
 
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 TASK = make_task("mathapi", 0)
@@ -51,7 +51,7 @@ def qwen3(folder):
 def smollm2(_folder):
     from transformers import AutoTokenizer
 
-    from gear_trainer.pretrained import _smollm2_file
+    from gear_trainer.demo.smollm2 import _smollm2_file
 
     file = _smollm2_file()
     return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -383,7 +383,7 @@ def test_D17_only_the_broken_group_is_dropped(small):
 
 
 def test_D17_a_step_in_which_every_rollout_failed_has_a_line():
-    from gear_trainer.console import _line
+    from gear_trainer.runs.console import _line
 
     names = ["segments_per_trajectory", "mean_weight_positive", "mean_weight_negative", "reward_mean", "success"]
     values = dict.fromkeys(names) | {"step": 1, "logprob_gap_max": 0.0, "tokens_per_second": 1.0, "seconds": {"step": 1.0}}

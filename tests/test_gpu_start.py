@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 from gear_trainer import run
 from gear_trainer.config import ConfigError, load_config
-from gear_trainer.model import deepspeed_config
+from gear_trainer.policy.model import deepspeed_config
 from gear_trainer.rollout import vllm_colocated
 from gear_trainer.rollout.vllm_colocated import ColocatedVllm, engine_kwargs
 
@@ -34,8 +34,8 @@ def folder(tmp_path_factory):
     """A tiny untied model with its tokenizer."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
     from gear_trainer.tasks import make_task
-    from gear_trainer.tokenizer import subset_tokenizer
 
     path, task = tmp_path_factory.mktemp("tiny"), make_task("mathapi", 0)
     tokenizer = subset_tokenizer([m["content"] for i in range(50) for m in task.train_problem(i).messages], path)
@@ -163,7 +163,7 @@ def started(folder, monkeypatch, tmp_path):
         cfg = load_config(DEMO, [f"output_dir={tmp_path}", f"model.path={folder}", "world_size=1", *overrides])
         task, method = run_check(cfg)
         monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine))
-        monkeypatch.setattr("gear_trainer.model.build_engine", build_engine)
+        monkeypatch.setattr("gear_trainer.policy.model.build_engine", build_engine)
         monkeypatch.setattr("gear_trainer.runs.ranks.Beats.start", lambda self: None)
         monkeypatch.setattr("deepspeed.init_distributed", lambda **_: None)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -172,7 +172,7 @@ def started(folder, monkeypatch, tmp_path):
         trainer.sampler.wake()
         return events
 
-    from gear_trainer.plan import check as run_check
+    from gear_trainer.preflight.checks import check as run_check
 
     yield start
     dist.destroy_process_group()

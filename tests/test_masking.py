@@ -2,7 +2,7 @@
 
 import pytest
 
-from gear_trainer.masking import PLACEHOLDER, mask
+from gear_trainer.hints.masking import PLACEHOLDER, mask
 
 M = PLACEHOLDER
 ANSWERS = [  # (answer, text, what is left)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from gear_trainer import memory
 from gear_trainer.config import ConfigError, load_config
-from gear_trainer.memory import GIB, MIB, Card, card, check_plan, meta_model, notes, sizes_of, table
-from gear_trainer.meter import Meter, passes
-from gear_trainer.model import model_sizes
-from gear_trainer.plan import lengths, make_method
+from gear_trainer.demo.warm_start import WarmStartSpec
+from gear_trainer.policy.model import model_sizes
+from gear_trainer.preflight import memory
+from gear_trainer.preflight.checks import lengths, make_method
+from gear_trainer.preflight.memory import GIB, MIB, Card, card, check_plan, meta_model, notes, sizes_of, table
+from gear_trainer.preflight.meter import Meter, passes
 from gear_trainer.tasks import task_class
-from gear_trainer.warm_start import WarmStartSpec
 
 CONFIGS = Path(__file__).parents[1] / "gear_trainer" / "configs"
 QWEN3 = {"8B": 8_190_735_360, "4B": 4_022_468_096, "1.7B": 1_720_574_976, "0.6B": 596_049_920}
@@ -156,7 +156,7 @@ def one_thread():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_passes_without_memory_are_those_of_real_tensors(checkpointing, one_thread):
     """Five layers run for real, with the CPU's kernels, against two and three on the meta device."""
-    from gear_trainer.model import checkpoint_layers
+    from gear_trainer.policy.model import checkpoint_layers
 
     lm, rows, width = _tiny(5, "cpu"), 2, 96
     if checkpointing:

@@ -198,7 +198,7 @@ MEASURED = re.compile(r"\b\d[\d,.]*\s?(?:ms|us|µs|s|seconds|minutes|hours|x|tim
 # what is set, promised or derived, and checked elsewhere: document, the words around it
 SETTINGS = (
     ("docs/operators.md", "24 MiB on a CPU, 160 MiB on a GPU"),  # tests/test_stats.py, and below
-    ("docs/credit.md", "timeout · (1 + max_retries) + 10 s"),  # gear_trainer/endpoint.py
+    ("docs/credit.md", "timeout · (1 + max_retries) + 10 s"),  # gear_trainer/hints/endpoint.py
     ("docs/credit.md", "the top 20 % entropies"),  # methods.HighEntropy
 )
 

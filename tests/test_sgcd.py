@@ -8,18 +8,18 @@ import pytest
 from fake_openai import fake_openai
 
 from gear_kernels.methods import METHODS
-from gear_trainer.chat import Chat
 from gear_trainer.config import ConfigError, load_config
-from gear_trainer.endpoint import connect
-from gear_trainer.masking import PLACEHOLDER
-from gear_trainer.metrics import Sums
-from gear_trainer.plan import check, check_prompts, geometry, sees_sibling
+from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
+from gear_trainer.hints.endpoint import connect
+from gear_trainer.hints.masking import PLACEHOLDER
+from gear_trainer.hints.writer import PolicyWriter, Writer
+from gear_trainer.preflight.checks import check, check_prompts, geometry, sees_sibling
 from gear_trainer.rollout import Completion, Limits, Rollout, is_mixed, mixed_groups, roll_out
+from gear_trainer.rollout.chat import Chat
+from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import TaskError, make_task
 from gear_trainer.tasks.base import Problem, Reply
-from gear_trainer.tokenizer import subset_tokenizer
-from gear_trainer.trainer import Trainer
-from gear_trainer.writer import PolicyWriter, Writer
+from gear_trainer.train.loop import Trainer
 
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 9?"}]
@@ -33,7 +33,7 @@ def demo(*overrides):
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     task = make_task("mathapi", 0)
-    templates = [(Path("gear_trainer/tasks/templates") / f"sgcd_{n}.txt").read_text() for n in ("writer", "teacher")]
+    templates = [(Path("gear_trainer/hints/templates") / f"sgcd_{n}.txt").read_text() for n in ("writer", "teacher")]
     texts = [m["content"] for i in range(50) for m in task.train_problem(i).messages] + templates
     return Chat(subset_tokenizer(texts, tmp_path_factory.mktemp("tokenizer")), task.tools)
 
@@ -236,7 +236,7 @@ def test_the_teacher_reads_the_masked_reference_in_the_students_chat(chat):
     before = [(r.prompt_ids, list(r.ids)) for r in rollouts]
     counts = writer(chat, Fixed("<think>12!</think>Attempt 1 was a success: 12, not 123.")).write(rollouts, ())
     reference = f"{PLACEHOLDER} was a {PLACEHOLDER}: {PLACEHOLDER}, not 123."
-    template = Path("gear_trainer/tasks/templates/sgcd_teacher.txt").read_text().rstrip("\n")
+    template = Path("gear_trainer/hints/templates/sgcd_teacher.txt").read_text().rstrip("\n")
     text = template.replace("{question}", "What is 3 + 9?").replace("{reference}", reference)
     wanted = chat.prompt_ids([MESSAGES[0], {"role": "user", "content": text}])
     for r, kept in zip(rollouts, before, strict=True):
@@ -378,7 +378,7 @@ def test_the_plan_knows_the_references(chat):
 
 def test_the_teacher_of_sc_grpo_sees_a_correct_sibling(chat):
     """Each rollout the next success that is not itself: the only success of a group none, its failures that one."""
-    from gear_trainer.siblings import Siblings
+    from gear_trainer.hints.siblings import Siblings
 
     verdicts = ((True, False, True), (False, True), (False, False))
     rollouts, i = [], 0

@@ -6,7 +6,7 @@ import pytest
 
 from gear_kernels import Gear
 from gear_trainer.config import ConfigError, load_config
-from gear_trainer.plan import make_method, print_plan, warnings
+from gear_trainer.preflight.checks import make_method, print_plan, warnings
 from gear_trainer.tasks import make_task
 
 DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "mathapi_cpu.yaml"

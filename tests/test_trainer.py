@@ -10,21 +10,21 @@ import torch.distributed as dist
 
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Gigpo, Turn
-from gear_trainer.batching import micro_batch, padding_micro_batch, split_rows
-from gear_trainer.chat import Chat
-from gear_trainer.checkpoint import MANIFEST, latest_step
 from gear_trainer.config import ConfigError, load_config
-from gear_trainer.metrics import Phases, RunFiles, Sums, read_metrics
-from gear_trainer.model import Policy
-from gear_trainer.records import Records
-from gear_trainer.report import write_report
+from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
+from gear_trainer.policy.batching import micro_batch, padding_micro_batch, split_rows
+from gear_trainer.policy.checkpoint import MANIFEST, latest_step
+from gear_trainer.policy.gather import buckets, gathered_weights, tied_head
+from gear_trainer.policy.model import Policy
+from gear_trainer.report.build import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
+from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.files import next_free
-from gear_trainer.sync import buckets, gathered_weights, tied_head
+from gear_trainer.runs.metrics import Phases, RunFiles, Sums, read_metrics
+from gear_trainer.runs.records import Records
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Problem
-from gear_trainer.tokenizer import subset_tokenizer
-from gear_trainer.trainer import Scores, Trainer, group_advantages
+from gear_trainer.train.loop import Scores, Trainer, group_advantages
 
 PROBLEM = Problem("p", [], [], "1")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from gear_trainer.config import ConfigError, load_config
-from gear_trainer.distill import make_distillation
-from gear_trainer.plan import check, make_method
+from gear_trainer.demo.warm_start import Demonstrable, check_demonstrations, draw_demo
+from gear_trainer.preflight.checks import check, make_method
+from gear_trainer.recipe import make_distillation
 from gear_trainer.tasks import TaskError, make_task
-from gear_trainer.warm_start import Demonstrable, check_demonstrations, draw_demo
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "gear_trainer" / "configs" / "mathapi_cpu.yaml"

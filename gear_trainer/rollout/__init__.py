@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gear_trainer.chat import Chat
+from gear_trainer.rollout.chat import Chat
 from gear_trainer.rollout.episodes import Environment, EpisodeError
 from gear_trainer.tasks.base import Episode, Problem, Task
 

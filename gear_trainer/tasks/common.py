@@ -24,9 +24,9 @@ def same_number(text: str | None, truth: str) -> bool:
     return text is not None and float(text) == float(truth)
 
 
-def load_template(path: str | None, default: str, placeholders: Iterable[str]) -> str:
-    """A prompt template: the user's file, or the shipped one of that name; every placeholder must occur in it."""
-    file = Path(path) if path else TEMPLATES / default
+def load_template(path: str | None, default: Path, placeholders: Iterable[str]) -> str:
+    """A prompt template: the user's file, or the shipped one; every placeholder must occur in it."""
+    file = Path(path) if path else default
     try:
         text = file.read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:

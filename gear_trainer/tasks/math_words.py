@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gear_trainer.tasks.base import DataAway, Episode, Outcome, Problem, Reply, Task, TaskError
-from gear_trainer.tasks.common import fill, load_template, user
+from gear_trainer.tasks.common import TEMPLATES, fill, load_template, user
 from gear_trainer.tasks.math_answer import last_boxed
 from gear_trainer.tasks.math_check import AnswerChecker, answer_checker
 
@@ -201,7 +201,7 @@ class MathTask(Task):
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, "math_teacher.txt", ("problem", "solution", "answer"))
+        return load_template(self.teacher_template, TEMPLATES / "math_teacher.txt", ("problem", "solution", "answer"))
 
     @cached_property
     def _held_out(self) -> list[Row]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task, TaskError
-from gear_trainer.tasks.common import fill, last_number, load_template, same_number, user
+from gear_trainer.tasks.common import TEMPLATES, fill, last_number, load_template, same_number, user
 
 PHRASES = {
     "add": ("What is {a} + {b}?", "Add {a} and {b}.", "Find the sum of {a} and {b}.", "Compute {a} plus {b}.", "{a} + {b} = ?"),
@@ -169,7 +169,7 @@ class MathApiTask(Task):
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, "mathapi_teacher.txt", ("question", "calls", "answer"))
+        return load_template(self.teacher_template, TEMPLATES / "mathapi_teacher.txt", ("question", "calls", "answer"))
 
     def _draw(self, rng: random.Random, held_out: bool) -> tuple[str, str, int, int]:
         while True:  # about one draw in five is held out, so this ends after a few

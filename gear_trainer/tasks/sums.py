@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task
-from gear_trainer.tasks.common import fill, last_number, load_template, same_number, user
+from gear_trainer.tasks.common import TEMPLATES, fill, last_number, load_template, same_number, user
 
 QUESTION = "What is {a}+{b}? Reply with the number only."
 PAIRS = [(a, b) for a in range(1, 10) for b in range(1, 10)]
@@ -44,7 +44,7 @@ class SumsTask(Task):
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, "sums_teacher.txt", ("question", "answer"))
+        return load_template(self.teacher_template, TEMPLATES / "sums_teacher.txt", ("question", "answer"))
 
     def _problem(self, id: str, a: int, b: int) -> Problem:
         question, answer = QUESTION.format(a=a, b=b), str(a + b)

@@ -12,23 +12,23 @@ import torch.distributed as dist
 from gear_kernels import credit_weights
 from gear_kernels.losses import aggregation_weights, policy_gradient_loss
 from gear_kernels.methods import signals_of
-from gear_trainer import checkpoint
-from gear_trainer.batching import MicroBatch, micro_batch, padding_micro_batch, split_rows
-from gear_trainer.chat import Chat
 from gear_trainer.config import Config
-from gear_trainer.console import Console
-from gear_trainer.distill import TEACHER_ROWS, make_distillation
-from gear_trainer.metrics import Phases, RunFiles, Sums
-from gear_trainer.model import learning_rate
-from gear_trainer.records import Records
+from gear_trainer.hints.siblings import Siblings
+from gear_trainer.hints.writer import Writer
+from gear_trainer.policy import checkpoint
+from gear_trainer.policy.batching import MicroBatch, micro_batch, padding_micro_batch, split_rows
+from gear_trainer.policy.gather import gathered_weights
+from gear_trainer.policy.model import learning_rate
+from gear_trainer.policy.teacher import Teacher
+from gear_trainer.recipe import TEACHER_ROWS, make_distillation
 from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out, troubles
+from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs import RunError
+from gear_trainer.runs.console import Console
 from gear_trainer.runs.interrupts import Interrupts
-from gear_trainer.siblings import Siblings
-from gear_trainer.sync import gathered_weights
+from gear_trainer.runs.metrics import Phases, RunFiles, Sums
+from gear_trainer.runs.records import Records
 from gear_trainer.tasks.base import Problem, Task
-from gear_trainer.teacher import Teacher
-from gear_trainer.writer import Writer
 
 BAD_STEPS = 3  # in a row, of updates skipped or log-probs that are not finite; then the run ends: nothing is learnt any more
 

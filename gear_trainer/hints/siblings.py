@@ -3,11 +3,12 @@ place of the ground truth."""
 
 from __future__ import annotations
 
-from gear_trainer.chat import Chat
+from gear_trainer.hints import TEMPLATES
+from gear_trainer.hints.writer import said, with_reference
 from gear_trainer.rollout import Rollout, groups_of
+from gear_trainer.rollout.chat import Chat
 from gear_trainer.tasks.base import Problem
 from gear_trainer.tasks.common import load_template
-from gear_trainer.writer import said, with_reference
 
 
 class Siblings:
@@ -15,7 +16,7 @@ class Siblings:
 
     def __init__(self, chat: Chat):
         self.chat = chat
-        self.template = load_template(None, "sibling_teacher.txt", ("question", "reference"))
+        self.template = load_template(None, TEMPLATES / "sibling_teacher.txt", ("question", "reference"))
 
     def write(self, rollouts: list[Rollout], key: tuple[object, ...]) -> dict[str, int]:
         """Set `reference` and `teacher_prompt_ids` where there is a sibling. Returns counts for the metrics."""

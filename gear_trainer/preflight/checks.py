@@ -8,20 +8,21 @@ from typing import Any
 
 from gear_kernels import Gear, GearKernelsError
 from gear_kernels.methods import INPUTS, METHODS, signals_of
-from gear_trainer import endpoint, memory
-from gear_trainer.chat import Chat
 from gear_trainer.config import Config, ConfigError
-from gear_trainer.distill import make_distillation, parse_credit
-from gear_trainer.model import check_model_path, deepspeed_config, known_config, model_sizes, offline_without_hub
-from gear_trainer.preflight import check_machine, check_port
+from gear_trainer.demo.warm_start import check_demonstrations
+from gear_trainer.hints import endpoint
+from gear_trainer.hints.siblings import Siblings
+from gear_trainer.hints.writer import Writer, check_room, templates
+from gear_trainer.policy.model import check_model_path, deepspeed_config, known_config, model_sizes, offline_without_hub
+from gear_trainer.policy.teacher import check_teacher
+from gear_trainer.preflight import memory
+from gear_trainer.preflight.machine import check_machine, check_port
+from gear_trainer.recipe import make_distillation, parse_credit
+from gear_trainer.rollout.chat import Chat
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
-from gear_trainer.siblings import Siblings
 from gear_trainer.tasks import make_task, task_class
 from gear_trainer.tasks.base import DataAway, Task
-from gear_trainer.teacher import check_teacher
 from gear_trainer.user_code import own_method, said
-from gear_trainer.warm_start import check_demonstrations
-from gear_trainer.writer import Writer, check_room, templates
 
 
 def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Any]:

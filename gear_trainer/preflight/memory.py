@@ -17,11 +17,11 @@ from torch import nn
 
 from gear_kernels import tiling
 from gear_trainer.config import Config, ConfigError
-from gear_trainer.distill import make_distillation
-from gear_trainer.meter import Passes, passes
-from gear_trainer.model import choose_accelerator, deepspeed_config, known_config
-from gear_trainer.preflight import kv_bytes
-from gear_trainer.teacher import has_own_weights
+from gear_trainer.policy.model import choose_accelerator, deepspeed_config, known_config
+from gear_trainer.policy.teacher import has_own_weights
+from gear_trainer.preflight.machine import kv_bytes
+from gear_trainer.preflight.meter import Passes, passes
+from gear_trainer.recipe import make_distillation
 
 GIB, MIB = 2**30, 2**20
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gear_trainer.config import Config, ConfigError
-from gear_trainer.model import choose_accelerator, deepspeed_config, model_sizes
+from gear_trainer.policy.model import choose_accelerator, deepspeed_config, model_sizes
 from gear_trainer.user_code import said
 
 PORT = 29500  # the launchers' own, where none is named

@@ -1,7 +1,8 @@
 """A finished run as one page: curves, the last step's numbers, and rollouts coloured by token credit.
 
-`python -m gear_trainer.report runs/NAME` writes `report.html` and `curve.png` into the run's folder.
-`python -m gear_trainer.report --compare FILE.png runs/A runs/B ...` draws held-out success of several runs, one colour a method.
+`python -m gear_trainer.report.build runs/NAME` writes `report.html` and `curve.png` into the run's folder.
+`python -m gear_trainer.report.build --compare FILE.png runs/A runs/B ...` draws held-out success of several runs, one colour a
+method.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 
 import jinja2
 
-from gear_trainer.metrics import read_metrics
-from gear_trainer.records import read_records, recorded_steps
+from gear_trainer.runs.metrics import read_metrics
+from gear_trainer.runs.records import read_records, recorded_steps
 
 _CURVES = ("success", "segments_per_trajectory", "share_above_threshold", "entropy")
 _SHOWN = 12  # rollouts on the page: the page stays light at any group size
@@ -133,7 +134,7 @@ def _style(token: dict[str, Any], spread: float) -> str:
 
 
 def _template() -> jinja2.Template:
-    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
     return jinja2.Environment(loader=folder, autoescape=True).get_template("report.html.jinja")
 
 

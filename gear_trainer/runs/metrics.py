@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from gear_trainer.config import Config
-from gear_trainer.records import recorded_steps, records_path
 from gear_trainer.runs.files import aside, write_whole
+from gear_trainer.runs.records import recorded_steps, records_path
 
 
 class Sums:

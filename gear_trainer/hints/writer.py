@@ -7,10 +7,11 @@ import re
 from itertools import chain, zip_longest
 from typing import Protocol
 
-from gear_trainer.chat import Chat, fitted, level
 from gear_trainer.config import Config, ConfigError, WriterConfig
-from gear_trainer.masking import PLACEHOLDER, mask
+from gear_trainer.hints import TEMPLATES
+from gear_trainer.hints.masking import PLACEHOLDER, mask
 from gear_trainer.rollout import Request, Rollout, Sampler, groups_of, is_mixed, seed_of
+from gear_trainer.rollout.chat import Chat, fitted, level
 from gear_trainer.tasks.base import Problem
 from gear_trainer.tasks.common import fill, load_template, user
 
@@ -144,8 +145,8 @@ def said(chat: Chat, rollout: Rollout) -> str:
 def templates(cfg: WriterConfig) -> tuple[str, str]:
     """The writer's and the teacher's prompt. Raises TaskError."""
     return (
-        load_template(cfg.template, "sgcd_writer.txt", ("question", "attempts")),
-        load_template(cfg.teacher_template, "sgcd_teacher.txt", ("question", "reference")),
+        load_template(cfg.template, TEMPLATES / "sgcd_writer.txt", ("question", "attempts")),
+        load_template(cfg.teacher_template, TEMPLATES / "sgcd_teacher.txt", ("question", "reference")),
     )
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from gear_trainer.chat import Chat
 from gear_trainer.config import Config
 from gear_trainer.rollout import Rollout
+from gear_trainer.rollout.chat import Chat
 
 Columns = dict[str, list[torch.Tensor | None]]  # by name, for each rollout the values of its policy tokens, or None
 

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from filelock import FileLock
 
-from gear_trainer.chat import Chat
+from gear_trainer.demo.qwen3_tokenizer import COMPACT_TEMPLATE, default_cache, subset_tokenizer
+from gear_trainer.rollout.chat import Chat
 from gear_trainer.tasks import Problem, Task, TaskError, make_task
-from gear_trainer.tokenizer import COMPACT_TEMPLATE, default_cache, subset_tokenizer
 from gear_trainer.user_code import said
 
 OFFSET = 1 << 40  # demonstrations use problem indices that no run reaches
@@ -361,7 +361,7 @@ def ensure_warm_start(task: Task, seed: int, cache_dir: Path | str | None = None
 
 
 def main() -> None:
-    """`python -m gear_trainer.warm_start`: build (or find) a warm start, with its report, and print its folder."""
+    """`python -m gear_trainer.demo.warm_start`: build (or find) a warm start, with its report, and print its folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--task", default="mathapi")
     parser.add_argument("--seed", type=int, default=0)

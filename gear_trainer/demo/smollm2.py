@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from gear_trainer.tokenizer import default_cache
+from gear_trainer.demo.qwen3_tokenizer import default_cache
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

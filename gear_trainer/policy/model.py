@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from gear_kernels import FusedHead, Head, TokenStats
-from gear_trainer.batching import MicroBatch, Rows
 from gear_trainer.config import Config, ConfigError, parse_yaml
+from gear_trainer.policy.batching import MicroBatch, Rows
 from gear_trainer.tasks.base import Task
 from gear_trainer.user_code import said
 
@@ -24,11 +24,11 @@ def resolve_model_path(cfg: Config, task: Task) -> str:
     """A local directory or hub name for `model.path`; builtin: models are made on first use and cached. Raises ConfigError."""
     spec = cfg.model.path
     if spec == "builtin:tiny-qwen3":
-        from gear_trainer.warm_start import ensure_warm_start
+        from gear_trainer.demo.warm_start import ensure_warm_start
 
         return str(ensure_warm_start(task, cfg.seed, Path(cfg.cache_dir)))
     if spec == "builtin:smollm2":
-        from gear_trainer.pretrained import ensure_smollm2
+        from gear_trainer.demo.smollm2 import ensure_smollm2
 
         try:
             return str(ensure_smollm2(Path(cfg.cache_dir)))
@@ -87,7 +87,7 @@ def model_sizes(spec: str) -> dict[str, Any] | None:
     cache. Raises ConfigError where a directory's cannot be read.
     """
     if spec == "builtin:tiny-qwen3":
-        from gear_trainer.warm_start import sizes
+        from gear_trainer.demo.warm_start import sizes
 
         return sizes()
     if shipped := _shipped_sizes(spec):
@@ -115,7 +115,7 @@ def known_config(spec: str) -> Any | None:
 
 
 def _shipped_sizes(spec: str) -> dict[str, Any] | None:
-    file = Path(__file__).parent / "configs" / "models" / f"{re.sub('[/:]', '--', spec)}.yaml"
+    file = Path(__file__).parents[1] / "configs" / "models" / f"{re.sub('[/:]', '--', spec)}.yaml"
     return parse_yaml(file.read_text()) if file.is_file() and not Path(spec).is_dir() else None
 
 

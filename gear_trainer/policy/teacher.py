@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from gear_kernels import Head
-from gear_trainer.batching import Rows
 from gear_trainer.config import Config, ConfigError
-from gear_trainer.distill import reads_teacher
-from gear_trainer.model import deepspeed_config, hidden_states, load_partitioned
-from gear_trainer.sync import gathered
+from gear_trainer.policy.batching import Rows
+from gear_trainer.policy.gather import gathered
+from gear_trainer.policy.model import deepspeed_config, hidden_states, load_partitioned
+from gear_trainer.recipe import reads_teacher
 
 # Where a parameter is not just one shard a rank in memory; a copy that follows the policy shard by shard would go stale.
 _UNFOLLOWED = {"zero_hpz_partition_size": 1, "zero_quantized_nontrainable_weights": False, "mics_shard_size": -1}  # and off

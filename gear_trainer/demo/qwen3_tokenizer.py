@@ -27,7 +27,7 @@ SPECIAL = [f"<|{name}|>" for name in f"{_CONTROL} {_VISION}".split()]
 ADDED = ["<tool_call>", "</tool_call>", *(f"<|{name}|>" for name in _FILL.split())]
 ADDED += ["<tool_response>", "</tool_response>", "<think>", "</think>"]
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
-COMPACT_TEMPLATE = Path(__file__).parent / "tasks" / "templates" / "qwen3_compact.jinja"
+COMPACT_TEMPLATE = Path(__file__).with_name("qwen3_compact.jinja")
 
 Merge = tuple[bytes, bytes]
 

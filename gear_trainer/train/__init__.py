@@ -1,0 +1,1 @@
+"""A step of training: roll out, score, assign credit, update, push."""
