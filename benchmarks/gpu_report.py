@@ -43,6 +43,7 @@ from .gpu_run import ROOT, Part, Phase, in_process, run_phase, work
 from .gpu_smoke import smoke_items
 from .gpu_speed import card_items, ceiling_items, headline_items, peer_items, shape_items, speed_items
 from .gpu_tools import profile_items, sanitizer_items
+from .gpu_trainer import trainer_items
 from .gpu_tune import block_items, scan_items, tile_items
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,6 +104,7 @@ PHASES: dict[str, Phase] = {
     "overheads": Phase(overhead_items, 30),
     "speed": Phase(speed_items, 60),
     "shapes": Phase(shape_items, 60),
+    "trainer": Phase(trainer_items, 120),
     "peers": Phase(peer_items, 120),
 }
 
@@ -117,7 +119,7 @@ class Plan(NamedTuple):
 PLANS = {
     "1": Plan(("machine", "smoke", "card", "ceilings", "headline", "tiles", "blocks", "profile"), 420),
     "2": Plan(("machine", "smoke", "card", "correctness", "headline", "scan", "sanitizer"), 540),
-    "3": Plan(("machine", "smoke", "card", "overheads", "speed", "shapes", "peers"), 480),
+    "3": Plan(("machine", "smoke", "card", "overheads", "speed", "shapes", "trainer", "peers"), 540),
 }
 DEFAULT = Plan(("machine", "smoke", "card", "headline", "correctness", "overheads", "speed"), 540)
 _RESERVE = 10  # seconds of a budget for the files at its end
