@@ -26,7 +26,7 @@ LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed
 # Importing vLLM takes 30 s where no bytecode is kept, 16 s with it; every rank does, and so do the processes of tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-fast fuzz drills bench compile-matrix venv lint clean
+.PHONY: train test test-fast fuzz drills bench compile-matrix venv lint types clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) world_size=$(RANKS) $(ARGS)
 
@@ -78,6 +78,10 @@ $(BUILT): $(DEPS) setup.py CMakeLists.txt pyproject.toml $(wildcard gear_kernels
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# the annotations of both packages, against each other and the libraries' own
+types: venv
+	$(BIN)/basedpyright --pythonpath $(BIN)/python $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info gear_kernels/*.so
