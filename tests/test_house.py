@@ -83,6 +83,7 @@ EXCEPTIONS = {
         "tests/test_gpu_report.py: DESIGN.md": MOVING,
         "tests/test_stats.py: DESIGN": MOVING,
     },
+    "wall time": dict.fromkeys(("tests/test_config.py", "tests/test_foreign_text.py", "tests/test_tasks.py"), MOVING),
     "fragments": {"benchmarks/": MOVING, "gear_kernels/": MOVING, "gear_trainer/": MOVING},
 }
 
@@ -307,6 +308,20 @@ def citations():
     return found
 
 
+# --- tests ----------------------------------------------------------------------------------------------------------------------
+
+
+def wall_time():
+    """No test asserts how long something took: another process may hold the cores. A deadline is a net under hangs."""
+    found = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for node in ast.walk(tree(path)):
+            text = ast.unparse(node.test) if isinstance(node, ast.Assert) else ""
+            if re.search(r"(perf_counter|monotonic|time)\(\)", text) and "deadline" not in text:
+                found[f"{name(path)}: {text}"] = "asserts wall time"
+    return found
+
+
 # --- the rules ------------------------------------------------------------------------------------------------------------------
 
 RULES = {
@@ -316,6 +331,7 @@ RULES = {
     "many arguments": many_arguments,
     "fragments": fragments,
     "citations": citations,
+    "wall time": wall_time,
 }
 
 
