@@ -1,4 +1,4 @@
-# Two commands on a bare machine (Python >= 3.11, a C++ compiler, make): `make train`, `make test`.
+# Two commands on a bare machine (Python >= 3.11, a C++ compiler, make): `make train`, `make test`. CONTRIBUTING.md has the others.
 # On a machine with an NVIDIA driver the same targets install the CUDA set.
 PYTHON   ?= python3
 PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -6,6 +6,8 @@ PLATFORM ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 RANKS    ?= $(if $(filter cuda,$(PLATFORM)),$(shell nvidia-smi -L | grep -c '^GPU'),2)
 CONFIG   ?= gear_trainer/configs/mathapi_cpu.yaml
 SEED     ?= fresh
+# processes that the test files are shared out to: tests/side_by_side.py
+WORKERS  ?= 2
 FUZZ     := tests/test_stats.py tests/test_credit.py tests/test_methods.py -k "fuzz or slow_transcription"
 BIN      := .venv/bin
 PIP      := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -14,6 +16,9 @@ BUILT    := .venv/.built
 # the CPU list is complete and installs without resolution (its own head says why); pip resolves the CUDA list
 PIP_DEPS := $(if $(filter cpu,$(PLATFORM)),--no-deps,)
 
+# a file's tests stay in one process: they share what its fixtures made
+PYTEST   := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 # PORT=29501: where the ranks meet; a second run on one machine needs one of its own
 LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed --log_level error --num_gpus $(RANKS) \
             $(if $(PORT),--master_port $(PORT))
@@ -21,12 +26,16 @@ LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed
 # Importing vLLM takes 30 s where no bytecode is kept, 16 s with it; every rank does, and so do the processes of tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test fuzz drills bench compile-matrix venv lint clean
+.PHONY: train test test-fast fuzz drills bench compile-matrix venv lint types clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) world_size=$(RANKS) $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# the inner loop: all but what is marked `slow`, which starts ranks and engines or compiles
+test-fast: venv
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # the drawn cases with a fresh seed, which the first lines print: `make fuzz SEED=<number>` repeats it
 fuzz: venv
@@ -69,6 +78,10 @@ $(BUILT): $(DEPS) setup.py CMakeLists.txt pyproject.toml $(wildcard gear_kernels
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# the annotations of both packages, against each other and the libraries' own
+types: venv
+	$(BIN)/basedpyright --pythonpath $(BIN)/python $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info gear_kernels/*.so

@@ -6,7 +6,7 @@ import os
 
 import fuzzing  # registers hypothesis' profiles and loads one
 import pytest
-import torch
+import side_by_side
 from forked_ranks import Server
 
 
@@ -27,6 +27,8 @@ def _load_interpreted():
     # tests start do not see it.
     os.environ["TRITON_INTERPRET"] = "1"
     try:
+        import torch
+
         import gear_kernels
 
         with gear_kernels.backend("triton"):
@@ -52,6 +54,16 @@ def _patch_once():
     interpreter.InterpretedFunction.__call__ = call
 
 
-if not torch.cuda.is_available():
-    _load_interpreted()
-    _patch_once()
+def pytest_configure(config):
+    if side_by_side.is_controller(config):
+        return  # it runs no test
+    side_by_side.share_cores()
+    import torch
+
+    if not torch.cuda.is_available():
+        _load_interpreted()
+        _patch_once()
+
+
+def pytest_collection_modifyitems(items):
+    side_by_side.longest_first(items)

@@ -3,10 +3,12 @@
 As a script it is that process: a line of JSON on its input starts a run or asks how one ended, a line on its output answers.
 """
 
+import contextlib
 import gc
 import importlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -79,9 +81,12 @@ class Server:
 
 
 def free_port():
-    """A port that nobody listens on, for the ranks of a run to meet at."""
-    with socket.create_server(("", 0)) as taken:
-        return taken.getsockname()[1]
+    """A port that nobody listens on, for the ranks of a run to meet at some seconds later. The system hands none of these to
+    those who ask for any port, as the ranks of a run beside this one do.
+    """
+    while True:
+        with contextlib.suppress(OSError), socket.create_server(("", 20000 + secrets.randbelow(10000))) as taken:
+            return taken.getsockname()[1]
 
 
 def _serve():

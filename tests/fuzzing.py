@@ -12,7 +12,7 @@ from hypothesis import given, seed, settings
 
 SEED = os.environ.get("GEAR_FUZZ") or None
 if SEED == "fresh":
-    SEED = str(secrets.randbelow(2**31))
+    SEED = os.environ["GEAR_FUZZ"] = str(secrets.randbelow(2**31))  # workers of `pytest -n` take this one
 
 settings.register_profile("pinned", derandomize=True, deadline=None, database=None)
 settings.register_profile("fresh", deadline=None, database=None)
