@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import parallel, tiling
-from .backends import BACKENDS, Task, _wide, needs_teacher, on_device
+from .backends import BACKENDS, TileTask, on_device, wide
 from .errors import bad_input
-from .reference import GRADIENT_NAMES, STAT_NAMES, STATE_NAMES
+from .reference.stats import BY_NAME, STAT_NAMES, STATE_NAMES, needs_teacher
 
 
 class Numbers(NamedTuple):
@@ -50,11 +50,11 @@ def _used_teacher(teacher: Tensor | None, stats: Sequence[str]) -> Tensor | None
 
 def _through(stats: Sequence[str]) -> tuple[str, ...]:
     """The statistics that a gradient can come through: the backward computes these terms and no others."""
-    return tuple(name for name in stats if name in GRADIENT_NAMES)
+    return tuple(name for name in stats if BY_NAME[name].gradient)
 
 
 def _tables(student: Tensor) -> tuple[Tensor, Tensor]:
-    n, dtype = student.shape[0], _wide(student.dtype)
+    n, dtype = student.shape[0], wide(student.dtype)
     return student.new_empty((len(STAT_NAMES), n), dtype=dtype), student.new_empty((n, len(STATE_NAMES)), dtype=dtype)
 
 
@@ -72,7 +72,7 @@ def token_stats(student, teacher, targets, inv_temperature, ignore_index, stats,
     check_values(targets, inv_temperature, student.shape[1], ignore_index)
     with on_device(student.device):
         rows = tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1])
-        return tiling.logits_forward(student, _used_teacher(teacher, stats), Task(rows, tuple(stats), jsd_beta), backend)
+        return tiling.logits_forward(student, _used_teacher(teacher, stats), TileTask(rows, tuple(stats), jsd_beta), backend)
 
 
 @token_stats.register_fake
@@ -92,7 +92,7 @@ def token_stats_backward(student, teacher, targets, inv_temperature, state, grad
     teacher = _used_teacher(teacher, through)
     pair = (tiling.Tile(student), None if teacher is None else tiling.Tile(teacher))
     with on_device(student.device):
-        task = Task(tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1]), through, jsd_beta)
+        task = TileTask(tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1]), through, jsd_beta)
         BACKENDS[backend].gradient(*pair, task, state, grads.T.contiguous(), dz)
     return dz
 
@@ -178,7 +178,7 @@ def _linear(saved: Sequence[Tensor | None], stats: tuple[str, ...], numbers: Num
         options = (numbers.teacher_softcap or None, numbers.teacher_scale or None)
         own = tiling.HeadPart(teacher_weight, teacher_bias, *options, columns)
     rows = tiling.rows_of(targets, inv_temperature, int(numbers.ignore_index), _vocabulary(weight, numbers, group))
-    task = Task(rows, stats, numbers.jsd_beta, first, {})
+    task = TileTask(rows, stats, numbers.jsd_beta, first, {})
     return tiling.Linear(student, teacher, head, own, task, backend, group, int(numbers.workspace_bytes))
 
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import compile_report, gates
-from gear_kernels import Head, backends, credit_weights, linear_token_stats, ops, tiling, token_stats
+from gear_kernels import Head, backends, credit_weights, linear_token_stats, ops, reference, tiling, token_stats
 from gear_kernels.triton import candidates, scan, stats
 
 ROOT = Path(__file__).parents[1]
@@ -98,8 +97,8 @@ def test_K5_unaligned_rows_and_other_shapes_are_asked_of_triton_again(monkeypatc
     sums = torch.zeros(1, 8, 12, dtype=torch.float64)
 
     def sweep(first, columns):
-        rows = backends.Rows(None, inverse[first : first + 8], -100)
-        stats.sweep(backends.Tile(z[:, :columns]), None, backends.Task(rows, ("entropy",), 0.5, 0, kept), sums)
+        rows = reference.Rows(None, inverse[first : first + 8], -100)
+        stats.sweep(backends.Tile(z[:, :columns]), None, backends.TileTask(rows, ("entropy",), 0.5, 0, kept), sums)
         return len(kernel.asked), len(kernel.launched)
 
     assert sweep(0, 64) == (1, 0) and sweep(4, 64) == (1, 1)  # 16 bytes on
@@ -179,8 +178,8 @@ def half_products(monkeypatch):
         found = a.float() @ b.float()
         out.copy_(out + found if add else found)
 
-    own = replace(backends.BACKENDS["reference"], product=product, multiplies=lambda dtype: dtype == torch.float16)
-    monkeypatch.setitem(backends.BACKENDS, "reference", own)
+    monkeypatch.setattr(backends.BACKENDS["reference"], "product", product)
+    monkeypatch.setattr(backends.BACKENDS["reference"], "multiplies", lambda dtype: dtype == torch.float16)
 
 
 @pytest.mark.parametrize("size", [1.0, 3e-5, 3e-7])
@@ -258,7 +257,7 @@ def current(monkeypatch):
         yield
         devices.pop()
 
-    monkeypatch.setattr(backends, "on_device", guard)
+    monkeypatch.setattr(backends.triton, "on_device", guard)
     monkeypatch.setattr(ops, "on_device", guard)
     return devices
 

@@ -235,7 +235,7 @@ NB_MODULE(_native, m) {
     for (const Isa& isa : supported()) names.emplace_back(isa.name);
     return names;
   });
-  // Tables are the ones of rows.h; gear_kernels/backends.py holds the only callers.
+  // Tables are the ones of rows.h; gear_kernels/backends/native.py holds the only callers.
   const auto student = nb::arg("student"), ignore_index = nb::arg("ignore_index"), inv_temperature = nb::arg("inv_temperature"),
              first = nb::arg("first"), threads = nb::arg("threads"), isa = nb::arg("isa");
   m.def("sweep", &sweep, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature, first,

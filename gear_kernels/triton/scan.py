@@ -7,7 +7,7 @@ step for every token. Blocks are read twice, once for the normaliser; the per-se
 the values, 11 counts (21 in float64) instead of a sort.
 
 Computed in the dtype of the rows, float32 or float64, without fused multiply-adds: what decides (g above the threshold, entropy
-above its limit) is bitwise reference.py's. Names and numbers of rules, normalisers and segmenters are those of methods.py.
+above its limit) is bitwise reference/credit.py's. A rule's, normaliser's or segmenter's number is its place in rules.py's tables.
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ import torch
 import triton
 import triton.language as tl
 
-from ..methods import NORMALIZERS, RULES, SCAN_SEGMENTERS, Scan
-from ..reference import SILENT
+from ..reference.credit import DIAGNOSTICS, SILENT, TALLIES
+from ..rules import NORMALIZERS, RULES, SCAN_SEGMENTERS, Rule, lower
 from .candidates import TRIED, Config
 from .stats import INTERPRETED
 
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr
 _INTERPRETER = _constant(INTERPRETED)
 fp64 = tl.float64  # the annotation of a kernel's float64 argument is this very word
-_GEAR, _RATIO, _GATED_RATIO, _SHARE, _MARGIN, _AT_LEAST, _LIFT = (_constant(i) for i in range(len(RULES)))
-_RELU_MAX, _MAX, _MINMAX, _ABS_MAX, _QUANTILE, _NONE = (_constant(i) for i in range(len(NORMALIZERS)))
-_ENTROPY, _TOKEN, _KL_ONLY, _ENTROPY_ONLY, _TURN, _WINDOW, _RANDOM, _FIXED, _STABLE = (
-    _constant(i) for i in range(len(SCAN_SEGMENTERS))
+_GEAR, _RATIO, _GATED_RATIO, _SHARE, _MARGIN, _AT_LEAST, _LIFT = (
+    _constant([rule.name for rule in RULES].index(name))
+    for name in ("gear", "ratio", "gated_ratio", "share", "margin", "at_least", "lift")
+)
+_RELU_MAX, _MINMAX, _ABS_MAX, _QUANTILE, _NONE = (
+    _constant(NORMALIZERS.index(name)) for name in ("relu_max", "minmax", "abs_max", "quantile", "none")
+)
+_ENTROPY, _TOKEN, _KL_ONLY, _ENTROPY_ONLY, _TURN, _WINDOW, _FIXED, _STABLE = (
+    _constant(SCAN_SEGMENTERS.index(name))
+    for name in ("entropy", "token", "kl_only", "entropy_only", "turn", "entropy_window", "fixed", "stable")
 )
 _BIG32, _BIG64 = (_constant(torch.finfo(dtype).max / 4) for dtype in (torch.float32, torch.float64))
-_TALLIES = _constant(11)
-_DIAGNOSTICS = _constant(9)
+_TALLIES, _DIAGNOSTICS = _constant(len(TALLIES)), _constant(len(DIAGNOSTICS))
 _SILENT = _constant(SILENT)
 
 
@@ -50,7 +55,7 @@ class ScanRows(NamedTuple):
 
 
 class ScanOutputs(NamedTuple):
-    """As in Credit; tallies [B, 11] float64 in the order of credit.TALLIES."""
+    """As in Credit; tallies [B, 11] float64 in the order of reference.credit.TALLIES."""
 
     token_advantages: Any
     weights: Any
@@ -448,7 +453,7 @@ def _mean(total, count, empty):
 
 @triton.jit(do_not_specialize=["sequences"])
 def _tally_kernel(TALLIES, OUT, sequences, ROWS: tl.constexpr):
-    """One program: TALLIES [B, 11] -> OUT [9] float32, as credit._diagnostics."""
+    """One program: TALLIES [B, 11] -> OUT [9] float32, as reference.credit.diagnostics."""
     columns = tl.arange(0, 16)
     sums = tl.zeros((16,), tl.float64)
     trajectories = tl.zeros((16,), tl.float64)
@@ -495,24 +500,24 @@ def config(tokens: int, sequences: int, segmented: bool) -> Config:
     return Config(block, max(1, chosen.num_warps * block // chosen.block))
 
 
-def scan(rows: ScanRows, out: ScanOutputs, what: Scan, total: int) -> tuple[torch.Tensor, ...]:
+def scan(rows: ScanRows, out: ScanOutputs, rule: Rule, total: int) -> tuple[torch.Tensor, ...]:
     """Fills `out`; returns the nine diagnostics, 0-d float32 each."""
-    sequences = rows.advantages.numel()
-    chosen = config(total, sequences, what.segmented)
+    sequences, n = rows.advantages.numel(), lower(rule)
+    chosen = config(total, sequences, rule.segmented)
     if sequences:
         _scan_kernel[(sequences,)](
-            *(rows, out, total, what.longest),
-            *(what.quantile, what.signal_floor, what.threshold, what.ratio, what.floor, what.a, what.b, what.c),
-            RULE=RULES.index(what.rule),
-            NORMALIZER=NORMALIZERS.index(what.normalizer),
-            SEGMENTER=SCAN_SEGMENTERS.index(what.segmenter),
-            RENORMALIZE=what.renormalize,
-            STOP_AT_TURN=what.stop_at_turn,
-            LIMITED=what.longest > 0,
+            *(rows, out, total, n.longest),
+            *(n.quantile, n.signal_floor, n.threshold, n.ratio, n.floor, n.a, n.b, n.c),
+            RULE=n.rule,
+            NORMALIZER=n.normalizer,
+            SEGMENTER=n.segmenter,
+            RENORMALIZE=n.renormalize,
+            STOP_AT_TURN=n.stop_at_turn,
+            LIMITED=n.longest > 0,
             BLOCK=chosen.block,
             num_warps=chosen.num_warps,
             enable_fp_fusion=False,
         )
-    diagnostics = torch.empty(9, dtype=torch.float32, device=rows.advantages.device)
+    diagnostics = torch.empty(len(DIAGNOSTICS), dtype=torch.float32, device=rows.advantages.device)
     _tally_kernel[(1,)](out.tallies, diagnostics, sequences, ROWS=64, num_warps=4)
     return diagnostics.unbind(0)

@@ -4,8 +4,8 @@ A program owns one row (of one column split) and walks it in blocks. Sums are ke
 end of the tile, and joined with what earlier tiles left in float64: a row is read once, a few scalars are written. All
 logits are cast to float32 straight after the load; what is computed is decided at compile time by WANT, a sum of flags.
 
-Terms, as in reference.py: x = (s - max s) / T, y = (t - max t) / T; sums of e^x, e^x x, e^x (x - y). Minus infinity and masked
-lanes become LOWEST, so e^x is exactly 0 and products with x stay finite; NaN passes every tl.where and reaches the sums.
+Terms, as in reference/stats.py: x = (s - max s) / T, y = (t - max t) / T; sums of e^x, e^x x, e^x (x - y). Minus infinity and
+masked lanes become LOWEST, so e^x is exactly 0 and products with x stay finite; NaN passes every tl.where and reaches the sums.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends import Task, Tile, needs_teacher
-from ..reference import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES
+from ..records import Tile, TileTask
+from ..reference.stats import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES, needs_teacher
 from .candidates import CONFIGS, TRIED, Config
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
@@ -557,7 +557,7 @@ def _aligned(tensors: tuple) -> bool:
     return joined & 15 == 0
 
 
-def _plan(task: Task, kernel: str, student: Tile, **constants: int) -> _Plan:
+def _plan(task: TileTask, kernel: str, student: Tile, **constants: int) -> _Plan:
     """The call's plan for "sweep", "mixture" or "gradient". constants: its compile-time arguments but for MASKED and BLOCK."""
     kept = {} if task.kept is None else task.kept
     plan = kept.get(kernel)
@@ -585,7 +585,7 @@ def _width(columns: int, count: int, block: int) -> int:
     return -(-columns // (count * block)) * block
 
 
-def sweep(student: Tile, teacher: Tile | None, task: Task, sums: torch.Tensor) -> None:
+def sweep(student: Tile, teacher: Tile | None, task: TileTask, sums: torch.Tensor) -> None:
     """Backend.sweep."""
     (n, columns), count = student.z.shape, sums.shape[0]
     if n:
@@ -603,7 +603,7 @@ def _table(table: torch.Tensor) -> tuple[torch.Tensor, int]:
     return table, table.stride(0) // k if splits > 1 else n
 
 
-def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+def finish(sums: torch.Tensor, task: TileTask) -> tuple[torch.Tensor, torch.Tensor]:
     """Backend.finish."""
     n, rows = sums.shape[1], 32
     values = torch.empty((len(STAT_NAMES), n), device=sums.device)
@@ -619,7 +619,7 @@ def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     return values, state
 
 
-def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, shares: torch.Tensor) -> None:
+def mixture(student: Tile, teacher: Tile, task: TileTask, state: torch.Tensor, shares: torch.Tensor) -> None:
     """Backend.mixture."""
     (n, columns), count = student.z.shape, shares.shape[0]
     if n:
@@ -631,7 +631,9 @@ def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, share
         plan.launch((n, count, 1), (first, second, task.rows, state, *sizes, task.beta), shape, tensors)
 
 
-def gradient(student: Tile, teacher: Tile | None, task: Task, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor) -> None:
+def gradient(
+    student: Tile, teacher: Tile | None, task: TileTask, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor
+) -> None:
     """Backend.gradient."""
     n, columns = student.z.shape
     if n:
