@@ -56,8 +56,8 @@ def linear(width: int, rows: int = HEAD_SHAPE[0], columns: int = HEAD_SHAPE[1]) 
     shapes = ((rows, width), (columns, width), (rows, width))
     student, weight, teacher = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
     targets, inverse = torch.empty(rows, dtype=torch.int64, device="meta"), torch.empty(rows, device="meta")
-    numbers = ops.Numbers(-100, 0.5, tiling.limits(student.device).workspace, 0, 0, 0, 0, 0)
-    return ops._linear((student, weight, None, teacher, None, None, targets, inverse), STATS, numbers, ("triton", ""))
+    tensors = (student, weight, None, teacher, None, None, targets, inverse)
+    return ops.tiled(ops.LinearCall(*tensors, STATS, "triton", tiling.limits(student.device).workspace))
 
 
 def measure(width: int, repeats: int = 20) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 A scan normalises, cuts segments and weighs. Each record stands for a weight rule of reference/credit.py, which alone says what it
 means; `lower` turns any of them into the numbers that the scans take. A place in RULES, NORMALIZERS or SCAN_SEGMENTERS is an
-entry's number: triton/scan.py looks it up here, and csrc/scan.h, which has lists of its own, is compared when it is loaded.
+entry's number: triton/scan.py looks it up here, and csrc/tables.h, which has lists of its own, is compared when it is loaded.
 """
 
 from __future__ import annotations

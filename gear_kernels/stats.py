@@ -99,7 +99,8 @@ def token_stats(
     student = student_logits.reshape(-1, columns)
     teacher = None if teacher_logits is None else teacher_logits.detach().reshape(-1, columns)
     backend = backends.choose(student.device, student.dtype)
-    values, _ = ops.token_stats(student, teacher, targets, inverse, ignore_index, names, _checked_beta(jsd_beta), backend)
+    call = ops.LogitsCall(student, teacher, targets, inverse, ignore_index, names, _checked_beta(jsd_beta), backend)
+    values, _ = ops.token_stats(*call)
     return _pack(values, names, shape)
 
 
@@ -143,18 +144,28 @@ def linear_token_stats(
     teacher_hidden, own = _checked_teacher(student_hidden, teacher_hidden, head, teacher_head)
     _check_no_tangents({"student_hidden": student_hidden, "head.weight": head.weight, "head.bias": head.bias})
     targets, inverse = _rows(student_hidden, student_hidden.shape[:-1], targets, temperature)
-    backend = backends.choose(student_hidden.device, student_hidden.dtype)
-    workspace = workspace_bytes or tiling.limits(student_hidden.device).workspace
-    numbers = [ignore_index, _checked_beta(jsd_beta), workspace, head.softcap or 0, head.scale or 0, head.valid_vocab or 0]
-    numbers += [0, 0] if own is None else [own.softcap or 0, own.scale or 0]
-    group = "" if head.group is None else parallel.group_name("head", head.group)
-    teacher = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
-    own_tensors = (None, None) if own is None else (_detached(own.weight), _detached(own.bias))
     values, _ = ops.linear_token_stats(
-        *(student_hidden.flatten(0, -2), head.weight, head.bias, teacher, *own_tensors, targets, inverse),
-        names,
-        [float(x) for x in numbers],
-        [backend, group],
+        *ops.LinearCall(
+            student=student_hidden.flatten(0, -2),
+            weight=head.weight,
+            bias=head.bias,
+            teacher=None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
+            teacher_weight=None if own is None else own.weight.detach(),
+            teacher_bias=None if own is None or own.bias is None else own.bias.detach(),
+            targets=targets,
+            inv_temperature=inverse,
+            stats=names,
+            backend=backends.choose(student_hidden.device, student_hidden.dtype),
+            workspace_bytes=int(workspace_bytes or tiling.limits(student_hidden.device).workspace),
+            ignore_index=int(ignore_index),
+            jsd_beta=_checked_beta(jsd_beta),
+            softcap=_number(head.softcap),
+            scale=_number(head.scale),
+            teacher_softcap=None if own is None else _number(own.softcap),
+            teacher_scale=None if own is None else _number(own.scale),
+            valid_vocab=None if head.valid_vocab is None else int(head.valid_vocab),
+            group="" if head.group is None else parallel.group_name("head", head.group),
+        )
     )
     return _pack(values, names, student_hidden.shape[:-1])
 
@@ -342,8 +353,8 @@ def _checked_beta(beta: float) -> float:
     return float(beta)
 
 
-def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _pack(values: torch.Tensor, names: tuple[str, ...], shape: torch.Size) -> TokenStats:

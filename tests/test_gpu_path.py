@@ -24,9 +24,9 @@ def linear(n, width, vocab, workspace=None, dtype=BF16):
     with torch.device("meta"):
         hidden, teacher, weight = (torch.empty(*shape, dtype=dtype) for shape in ((n, width), (n, width), (vocab, width)))
         rows = torch.empty(n, dtype=torch.int64), torch.empty(n)
-    numbers = ops.Numbers(-100, 0.5, workspace or tiling.limits(hidden.device).workspace, 0, 0, 0, 0, 0)
-    saved = (hidden, weight, None, teacher, None, None, *rows)
-    return ops._linear(saved, ("logprobs", "entropy", "reverse_kl"), numbers, ("triton", ""))
+    tensors = (hidden, weight, None, teacher, None, None, *rows)
+    workspace = workspace or tiling.limits(hidden.device).workspace
+    return ops.tiled(ops.LinearCall(*tensors, ("logprobs", "entropy", "reverse_kl"), "triton", workspace))
 
 
 def backward(call):
@@ -270,15 +270,15 @@ def test_K4_every_launch_has_its_tensors_device(current, monkeypatch):
         with torch.device("meta"):
             logits, hidden, weight = torch.empty(8, 300), torch.empty(8, 16), torch.empty(300, 16)
             targets, inverse = torch.empty(8, dtype=torch.int64), torch.empty(8)
-        stats_, numbers, where = ["logprobs", "jsd"], [-100.0, 0.5, 1e8, 0, 0, 0, 0, 0], ["triton", ""]
-        saved = (hidden, weight, None, hidden, None, None, targets, inverse)
+        stats_ = ["logprobs", "jsd"]
+        linear_ = ops.LinearCall(hidden, weight, None, hidden, None, None, targets, inverse, stats_, "triton", 10**8)
         state, grads = torch.empty(8, 9, device="meta"), torch.empty(7, 8, device="meta")
         given = (logits, logits, targets, inverse)
         calls = {
             "token_stats": (*given, -100, stats_, 0.5, "triton"),
-            "token_stats_backward": (*given, state, grads, -100, stats_, 0.5, "triton"),
-            "linear_token_stats": (*saved, stats_, numbers, where),
-            "linear_token_stats_backward": (saved, state, grads, stats_, numbers, where, [True, True, False]),
+            "token_stats_backward": (*given, -100, stats_, 0.5, "triton", state, grads),
+            "linear_token_stats": linear_,
+            "linear_token_stats_backward": (*linear_, state, grads, [True, True, False]),
         }
         for name, arguments in calls.items():
             before = len(seen)

@@ -8,17 +8,32 @@ import torch
 
 from ..records import Credit, Pack, Tile, TileTask, check_advantages, nan_at
 from ..reference import credit, stats
-from ..rules import Rule, lower
+from ..rules import NORMALIZERS, RULES, SCAN_SEGMENTERS, Rule, lower
 from .base import Backend, empty_credit, left_to_reference
+
+# What the compiled module writes and reads by number: csrc/tables.h has the same lists.
+TABLES = {
+    "sums": stats.SUM_NAMES,
+    "values": stats.STAT_NAMES,
+    "state": stats.STATE_NAMES,
+    "rules": tuple(rule.name for rule in RULES),
+    "normalizers": NORMALIZERS,
+    "segmenters": SCAN_SEGMENTERS,
+    "tallies": credit.TALLIES,
+}
 
 
 @cache
 def load():
-    """The compiled module and None, or None and the reason why there is none."""
+    """The compiled module and None, or None and the reason why there is none that fits this package."""
     try:
         from .. import _native
     except ImportError as error:
         return None, f"the compiled module is missing ({error}); build it with `pip install -e .`"
+    found = {name: tuple(names) for name, names in getattr(_native, "tables", dict)().items()}
+    other = ", ".join(name for name in TABLES if found.get(name) != TABLES[name])
+    if other:
+        return None, f"the compiled module was built from other sources (its {other} differ); build it with `pip install -e .`"
     return _native, None
 
 

@@ -363,7 +363,7 @@ def turn_part(relative: torch.Tensor, weight: float, advantage: torch.Tensor) ->
 
 # --- diagnostics --------------------------------------------------------------------------------------------------------
 
-# The columns of the tallies [B, 11]: sums over a sequence's policy tokens but for silent, its 1 or 0; csrc/scan.h has them too.
+# The columns of the tallies [B, 11]: sums over a sequence's policy tokens but for silent, its 1 or 0; csrc/tables.h has them too.
 TALLIES = ("tokens", "above", "inside", "segments", "unclosed", "signal", "positive", "up", "negative", "down", "silent")
 # The tally summed, and what it is the mean over. A mean over nothing is 0; of the last two, the weights, 1.
 DIAGNOSTICS = {

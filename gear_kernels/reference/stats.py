@@ -31,7 +31,7 @@ class Stat(NamedTuple):
     teacher_moments: bool = False  # it reads teacher_first or teacher_cross, sums under the teacher's own distribution
 
 
-# The order is that of `values`, of `grads` and of TokenStats; csrc/rows.h has it too, which is compared when it is loaded.
+# The order is that of `values`, of `grads` and of TokenStats; csrc/tables.h has it too, and is compared when it is loaded.
 STATISTICS = (
     Stat("logprobs", needs_target=True, gradient=True),
     Stat("teacher_logprobs", needs_target=True, needs_teacher=True),
