@@ -233,6 +233,61 @@ def _stored_rest(at, S, T, R, row, first, begin, end, WANT: tl.constexpr):
     return s_target, t_target, s_outside, t_outside
 
 
+@triton.jit
+def _raised(sums, s_by, t_by, WANT: tl.constexpr):
+    """The lanes' sums after the heads' maxima rose by s_by and t_by (in units of x)."""
+    s_z, s_first, s_cross, t_z, t_first, t_cross = sums
+    r = tl.exp(-s_by)
+    if WANT & REVERSE_KL:
+        s_cross = r * (s_cross - s_z * (s_by - t_by))
+    if WANT & ENTROPY:
+        s_first = r * (s_first - s_z * s_by)
+    if WANT & TEACHER:
+        q = tl.exp(-t_by)
+        if WANT & FORWARD_KL:
+            t_cross = q * (t_cross - t_z * (t_by - s_by))
+        if WANT & TEACHER_ENTROPY:
+            t_first = q * (t_first - t_z * t_by)
+        t_z *= q
+    s_z *= r
+    return s_z, s_first, s_cross, t_z, t_first, t_cross
+
+
+@triton.jit
+def _over_lanes(s_max, t_max, sums, WANT: tl.constexpr):
+    """The eight float64 sums of both heads from those of the lanes."""
+    s_z, s_first, s_cross, t_z, t_first, t_cross = sums
+    s_zs, s_firsts, s_crosses, t_zs = _sum4(s_z, s_first, s_cross, t_z)
+    t_firsts, t_crosses = t_zs * 0.0, t_zs * 0.0
+    if WANT & (TEACHER_ENTROPY | FORWARD_KL):
+        t_firsts, t_crosses = tl.sum(t_first, 0), tl.sum(t_cross, 0)
+    return (
+        _reference_max(s_max).to(tl.float64),
+        s_zs.to(tl.float64),
+        s_firsts.to(tl.float64),
+        s_crosses.to(tl.float64),
+        _reference_max(t_max).to(tl.float64),
+        t_zs.to(tl.float64),
+        t_firsts.to(tl.float64),
+        t_crosses.to(tl.float64),
+    )
+
+
+@triton.jit
+def _store_sums(at, joined, rest, outside, WANT: tl.constexpr):
+    """Writes a row's sums: both heads', then what `_stored_rest` read, with this tile's lanes `outside`."""
+    for i in tl.static_range(_S_TARGET):
+        if (i < _T_MAX) or (WANT & TEACHER):
+            tl.store(at + i, joined[i])
+    if WANT & (REVERSE_KL | FORWARD_KL):
+        tl.store(at + _S_OUTSIDE, rest[2] + tl.max(outside & 1, 0).to(tl.float64))
+        tl.store(at + _T_OUTSIDE, rest[3] + tl.max(outside >> 1, 0).to(tl.float64))
+    if WANT & LOGPROBS:
+        tl.store(at + _S_TARGET, rest[0])
+        if WANT & TEACHER:
+            tl.store(at + _T_TARGET, rest[1])
+
+
 @triton.jit(do_not_specialize=["first", "n"])
 def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row, split): adds columns [split * width, ...) of the tile to SUMS [splits, n, 12] float64.
@@ -280,19 +335,8 @@ def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr,
             t_max = t_new
         s_max = s_new
         if (s_by != 0.0) | (t_by != 0.0):  # a maximum rose: rare after a row's first blocks
-            r = tl.exp(-s_by)
-            if WANT & REVERSE_KL:
-                s_cross = r * (s_cross - s_z * (s_by - t_by))
-            if WANT & ENTROPY:
-                s_first = r * (s_first - s_z * s_by)
-            if WANT & TEACHER:
-                q = tl.exp(-t_by)
-                if WANT & FORWARD_KL:
-                    t_cross = q * (t_cross - t_z * (t_by - s_by))
-                if WANT & TEACHER_ENTROPY:
-                    t_first = q * (t_first - t_z * t_by)
-                t_z *= q
-            s_z *= r
+            sums = (s_z, s_first, s_cross, t_z, t_first, t_cross)
+            s_z, s_first, s_cross, t_z, t_first, t_cross = _raised(sums, s_by, t_by, WANT)
         if WANT & TEACHER:
             y = _relative(t, t_ref, inv_t)
             t_e = tl.exp(y)
@@ -311,34 +355,12 @@ def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr,
         if WANT & (REVERSE_KL | FORWARD_KL):
             s_null, t_null = s == float("-inf"), t == float("-inf")
             outside |= tl.where(t_null, tl.where(s_null, 0, 1), tl.where(s_null, 2, 0))
-    s_zs, s_firsts, s_crosses, t_zs = _sum4(s_z, s_first, s_cross, t_z)
-    t_firsts, t_crosses = t_zs * 0.0, t_zs * 0.0
-    if WANT & (TEACHER_ENTROPY | FORWARD_KL):
-        t_firsts, t_crosses = tl.sum(t_first, 0), tl.sum(t_cross, 0)
+    own = _over_lanes(s_max, t_max, (s_z, s_first, s_cross, t_z, t_first, t_cross), WANT)
     if not EARLY:
         stored = _stored(at, None, True)
         rest = _stored_rest(at, S, T, R, row, first, begin, end, WANT)
-    own = (
-        _reference_max(s_max).to(tl.float64),
-        s_zs.to(tl.float64),
-        s_firsts.to(tl.float64),
-        s_crosses.to(tl.float64),
-        _reference_max(t_max).to(tl.float64),
-        t_zs.to(tl.float64),
-        t_firsts.to(tl.float64),
-        t_crosses.to(tl.float64),
-    )
     joined = _add_stored(stored, own, inv_t.to(tl.float64), (WANT & TEACHER) != 0, False)
-    for i in tl.static_range(_S_TARGET):
-        if (i < _T_MAX) or (WANT & TEACHER):
-            tl.store(at + i, joined[i])
-    if WANT & (REVERSE_KL | FORWARD_KL):
-        tl.store(at + _S_OUTSIDE, rest[2] + tl.max(outside & 1, 0).to(tl.float64))
-        tl.store(at + _T_OUTSIDE, rest[3] + tl.max(outside >> 1, 0).to(tl.float64))
-    if WANT & LOGPROBS:
-        tl.store(at + _S_TARGET, rest[0])
-        if WANT & TEACHER:
-            tl.store(at + _T_TARGET, rest[1])
+    _store_sums(at, joined, rest, outside, WANT)
 
 
 # --- finish -----------------------------------------------------------------------------------------------------------
