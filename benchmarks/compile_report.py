@@ -183,15 +183,16 @@ def statistics_launches(module: ModuleType) -> list[Launch]:
 
 
 def _task(stats: tuple[str, ...], masked: bool):
-    from gear_kernels.backends import Task
+    from gear_kernels.backends import TileTask
     from gear_kernels.reference import Rows
 
-    return Task(Rows(_meta(_ROWS, dtype=torch.int64) if masked else None, _meta(_ROWS), -100), stats)
+    return TileTask(Rows(_meta(_ROWS, dtype=torch.int64) if masked else None, _meta(_ROWS), -100), stats)
 
 
 def _pair(case: Case):
     """Both heads' tiles; None for the teacher where no statistic needs it."""
-    from gear_kernels.backends import Tile, needs_teacher
+    from gear_kernels.backends import Tile
+    from gear_kernels.reference import needs_teacher
 
     z = _meta(case.columns, _ROWS, dtype=case.dtype).T if case.strided else _meta(_ROWS, case.columns, dtype=case.dtype)
     options = dict(HEADS[case.head])
@@ -223,30 +224,30 @@ def scan_launches(module: ModuleType) -> list[Launch]:
     """The scan for every rule, normaliser and segmenter, masked or not, at 1024 tokens a sequence; other block sizes for GEAR."""
     from gear_kernels.methods import METHODS, NORMALIZERS, Gear
 
-    cases = {name: METHODS[name] for name in METHODS if hasattr(METHODS[name], "scan") and METHODS[name].scan() is not None}
+    cases = {name: METHODS[name] for name in METHODS if hasattr(METHODS[name], "rule") and METHODS[name].rule() is not None}
     cases |= {f"gear, {name}": Gear(normalizer=name) for name in NORMALIZERS if name != "relu_max"}
     cases["gear, caps"] = Gear(max_segment_len=64, stop_at_turn=True, renormalize=True)
     found = [
-        Launch(f"{name}{', masked' * masked}", lambda m=m, masked=masked: _scan(module, m.scan(), masked))
+        Launch(f"{name}{', masked' * masked}", lambda m=m, masked=masked: _scan(module, m.rule(), masked))
         for name, m in cases.items()
         for masked in (False, True)
     ]
     sizes = ((1, "1"), (131072, "131072"))
-    found += [Launch(f"gear, {n} tokens", lambda size=size: _scan(module, Gear().scan(), False, size)) for size, n in sizes]
-    return [*found, Launch("gear, float64", lambda: _scan(module, Gear().scan(), False, dtype=torch.float64))]
+    found += [Launch(f"gear, {n} tokens", lambda size=size: _scan(module, Gear().rule(), False, size)) for size, n in sizes]
+    return [*found, Launch("gear, float64", lambda: _scan(module, Gear().rule(), False, dtype=torch.float64))]
 
 
-def _scan(module: ModuleType, what, masked: bool, tokens: int = 1024, dtype: torch.dtype = _F32) -> None:
+def _scan(module: ModuleType, rule, masked: bool, tokens: int = 1024, dtype: torch.dtype = _F32) -> None:
     def row(kind: torch.dtype, length: int = tokens) -> torch.Tensor:
         return _meta(length, dtype=kind)
 
-    second = None if what.second is None else row(dtype, 2 * tokens if what.segmenter == "entropy_window" else tokens)
-    turns = row(torch.int64) if what.segmenter == "turn" or what.stop_at_turn else None
+    second = None if rule.second is None else row(dtype, 2 * tokens if rule.cut.segmenter == "entropy_window" else tokens)
+    turns = row(torch.int64) if rule.cut.segmenter == "turn" or rule.cut.stop_at_turn else None
     bounds = row(torch.int32, 2)
-    level = None if what.level is None else row(dtype, 1)
+    level = None if rule.level is None else row(dtype, 1)
     rows = (row(dtype), second, row(dtype, 1), row(torch.bool) if masked else None, turns, bounds, level)
     out = (*(row(dtype) for _ in range(4)), row(torch.int32), row(torch.bool), _meta(1, 11, dtype=torch.float64))
-    module.scan(module.ScanRows(*rows), module.ScanOutputs(*out), what, tokens)
+    module.scan(module.ScanRows(*rows), module.ScanOutputs(*out), rule, tokens)
 
 
 FAMILIES = (

@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
 
     student: backends.Tile
     teacher: backends.Tile
-    task: backends.Task
+    task: backends.TileTask
     sums: torch.Tensor
     grads: torch.Tensor
     dz: torch.Tensor
@@ -102,7 +102,7 @@ def inputs(setting: Setting, kernel: str, shape: tuple) -> Inputs:
     """Of one kernel, its sums after a first sweep."""
     n, columns, dtype = shape
     rows = reference.Rows(torch.zeros(n, dtype=torch.int64, device=setting.device), torch.ones(n, device=setting.device), -100)
-    task = backends.Task(rows, DEFAULT if kernel != "mixture" else ("jsd",))
+    task = backends.TileTask(rows, DEFAULT if kernel != "mixture" else ("jsd",))
     student, teacher = (backends.Tile(z) for z in _logits(setting, shape))
     sums = torch.zeros(1, n, len(reference.SUM_NAMES), dtype=torch.float64, device=setting.device)
     backends.BACKENDS[backends.choose(torch.device(setting.device), dtype)].sweep(student, teacher, task, sums)

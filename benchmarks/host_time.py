@@ -14,7 +14,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -42,14 +41,13 @@ def stubbed(target: str = "sm_90") -> Iterator[None]:
         kernel.module = kernel.function = 0
         kernel._run = lambda *_: None
 
-    serving = replace(backends.BACKENDS["triton"], why_not=lambda device, dtype: None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", _StubDriver(GPUTarget(*TARGETS[target][0]))))
         stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", no_handles))
         for product in ("mm", "addmm"):
             stack.enter_context(mock.patch.object(torch, product, lambda *_, **__: None))
         stack.enter_context(mock.patch.object(tiling, "on_gpu", lambda device: device.type != "cpu"))
-        stack.enter_context(mock.patch.dict(backends.BACKENDS, triton=serving))
+        stack.enter_context(mock.patch.object(backends.BACKENDS["triton"], "why_not", lambda device, dtype: None))
         yield
 
 
@@ -58,8 +56,8 @@ def linear(width: int, rows: int = HEAD_SHAPE[0], columns: int = HEAD_SHAPE[1]) 
     shapes = ((rows, width), (columns, width), (rows, width))
     student, weight, teacher = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
     targets, inverse = torch.empty(rows, dtype=torch.int64, device="meta"), torch.empty(rows, device="meta")
-    numbers = ops.Numbers(-100, 0.5, tiling.limits(student.device).workspace, 0, 0, 0, 0, 0)
-    return ops._linear((student, weight, None, teacher, None, None, targets, inverse), STATS, numbers, ("triton", ""))
+    tensors = (student, weight, None, teacher, None, None, targets, inverse)
+    return ops.tiled(ops.LinearCall(*tensors, STATS, "triton", tiling.limits(student.device).workspace))
 
 
 def measure(width: int, repeats: int = 20) -> dict[str, float]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from gear_kernels import backends
+from gear_kernels.backends import native as native_backend
 
 from .record import Recorder, recorded
 
@@ -69,7 +69,7 @@ class Found:
 
 def measure(only: str = "") -> Found:
     """Counts of the operations whose name holds `only`, and the spills, of the compiled module of this checkout."""
-    native, why_not = backends._load_native()
+    native, why_not = native_backend.load()
     if native is None:
         return Found("unknown", missing=[f"instructions: not counted, {why_not}"])
     module = Path(native.__file__)

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 import gear_kernels
-from gear_kernels import backends
+from gear_kernels.backends import native
 
 from .cases import SMALL, make_case, plain
 from .packs import pack
@@ -59,9 +59,9 @@ class Recorder:
 
 def recorded(only: str = "") -> tuple[Recorder, list[tuple[str, int]]]:
     """The calls of the operations whose name holds `only`, and for each (its name, logits of one head or tokens)."""
-    recorder, names = Recorder(backends._load_native()[0]), []
+    recorder, names = Recorder(native.load()[0]), []
     with (
-        mock.patch.object(backends, "_load_native", lambda: (recorder, None)),
+        mock.patch.object(native, "load", lambda: (recorder, None)),
         mock.patch.object(torch, "get_num_threads", lambda: 1),
         gear_kernels.backend("native"),
     ):

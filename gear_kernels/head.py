@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from . import model_head
-from .stats import Head, TokenStats, linear_token_stats
+from .reference.stats import BY_NAME
+from .stats import DEFAULT_STATS, Head, TokenStats, linear_token_stats
 
 
 class FusedHead(nn.Linear):
@@ -69,8 +70,9 @@ class FusedHead(nn.Linear):
         if targets is None and stats is None and teacher_hidden is None:
             return super().forward(hidden)
         if stats is None:
-            given = (("logprobs", targets is not None), ("entropy", True), ("reverse_kl", teacher_hidden is not None))
-            stats = tuple(name for name, wanted in given if wanted)
+            lacks_target, lacks_teacher = targets is None, teacher_hidden is None
+            asked = [BY_NAME[name] for name in DEFAULT_STATS]
+            stats = [s.name for s in asked if not (s.needs_target and lacks_target or s.needs_teacher and lacks_teacher)]
         return linear_token_stats(
             hidden,
             Head(self.weight, self.bias, self.softcap, self.scale),
@@ -87,3 +89,6 @@ class FusedHead(nn.Linear):
     def extra_repr(self) -> str:
         options = "".join(f", {name}={getattr(self, name)}" for name in ("softcap", "scale") if getattr(self, name) is not None)
         return super().extra_repr() + options
+
+
+model_head.PLAIN_FORWARDS.append(FusedHead.forward)

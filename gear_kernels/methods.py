@@ -2,31 +2,40 @@
 
 A method is any object with `needs` (the names of the inputs it reads, out of INPUTS) and `apply(PolicyTokens) -> PolicyCredit`.
 Optional: `signals`, what its signal may be, its own first (k1: the sampled log-ratio lpS - lpT; reverse_kl: the full KL);
-`at(step)`, for a schedule, returns the method of a training step; `scan()`, the same rule as numbers for the compiled scans. The
-mathematics behind the package's own is in reference.py.
+`at(step)`, for a schedule, returns the method of a training step; `rule()`, the same as a record of rules.py, for the compiled
+scans. The mathematics behind the package's own is in reference/credit.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from . import reference
-from .errors import bad_input
+from .errors import check_choice, check_integer, check_number, require
+from .records import FLOAT_INPUTS, INPUTS
+from .reference import credit as reference
+from .rules import (
+    NORMALIZERS,
+    SCAN_SEGMENTERS,
+    AtLeastRule,
+    Cut,
+    GatedRatioRule,
+    GearRule,
+    LiftRule,
+    MarginRule,
+    RatioRule,
+    Rule,
+    ShareRule,
+)
 
-FLOAT_INPUTS = ("signal", "entropy", "teacher_entropy", "forward_kl", "turn_rewards")  # [T] each
-INPUTS = (*FLOAT_INPUTS, "turn_ids", "anchors", "groups")
-NORMALIZERS = ("relu_max", "max", "minmax", "abs_max", "quantile", "none")
-SEGMENTERS = ("entropy", "token", "kl_only", "entropy_only", "turn", "entropy_window", "random", "fixed")
-SCAN_SEGMENTERS = (*SEGMENTERS, "stable")  # stable: SGCD's
-RULES = ("gear", "ratio", "gated_ratio", "share", "margin", "at_least", "lift")
+__all__ = ["FLOAT_INPUTS", "INPUTS", "METHODS", "NORMALIZERS", "SEGMENTERS", "PolicyCredit", "PolicyTokens", "signals_of"]
+SEGMENTERS = tuple(name for name in SCAN_SEGMENTERS if name != "stable")  # Gear's
 
 
 class PolicyTokens(NamedTuple):
@@ -65,64 +74,6 @@ class PolicyCredit(NamedTuple):
     silent: int = 0  # trajectories whose scale is below the signal floor or reference.SILENT
 
 
-class Scan(NamedTuple):
-    """A method as numbers, which the compiled scans (csrc/scan.cpp, triton/scan.py) run in one pass over each sequence.
-
-    normalise -> segment -> weigh. `second` names the [T] input read beside the signal: it ends segments (with ratio, floor,
-    window) or enters the weight; `level(second, mask)` is the one number taken over the whole pack, 0-d.
-    rule and its a, b, c, for credit c_t, signal x, second e, s = sign(A):
-      gear         1 + a (w - 0.5), w = 0.5 + (0.5 - c_t) s
-      ratio        1 - a + a clip(exp(-x s), 1 +- b)
-      gated_ratio  clip(exp(-x s), 1 +- a) clip(1 - b e / level, c, 1); e the least over `window` tokens ahead
-      share        e / (e + level)
-      margin       s >= 0: 1 + a max(0, d - c), else 1 + b max(0, -d - c), d = clip(-x, +-ratio)
-      at_least     1 where e >= level, else 0
-      lift         clip(1 + a c_t, 1, b) in segments, 1 outside
-    Only gear and lift have segments.
-    """
-
-    rule: str
-    second: str | None
-    a: float = 0.0
-    b: float = 0.0
-    c: float = 0.0
-    normalizer: str = "none"
-    segmenter: str = "token"
-    quantile: float = 0.95
-    threshold: float = 0.0
-    ratio: float = 1.0
-    floor: float = 0.0
-    longest: int = 0  # policy tokens in a segment at most; 0: no limit
-    window: int = 1
-    renormalize: bool = False
-    stop_at_turn: bool = False
-    level: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
-    signal_floor: float = 0.0  # nats, the least that the normaliser divides by
-
-    @property
-    def segmented(self) -> bool:
-        return self.rule in ("gear", "lift")
-
-
-def require(condition: bool, given: str, expected: str, mend: str) -> None:
-    if not condition:
-        raise bad_input(given, expected, mend)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{name}: given {value!r}", f"one of {', '.join(choices)}", "correct the name")
-
-
-def check_number(name: str, value: object, allowed, expected: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    require(number and allowed(value), f"{name}: given {value!r}", f"a finite number {expected}", "change it")
-
-
-def check_integer(name: str, value: object, least: int, mend: str = "change it") -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= least, f"{name}: given {value!r}", f"an integer of at least {least}", mend)
-
-
 # --- GEAR and GRPO ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,8 +85,9 @@ class Grpo:
     def needs(self) -> tuple[str, ...]:
         return ()
 
-    def scan(self) -> Scan:
-        return Scan("gear", None)  # alpha 0: W = 1
+    def rule(self) -> Rule:
+        """GEAR's with alpha 0: W = 1."""
+        return GearRule()
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         zero, none = torch.zeros_like(tokens.signal), torch.zeros_like(tokens.sequence, dtype=torch.bool)
@@ -208,14 +160,13 @@ class Gear:
         turns = self.segmenter == "turn" or self.stop_at_turn
         return ("signal", *(("entropy",) if entropy else ()), *(("turn_ids",) if turns else ()))
 
-    def scan(self) -> Scan | None:
-        """None for `random`: its places are drawn by Python's generator."""
+    def rule(self) -> Rule | None:
+        """GEAR's, or None for the segmenter random: its places are drawn by Python's generator."""
         if self.segmenter == "random":
             return None
         fixed = self.segmenter == "fixed"
         free = fixed or self.segmenter in ("token", "turn")  # what neither cap touches
-        return Scan(
-            *("gear", "entropy" if "entropy" in self.needs else None, self.alpha),
+        cut = Cut(
             normalizer=self.normalizer,
             segmenter=self.segmenter,
             quantile=self.quantile,
@@ -225,9 +176,9 @@ class Gear:
             floor=self.entropy_floor,
             longest=self.fixed_len if fixed else 0 if free else self.max_segment_len or 0,
             window=self.window if self.segmenter == "entropy_window" else 1,
-            renormalize=self.renormalize,
             stop_at_turn=self.stop_at_turn and not free,
         )
+        return GearRule(self.alpha, "entropy" if "entropy" in self.needs else None, cut, self.renormalize)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         found, silent = [], 0
@@ -236,7 +187,7 @@ class Gear:
             found.append((g, self.segments(g, signal, entropy, turns)))
             silent += quiet
         g, credit, ids, onsets, unclosed = _joined(found, tokens)
-        weights = reference.credit_weight(credit, tokens.advantages, self.alpha)
+        weights = reference.gear_weight(credit, tokens.advantages, self.alpha)
         if self.renormalize:
             weights = reference.renormalise(weights, tokens.sequence, tokens.lengths)
         return PolicyCredit(weights, g, credit, ids, onsets, g > self.kl_threshold, unclosed, silent=silent)
@@ -287,20 +238,13 @@ def _generator(seed: int, signal: torch.Tensor) -> random.Random:
 
 
 # --- relatives ----------------------------------------------------------------------------------------------------------
-# Weights without segments, over the whole pack at once. Their signal is the sampled log-ratio, k1: signal = lpS - lpT, so the
-# papers' delta is -signal. What METHOD leaves open is marked "ours".
+# Weights without segments, over the whole pack at once. What a paper leaves open is marked "ours".
 
 
 def _unsegmented(tokens: PolicyTokens, weights: torch.Tensor, behind: torch.Tensor) -> PolicyCredit:
     """`behind`: the quantity that the weight was made of, shown in the place of g."""
     none = torch.zeros_like(tokens.sequence, dtype=torch.bool)
     return PolicyCredit(weights, behind, behind, torch.full_like(tokens.sequence, -1, dtype=torch.int32), none, none, 0)
-
-
-def _most_or_one(entropy: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    if not entropy.numel():
-        return entropy.new_ones(())
-    return (entropy if mask is None else entropy.masked_fill(~mask, 0)).amax().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -324,12 +268,12 @@ class Rlsd:
         left = max(0.0, 1 - (step - 1) / self.decay_steps) if self.decay_steps else 1.0
         return replace(self, mix=self.mix * left, decay_steps=0)
 
-    def scan(self) -> Scan:
-        return Scan("ratio", None, self.mix, self.clip)
+    def rule(self) -> Rule:
+        return RatioRule(self.mix, self.clip)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         ratio = reference.bounded_ratio(tokens.signal, tokens.advantages, self.clip)
-        return _unsegmented(tokens, 1 - self.mix + self.mix * ratio, ratio)
+        return _unsegmented(tokens, reference.mixed_ratio(ratio, self.mix), ratio)
 
 
 @dataclass(frozen=True)
@@ -354,13 +298,12 @@ class Egrsd:
     signals = ("k1",)
     needs = ("signal", "teacher_entropy")
 
-    def scan(self) -> Scan:
-        window = self.look_ahead + 1
-        return Scan("gated_ratio", "teacher_entropy", self.clip, self.slope, self.floor, window=window, level=_most_or_one)
+    def rule(self) -> Rule:
+        return GatedRatioRule(self.clip, self.slope, self.floor, self.look_ahead)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         entropy = reference.least_ahead(tokens.teacher_entropy, tokens.sequence, self.look_ahead)
-        gate = (1 - self.slope * (entropy / _most_or_one(tokens.teacher_entropy))).clamp(self.floor, 1)
+        gate = reference.entropy_gate(entropy, reference.largest_or_one(tokens.teacher_entropy), self.slope, self.floor)
         return _unsegmented(tokens, reference.bounded_ratio(tokens.signal, tokens.advantages, self.clip) * gate, gate)
 
 
@@ -381,15 +324,12 @@ class ScGrpo:
     needs = ("forward_kl",)
     teacher_sees = "sibling"  # a correct one, in a trainer's prompt for the teacher
 
-    def scan(self) -> Scan:
-        return Scan("share", "forward_kl", level=self._level)
-
-    def _level(self, d: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return reference.linear_quantile(reference.bounded(d), self.quantile, mask).clamp(min=self.least)
+    def rule(self) -> Rule:
+        return ShareRule(self.quantile, self.least)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        d = reference.bounded(tokens.forward_kl)  # an infinite KL: W = 1, not NaN
-        weights = d / (d + self._level(d))
+        level = reference.share_level(tokens.forward_kl, self.quantile, self.least)
+        weights = reference.share(tokens.forward_kl, level)
         return _unsegmented(tokens, weights, weights)
 
 
@@ -413,13 +353,13 @@ class AmrSd:
     signals = ("k1",)
     needs = ("signal",)
 
-    def scan(self) -> Scan:
-        return Scan("margin", None, self.up, self.down, self.margin, ratio=self.bound)
+    def rule(self) -> Rule:
+        return MarginRule(self.up, self.down, self.margin, self.bound)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        delta = (-tokens.signal).clamp(-self.bound, self.bound)
-        up, down = self.up * (delta - self.margin).clamp(min=0), self.down * (-delta - self.margin).clamp(min=0)
-        return _unsegmented(tokens, 1 + torch.where(tokens.advantages >= 0, up, down), delta)
+        delta = reference.clipped_delta(tokens.signal, self.bound)
+        weights = reference.margin_weight(delta, tokens.advantages, self.up, self.down, self.margin)
+        return _unsegmented(tokens, weights, delta)
 
 
 @dataclass(frozen=True)
@@ -433,14 +373,11 @@ class HighEntropy:
 
     needs = ("entropy",)
 
-    def scan(self) -> Scan:
-        return Scan("at_least", "entropy", level=self._level)
-
-    def _level(self, entropy: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return reference.top_share(entropy, self.share, mask)
+    def rule(self) -> Rule:
+        return AtLeastRule(self.share)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        weights = (tokens.entropy >= self._level(tokens.entropy)).to(tokens.entropy.dtype)
+        weights = reference.at_least(tokens.entropy, reference.top_share(tokens.entropy, self.share))
         return _unsegmented(tokens, weights, weights)
 
 
@@ -469,15 +406,9 @@ class Sgcd:
     signals = ("reverse_kl", "k1")
     needs = ("signal", "teacher_entropy")
 
-    def scan(self) -> Scan:
-        return Scan(
-            *("lift", "teacher_entropy", self.gamma, self.cap),
-            normalizer="quantile",
-            segmenter="stable",
-            quantile=self.quantile,
-            threshold=self.kl_threshold,
-            ratio=self.stable,
-        )
+    def rule(self) -> Rule:
+        cut = Cut("quantile", "stable", quantile=self.quantile, threshold=self.kl_threshold, ratio=self.stable)
+        return LiftRule(self.gamma, self.cap, "teacher_entropy", cut)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         sizes, found, silent = tokens.lengths.tolist(), [], 0
@@ -487,7 +418,7 @@ class Sgcd:
             found.append((g, reference.stable_segments((g > self.kl_threshold).tolist(), entropy.tolist(), self.stable)))
         g, credit, ids, onsets, unclosed = _joined(found, tokens)
         s = torch.where(ids >= 0, credit, 0)
-        weights = (1 + self.gamma * s).clamp(1, self.cap)
+        weights = reference.lift(s, self.gamma, self.cap)
         return PolicyCredit(weights, g, s, ids, onsets, g > self.kl_threshold, unclosed, silent=silent)
 
 
@@ -496,11 +427,11 @@ class Sgcd:
 # multiplied: W is 1, and the segments shown are the turns. Plain torch on the tensors' device, no look at a value.
 
 
-def _turns(tokens: PolicyTokens, extra: torch.Tensor) -> PolicyCredit:
-    """`extra` [n], the same within a turn, on top of the trajectory's advantage."""
+def _turns(tokens: PolicyTokens, relative: torch.Tensor, weight: float) -> PolicyCredit:
+    """The trajectory's advantage and on top of it its turn's: `relative` [n], the same within a turn, times `weight`."""
     onsets = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
     ids = reference.turn_numbers(onsets, tokens.sequence)
-    none, extra = torch.zeros_like(onsets), extra.to(tokens.advantages.dtype)
+    none, extra = torch.zeros_like(onsets), reference.turn_part(relative, weight, tokens.advantages)
     return PolicyCredit(torch.ones_like(extra), extra, extra, ids, onsets, none, 0, tokens.advantages + extra)
 
 
@@ -526,7 +457,7 @@ class Turn:
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         first = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
         turn = reference.group_relative(tokens.turn_rewards, first, (tokens.groups, tokens.turn_ids), self.std)
-        return _turns(tokens, self.weight * turn)
+        return _turns(tokens, turn, self.weight)
 
 
 @dataclass(frozen=True)
@@ -554,7 +485,8 @@ class Gigpo:
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         first = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
         returns = reference.turn_returns(tokens.turn_rewards, first, tokens.sequence, self.gamma)
-        return _turns(tokens, self.weight * reference.group_relative(returns, first, (tokens.groups, tokens.anchors), self.std))
+        step = reference.group_relative(returns, first, (tokens.groups, tokens.anchors), self.std)
+        return _turns(tokens, step, self.weight)
 
 
 METHODS = {
@@ -575,5 +507,5 @@ METHODS = {
 
 
 def signals_of(method: object) -> tuple[str, ...]:
-    """What a method's signal may be, its own first."""
+    """The signals that a method may be given, its own first."""
     return getattr(method, "signals", ("k1", "reverse_kl"))

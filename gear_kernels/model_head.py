@@ -17,6 +17,9 @@ from .errors import GearKernelsError, bad_input
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 
+# The forwards that are hidden @ weight.T + bias: nn.Linear's own, and FusedHead's, which head.py adds.
+PLAIN_FORWARDS = [nn.Linear.forward]
+
 
 class ModelHead(NamedTuple):
     """The fields of `Head` that a model has."""
@@ -84,10 +87,7 @@ def _saved_module(layer: nn.Module) -> nn.Module:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether its forward is hidden @ weight.T + bias: nn.Linear's own, or FusedHead's."""
-    from .head import FusedHead
-
-    return isinstance(layer, nn.Linear) and type(layer).forward in (nn.Linear.forward, FusedHead.forward)
+    return isinstance(layer, nn.Linear) and type(layer).forward in PLAIN_FORWARDS
 
 
 def _active_adapters(layer: nn.Module) -> list[str]:

@@ -1,8 +1,8 @@
 """torch.library operators: what a compiled graph sees of the package, each beside its fake twin and its autograd formula.
 
 gear_kernels::token_stats, linear_token_stats and their backwards are opaque to torch.compile, which may still fuse what stands
-around them. Checks that read values (targets in range) run inside, where values exist. Calling through torch.library costs
-tens of microseconds of CPU time a call.
+around them. A backward takes its forward's arguments, then what has come since. Checks that read values (targets in range) run
+inside, where values exist. Calling through torch.library costs tens of microseconds of CPU time a call.
 """
 
 from __future__ import annotations
@@ -14,22 +14,57 @@ import torch
 from torch import Tensor
 
 from . import parallel, tiling
-from .backends import BACKENDS, Task, _wide, needs_teacher, on_device
+from .backends import BACKENDS, TileTask, on_device, wide
 from .errors import bad_input
-from .reference import GRADIENT_NAMES, STAT_NAMES, STATE_NAMES
+from .reference.stats import BY_NAME, STAT_NAMES, STATE_NAMES, needs_teacher
 
 
-class Numbers(NamedTuple):
-    """The constants of a `linear_token_stats` call, as floats because a schema has no other record; 0 stands for None."""
+class LogitsCall(NamedTuple):
+    """A call of the operator token_stats, in the order of its schema: rows as tensors, then its constants."""
 
-    ignore_index: float
+    student: Tensor  # [N, V]
+    teacher: Tensor | None  # [N, V]
+    targets: Tensor | None  # [N]
+    inv_temperature: Tensor  # [N]
+    ignore_index: int
+    stats: Sequence[str]
     jsd_beta: float
-    workspace_bytes: float
-    softcap: float
-    scale: float
-    valid_vocab: float  # of the whole vocabulary, also where it is sharded
-    teacher_softcap: float
-    teacher_scale: float
+    backend: str
+
+
+class LinearCall(NamedTuple):
+    """A call of the operator linear_token_stats, in the order of its schema: eight tensors, then its constants."""
+
+    student: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None
+    teacher: Tensor | None  # [N, D]
+    teacher_weight: Tensor | None  # None: the head is shared
+    teacher_bias: Tensor | None
+    targets: Tensor | None  # [N]
+    inv_temperature: Tensor  # [N]
+    stats: Sequence[str]
+    backend: str
+    workspace_bytes: int
+    ignore_index: int = -100
+    jsd_beta: float = 0.5
+    softcap: float | None = None
+    scale: float | None = None
+    valid_vocab: int | None = None  # of the whole vocabulary, also where it is sharded
+    teacher_softcap: float | None = None
+    teacher_scale: float | None = None
+    group: str = ""  # of the ranks that share the vocabulary; "" for none
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of ids that a target may have."""
+        return self.valid_vocab or self.weight.shape[0] * parallel.ranks(self.group)
+
+    def through(self) -> LinearCall:
+        """The call as its backward needs it: the statistics that a gradient can come through, the teacher if they read it."""
+        stats = _through(self.stats)
+        own = {} if needs_teacher(stats) else {"teacher": None, "teacher_weight": None, "teacher_bias": None}
+        return self._replace(stats=stats, **own)
 
 
 def check_values(targets: Tensor | None, inv_temperature: Tensor, columns: int, ignore_index: int, sharded: bool = False) -> None:
@@ -50,65 +85,74 @@ def _used_teacher(teacher: Tensor | None, stats: Sequence[str]) -> Tensor | None
 
 def _through(stats: Sequence[str]) -> tuple[str, ...]:
     """The statistics that a gradient can come through: the backward computes these terms and no others."""
-    return tuple(name for name in stats if name in GRADIENT_NAMES)
+    return tuple(name for name in stats if BY_NAME[name].gradient)
 
 
 def _tables(student: Tensor) -> tuple[Tensor, Tensor]:
-    n, dtype = student.shape[0], _wide(student.dtype)
+    n, dtype = student.shape[0], wide(student.dtype)
     return student.new_empty((len(STAT_NAMES), n), dtype=dtype), student.new_empty((n, len(STATE_NAMES)), dtype=dtype)
 
 
 # --- given logits -----------------------------------------------------------------------------------------------------------
 
-
-@torch.library.custom_op(
-    "gear_kernels::token_stats",
-    mutates_args=(),
-    schema="(Tensor student, Tensor? teacher, Tensor? targets, Tensor inv_temperature, int ignore_index, str[] stats, "
-    "float jsd_beta, str backend) -> (Tensor, Tensor)",
+_LOGITS = (
+    "Tensor student, Tensor? teacher, Tensor? targets, Tensor inv_temperature, int ignore_index, str[] stats, "
+    "float jsd_beta, str backend"
 )
-def token_stats(student, teacher, targets, inv_temperature, ignore_index, stats, jsd_beta, backend):
+
+
+@torch.library.custom_op("gear_kernels::token_stats", mutates_args=(), schema=f"({_LOGITS}) -> (Tensor, Tensor)")
+def token_stats(*arguments):
     """Logits [N, V] -> values [7, N] in the order of STAT_NAMES (those not asked for may hold anything), state [N, 9]."""
-    check_values(targets, inv_temperature, student.shape[1], ignore_index)
-    with on_device(student.device):
-        rows = tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1])
-        return tiling.logits_forward(student, _used_teacher(teacher, stats), Task(rows, tuple(stats), jsd_beta), backend)
+    call = LogitsCall(*arguments)
+    columns = call.student.shape[1]
+    check_values(call.targets, call.inv_temperature, columns, call.ignore_index)
+    with on_device(call.student.device):
+        rows = tiling.rows_of(call.targets, call.inv_temperature, call.ignore_index, columns)
+        task = TileTask(rows, tuple(call.stats), call.jsd_beta)
+        return tiling.logits_forward(call.student, _used_teacher(call.teacher, call.stats), task, call.backend)
 
 
 @token_stats.register_fake
-def _(student, teacher, targets, inv_temperature, ignore_index, stats, jsd_beta, backend):
+def _(student, *_):
     return _tables(student)
 
 
 @torch.library.custom_op(
-    "gear_kernels::token_stats_backward",
-    mutates_args=(),
-    schema="(Tensor student, Tensor? teacher, Tensor? targets, Tensor inv_temperature, Tensor state, Tensor grads, "
-    "int ignore_index, str[] stats, float jsd_beta, str backend) -> Tensor",
+    "gear_kernels::token_stats_backward", mutates_args=(), schema=f"({_LOGITS}, Tensor state, Tensor grads) -> Tensor"
 )
-def token_stats_backward(student, teacher, targets, inv_temperature, state, grads, ignore_index, stats, jsd_beta, backend):
+def token_stats_backward(*arguments):
     """grads [7, N] -> gradient of the student's logits, rounded once to their dtype."""
-    through, dz = _through(stats), torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    teacher = _used_teacher(teacher, through)
-    pair = (tiling.Tile(student), None if teacher is None else tiling.Tile(teacher))
-    with on_device(student.device):
-        task = Task(tiling.rows_of(targets, inv_temperature, ignore_index, student.shape[1]), through, jsd_beta)
-        BACKENDS[backend].gradient(*pair, task, state, grads.T.contiguous(), dz)
+    *given, state, grads = arguments
+    call = LogitsCall(*given)
+    through, dz = _through(call.stats), _like(call.student)
+    teacher = _used_teacher(call.teacher, through)
+    pair = (tiling.Tile(call.student), None if teacher is None else tiling.Tile(teacher))
+    with on_device(call.student.device):
+        rows = tiling.rows_of(call.targets, call.inv_temperature, call.ignore_index, call.student.shape[1])
+        task = TileTask(rows, through, call.jsd_beta)
+        BACKENDS[call.backend].gradient(*pair, task, state, grads.T.contiguous(), dz)
     return dz
 
 
 @token_stats_backward.register_fake
-def _(student, teacher, targets, inv_temperature, state, grads, ignore_index, stats, jsd_beta, backend):
+def _(student, *_):
+    return _like(student)
+
+
+def _like(student: Tensor) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
 def _save_logits(ctx, inputs, output):
-    student, teacher, targets, inv_temperature, ctx.ignore_index, ctx.stats, ctx.beta, ctx.backend = inputs
-    ctx.save_for_backward(student, teacher, targets, inv_temperature, output[1])
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.constants = inputs[4:]
 
 
 def _logits_gradient(ctx, grads, _):
-    return token_stats_backward(*ctx.saved_tensors, grads, ctx.ignore_index, ctx.stats, ctx.beta, ctx.backend), *[None] * 7
+    *rows, state = ctx.saved_tensors
+    call = LogitsCall(*rows, *ctx.constants)
+    return token_stats_backward(*call, state, grads), *[None] * (len(call) - 1)
 
 
 token_stats.register_autograd(_logits_gradient, setup_context=_save_logits)
@@ -116,86 +160,78 @@ token_stats.register_autograd(_logits_gradient, setup_context=_save_logits)
 
 # --- hidden states ----------------------------------------------------------------------------------------------------------
 
-
-@torch.library.custom_op(
-    "gear_kernels::linear_token_stats",
-    mutates_args=(),
-    schema="(Tensor student, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? targets, Tensor inv_temperature, str[] stats, float[] numbers, str[] where) -> (Tensor, Tensor)",
+_LINEAR = (
+    "Tensor student, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? targets, Tensor inv_temperature, str[] stats, str backend, int workspace_bytes, int ignore_index, float jsd_beta, "
+    "float? softcap, float? scale, int? valid_vocab, float? teacher_softcap, float? teacher_scale, str group"
 )
-def linear_token_stats(
-    student, weight, bias, teacher, teacher_weight, teacher_bias, targets, inv_temperature, stats, numbers, where
-):
-    """Hidden states [N, D] -> values [7, N], state [N, 9]. teacher_weight None: the head is shared. where: back end, group."""
-    numbers, sharded = Numbers(*numbers), bool(where[1])
-    check_values(targets, inv_temperature, _vocabulary(weight, numbers, where[1]), int(numbers.ignore_index), sharded)
-    saved = (student, weight, bias, _used_teacher(teacher, stats), teacher_weight, teacher_bias, targets, inv_temperature)
-    with (
-        on_device(student.device),
-        torch.autocast(student.device.type, enabled=False),
-    ):  # it would round the tiles' GEMMs to bfloat16
-        return _linear(saved, tuple(stats), numbers, where).forward()
+_TENSORS = 8  # of a LinearCall
+
+
+@torch.library.custom_op("gear_kernels::linear_token_stats", mutates_args=(), schema=f"({_LINEAR}) -> (Tensor, Tensor)")
+def linear_token_stats(*arguments):
+    """Hidden states [N, D] -> values [7, N], state [N, 9]."""
+    call = LinearCall(*arguments)
+    call = call._replace(teacher=_used_teacher(call.teacher, call.stats))
+    check_values(call.targets, call.inv_temperature, call.vocabulary, call.ignore_index, sharded=bool(call.group))
+    # autocast would round the tiles' GEMMs to bfloat16
+    with on_device(call.student.device), torch.autocast(call.student.device.type, enabled=False):
+        return tiled(call).forward()
 
 
 @linear_token_stats.register_fake
-def _(student, weight, bias, teacher, teacher_weight, teacher_bias, targets, inv_temperature, stats, numbers, where):
+def _(student, *_):
     return _tables(student)
 
 
 @torch.library.custom_op(
     "gear_kernels::linear_token_stats_backward",
     mutates_args=(),
-    schema="(Tensor?[] saved, Tensor state, Tensor grads, str[] stats, float[] numbers, str[] where, bool[] needed) -> Tensor[]",
+    schema=f"({_LINEAR}, Tensor state, Tensor grads, bool[] needed) -> Tensor[]",
 )
-def linear_token_stats_backward(saved, state, grads, stats, numbers, where, needed):
-    """The eight tensors of the forward and grads [7, N] -> gradients of student, weight and bias; size 0 where not needed."""
-    through = _through(stats)
-    if not needs_teacher(through):
-        saved = [*saved[:3], None, None, None, *saved[6:]]
+def linear_token_stats_backward(*arguments):
+    """grads [7, N] -> gradients of student, weight and bias; size 0 where not needed."""
+    *given, state, grads, needed = arguments
     with on_device(state.device), torch.autocast(state.device.type, enabled=False):
-        out = _linear(saved, through, Numbers(*numbers), where).backward(state, grads.T.contiguous(), needed)
+        out = tiled(LinearCall(*given).through()).backward(state, grads.T.contiguous(), needed)
     return [state.new_empty(0) if gradient is None else gradient for gradient in out]
 
 
 @linear_token_stats_backward.register_fake
-def _(saved, state, grads, stats, numbers, where, needed):
-    return [torch.empty_like(t) if need else state.new_empty(0) for t, need in zip(saved[:3], needed, strict=True)]
+def _(student, weight, bias, *rest):
+    *_, state, _, needed = rest
+    return [torch.empty_like(t) if need else state.new_empty(0) for t, need in zip((student, weight, bias), needed, strict=True)]
 
 
-def _vocabulary(weight: Tensor, numbers: Numbers, group: str) -> int:
-    """Ids that a target may have."""
-    return int(numbers.valid_vocab) or weight.shape[0] * parallel.ranks(group)
-
-
-def _linear(saved: Sequence[Tensor | None], stats: tuple[str, ...], numbers: Numbers, where: Sequence[str]) -> tiling.Linear:
-    student, weight, bias, teacher, teacher_weight, teacher_bias, targets, inv_temperature = saved
-    backend, group = where
-    first = weight.shape[0] * parallel.resolve(group).rank() if group else 0
-    columns = min(max(_vocabulary(weight, numbers, group) - first, 0), weight.shape[0])
-    head = tiling.HeadPart(weight, bias, numbers.softcap or None, numbers.scale or None, columns)
+def tiled(call: LinearCall) -> tiling.Linear:
+    """The call as tiling.py takes it: both heads as this rank has them, rows as the back ends read them."""
+    first = call.weight.shape[0] * parallel.resolve(call.group).rank() if call.group else 0
+    columns = min(max(call.vocabulary - first, 0), call.weight.shape[0])
+    head = tiling.HeadPart(call.weight, call.bias, call.softcap, call.scale, columns)
     own = head
-    if teacher_weight is not None:
-        options = (numbers.teacher_softcap or None, numbers.teacher_scale or None)
-        own = tiling.HeadPart(teacher_weight, teacher_bias, *options, columns)
-    rows = tiling.rows_of(targets, inv_temperature, int(numbers.ignore_index), _vocabulary(weight, numbers, group))
-    task = Task(rows, stats, numbers.jsd_beta, first, {})
-    return tiling.Linear(student, teacher, head, own, task, backend, group, int(numbers.workspace_bytes))
+    if call.teacher_weight is not None:
+        own = tiling.HeadPart(call.teacher_weight, call.teacher_bias, call.teacher_softcap, call.teacher_scale, columns)
+    rows = tiling.rows_of(call.targets, call.inv_temperature, call.ignore_index, call.vocabulary)
+    task = TileTask(rows, tuple(call.stats), call.jsd_beta, first, {})
+    return tiling.Linear(call.student, call.teacher, head, own, task, call.backend, call.group, call.workspace_bytes)
 
 
 def _save_linear(ctx, inputs, output):
     # Parameters are saved as themselves: under ZeRO-3 the head module's hooks have gathered them again by the backward.
-    ctx.save_for_backward(*inputs[:8], output[1])
-    ctx.stats, ctx.numbers, ctx.where = inputs[8:]
+    ctx.save_for_backward(*inputs[:_TENSORS], output[1])
+    ctx.constants = inputs[_TENSORS:]
 
 
 def _linear_gradient(ctx, grads, _):
-    *saved, state = ctx.saved_tensors
-    for name, tensor in (("head.weight", saved[1]), ("head.bias", saved[2]), ("teacher_head.weight", saved[4])):
+    *tensors, state = ctx.saved_tensors
+    call = LinearCall(*tensors, *ctx.constants)
+    weights = {"head.weight": call.weight, "head.bias": call.bias, "teacher_head.weight": call.teacher_weight}
+    for name, tensor in weights.items():
         if tensor is not None:
             check_gathered(f"{name} in backward", tensor)
     needed = [bool(need) for need in ctx.needs_input_grad[:3]]
-    out = linear_token_stats_backward(saved, state, grads, ctx.stats, ctx.numbers, ctx.where, needed)
-    return *[g if need else None for g, need in zip(out, needed, strict=True)], *[None] * 8
+    out = linear_token_stats_backward(*call, state, grads, needed)
+    return *[g if need else None for g, need in zip(out, needed, strict=True)], *[None] * (len(call) - 3)
 
 
 linear_token_stats.register_autograd(_linear_gradient, setup_context=_save_linear)

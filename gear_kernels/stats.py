@@ -1,7 +1,7 @@
 """token_stats and linear_token_stats: per-token log-probs, entropy and vocabulary-wide KL, differentiable in the student.
 
 The public functions and their argument checks. The operators behind them are in ops.py, the tiling of hidden states in
-tiling.py; what happens inside a tile is a back end's (backends.py), what it means is reference.py's.
+tiling.py; what happens inside a tile is a back end's (backends/), what it means is reference/stats.py's, with the table of them.
 """
 
 from __future__ import annotations
@@ -9,40 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from . import backends, model_head, ops, parallel, reference, tiling
-from .errors import GearKernelsError, bad_input
+from . import backends, model_head, ops, parallel, tiling
+from .errors import bad_input
+from .reference.stats import BY_NAME, STAT_NAMES, TokenStats
 
 DEFAULT_STATS = ("logprobs", "entropy", "reverse_kl")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
-
-
-class _NotLogits(GearKernelsError, AttributeError):
-    """Both types: hasattr(stats, "dtype") stays False."""
-
-
-class TokenStats(NamedTuple):
-    """Per-token statistics in nats, each of the rows' shape; float32 (float64 for float64 inputs); None where not asked for."""
-
-    logprobs: torch.Tensor | None = None  # log-prob of the target token
-    teacher_logprobs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None  # of the full vocabulary
-    teacher_entropy: torch.Tensor | None = None
-    reverse_kl: torch.Tensor | None = None  # KL(student || teacher)
-    forward_kl: torch.Tensor | None = None  # KL(teacher || student)
-    jsd: torch.Tensor | None = None  # beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student
-
-    @property
-    def dtype(self):
-        """What a wrapper reads first that takes a FusedHead's result for logits: peft's LoRA layer around an adopted head."""
-        given = "token statistics were taken for logits: a layer around FusedHead, such as peft's LoRA, adds to its output"
-        mend = "leave the head out of target_modules, or use Head.from_model(model), which merges the adapter"
-        raise _NotLogits(*bad_input(given, "FusedHead called by its model, without an adapter around it", mend).args)
 
 
 @dataclass(frozen=True)
@@ -121,7 +99,8 @@ def token_stats(
     student = student_logits.reshape(-1, columns)
     teacher = None if teacher_logits is None else teacher_logits.detach().reshape(-1, columns)
     backend = backends.choose(student.device, student.dtype)
-    values, _ = ops.token_stats(student, teacher, targets, inverse, ignore_index, names, _checked_beta(jsd_beta), backend)
+    call = ops.LogitsCall(student, teacher, targets, inverse, ignore_index, names, _checked_beta(jsd_beta), backend)
+    values, _ = ops.token_stats(*call)
     return _pack(values, names, shape)
 
 
@@ -165,18 +144,28 @@ def linear_token_stats(
     teacher_hidden, own = _checked_teacher(student_hidden, teacher_hidden, head, teacher_head)
     _check_no_tangents({"student_hidden": student_hidden, "head.weight": head.weight, "head.bias": head.bias})
     targets, inverse = _rows(student_hidden, student_hidden.shape[:-1], targets, temperature)
-    backend = backends.choose(student_hidden.device, student_hidden.dtype)
-    workspace = workspace_bytes or tiling.limits(student_hidden.device).workspace
-    numbers = [ignore_index, _checked_beta(jsd_beta), workspace, head.softcap or 0, head.scale or 0, head.valid_vocab or 0]
-    numbers += [0, 0] if own is None else [own.softcap or 0, own.scale or 0]
-    group = "" if head.group is None else parallel.group_name("head", head.group)
-    teacher = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
-    own_tensors = (None, None) if own is None else (_detached(own.weight), _detached(own.bias))
     values, _ = ops.linear_token_stats(
-        *(student_hidden.flatten(0, -2), head.weight, head.bias, teacher, *own_tensors, targets, inverse),
-        names,
-        [float(x) for x in numbers],
-        [backend, group],
+        *ops.LinearCall(
+            student=student_hidden.flatten(0, -2),
+            weight=head.weight,
+            bias=head.bias,
+            teacher=None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
+            teacher_weight=None if own is None else own.weight.detach(),
+            teacher_bias=None if own is None or own.bias is None else own.bias.detach(),
+            targets=targets,
+            inv_temperature=inverse,
+            stats=names,
+            backend=backends.choose(student_hidden.device, student_hidden.dtype),
+            workspace_bytes=int(workspace_bytes or tiling.limits(student_hidden.device).workspace),
+            ignore_index=int(ignore_index),
+            jsd_beta=_checked_beta(jsd_beta),
+            softcap=_number(head.softcap),
+            scale=_number(head.scale),
+            teacher_softcap=None if own is None else _number(own.softcap),
+            teacher_scale=None if own is None else _number(own.scale),
+            valid_vocab=None if head.valid_vocab is None else int(head.valid_vocab),
+            group="" if head.group is None else parallel.group_name("head", head.group),
+        )
     )
     return _pack(values, names, student_hidden.shape[:-1])
 
@@ -189,11 +178,11 @@ def _checked_names(stats: Sequence[str], targets, has_teacher: bool, teacher_arg
         raise bad_input(f"stats is the string {stats!r}", "a sequence of names", f"write stats=({stats!r},)")
     names = tuple(dict.fromkeys(stats))
     for name in names:
-        if name not in reference.STAT_NAMES:
-            raise bad_input(f"stats names {name!r}", "names out of " + ", ".join(reference.STAT_NAMES), "use one of these")
-        if backends.needs_teacher((name,)) and not has_teacher:
+        if name not in BY_NAME:
+            raise bad_input(f"stats names {name!r}", "names out of " + ", ".join(STAT_NAMES), "use one of these")
+        if BY_NAME[name].needs_teacher and not has_teacher:
             raise bad_input(f"{name} was asked for without a teacher", teacher_argument, f"pass it, or leave {name} out of stats")
-        if "logprobs" in name and targets is None:
+        if BY_NAME[name].needs_target and targets is None:
             raise bad_input(f"{name} was asked for without targets", "targets", f"pass them, or leave {name} out of stats")
     return names
 
@@ -326,7 +315,7 @@ def _rows(like: torch.Tensor, shape: torch.Size, targets, temperature) -> tuple[
     n = math.prod(shape)
     if targets is not None:
         targets = _checked_targets(targets, like, shape).reshape(n)
-    wide = backends._wide(like.dtype)
+    wide = backends.wide(like.dtype)
     if isinstance(temperature, torch.Tensor):
         temperature = _checked_temperature(temperature, like, shape).to(wide)
         return targets, (1.0 / temperature).expand(shape).reshape(n)
@@ -364,11 +353,11 @@ def _checked_beta(beta: float) -> float:
     return float(beta)
 
 
-def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _pack(values: torch.Tensor, names: tuple[str, ...], shape: torch.Size) -> TokenStats:
-    """[7, n] -> the asked-for fields; the teacher's own never carry a gradient."""
-    out = dict(zip(reference.STAT_NAMES, values.unbind(0), strict=True))
-    return TokenStats(**{name: (out[name].detach() if "teacher" in name else out[name]).reshape(shape) for name in names})
+    """[7, n] -> the asked-for fields; those without a gradient, the teacher's own, never carry one."""
+    out = dict(zip(STAT_NAMES, values.unbind(0), strict=True))
+    return TokenStats(**{name: (out[name] if BY_NAME[name].gradient else out[name].detach()).reshape(shape) for name in names})

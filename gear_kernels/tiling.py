@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from . import parallel
-from .backends import BACKENDS, Task, Tile, _wide
-from .reference import STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, jsd
+from .backends import BACKENDS, Tile, TileTask, wide
+from .reference.stats import STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, jsd
 
 
 class Limits(NamedTuple):
@@ -76,7 +76,7 @@ class Linear:
     teacher: torch.Tensor | None
     head: HeadPart
     teacher_head: HeadPart
-    task: Task  # task.first: this rank's first column in the vocabulary
+    task: TileTask  # task.first: this rank's first column in the vocabulary
     backend: str
     group: str  # "" for none
     workspace: int
@@ -89,7 +89,7 @@ class Linear:
         self.operands: dict[bool, tuple[torch.Tensor, torch.Tensor | None]] = {}  # of the block of columns that is walked
         self.cut = _Cut(self.student, self.teacher, self.task.rows.targets, self.task.rows.inv_temperature)
         self.stacked: torch.Tensor | None = None
-        self.wide = _wide(self.student.dtype)
+        self.wide = wide(self.student.dtype)
 
     # --- sizes ---
 
@@ -160,7 +160,7 @@ class Linear:
             flat = self.scratch[name] = torch.empty(count, dtype=dtype, device=self.student.device)
         return self.views.setdefault((name, shape), flat[:count].view(shape))
 
-    def walk(self, rows: slice, columns: slice, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, tuple, Task]]:
+    def walk(self, rows: slice, columns: slice, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, tuple, TileTask]]:
         """Each tile of a range: its rows, its columns, both heads' logits (until the next one is made) and its task."""
         task, parts = self.task, []
         for part in _blocks(rows, shape[0]):
@@ -170,7 +170,7 @@ class Linear:
             self.operands.clear()
             first = task.first + block.start
             for part, student, teacher, own in parts:
-                yield part, block, self.logits(student, teacher, block), Task(own, task.stats, task.beta, first, task.kept)
+                yield part, block, self.logits(student, teacher, block), TileTask(own, task.stats, task.beta, first, task.kept)
 
     def logits(self, student: torch.Tensor, teacher: torch.Tensor | None, columns: slice) -> tuple[Tile, Tile | None]:
         """Both heads' tiles of these hidden states; one GEMM over the stacked rows where they are few and the head is shared."""
@@ -408,14 +408,14 @@ def _through_head(head: HeadPart, z: torch.Tensor, dz: torch.Tensor) -> None:
         dz *= head.scale
 
 
-def add_jsd(values: torch.Tensor, state: torch.Tensor, shares: torch.Tensor, task: Task) -> None:
+def add_jsd(values: torch.Tensor, state: torch.Tensor, shares: torch.Tensor, task: TileTask) -> None:
     """Fill in the two places that `finish` leaves: the jsd [N] and, for the backward, KL(student || mixture)."""
     keep = task.rows.keep()
     values[STAT_NAMES.index("jsd")] = torch.where(keep, jsd(shares, task.beta), 0)
     state[:, STATE_NAMES.index("mixture_kl")] = torch.where(keep, shares[:, 0], 0)
 
 
-def logits_forward(student: torch.Tensor, teacher: torch.Tensor | None, task: Task, backend: str):
+def logits_forward(student: torch.Tensor, teacher: torch.Tensor | None, task: TileTask, backend: str):
     """values [7, N] and state [N, 9] of given logits [N, V]: one tile that covers the vocabulary."""
     tiles, pair = BACKENDS[backend], (Tile(student), None if teacher is None else Tile(teacher))
     splits = tiles.splits(*student.shape)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gear_kernels
-from gear_kernels import FusedHead, GearKernelsError, linear_token_stats, reference, token_stats
+from gear_kernels import FusedHead, GearKernelsError, linear_token_stats, ops, reference, token_stats
 
 ALL = list(reference.STAT_NAMES)
 BACKENDS = ("native", "reference", "triton")
@@ -37,9 +37,9 @@ def test_opcheck(backend):
     ]
     hidden, weight, bias, teacher_hidden = hidden_case()
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    numbers = [-100.0, 0.3, 1e5, 5.0, 1.2, 290.0, 0.0, 0.5]
+    constants = ops.LinearCall(*[None] * 8, ALL, backend, 10**5, -100, 0.3, 5.0, 1.2, 290, None, 0.5)[8:]
     for tail in ((teacher_hidden, None, None), (torch.randn(6, 5), torch.randn(300, 5), torch.randn(300))):
-        calls.append((linear, (*leaves, *tail, targets.clamp_max(289), inverse, ALL, numbers, [backend, ""])))
+        calls.append((linear, (*leaves, *tail, targets.clamp_max(289), inverse, *constants)))
     for operator, arguments in calls:
         assert set(torch.library.opcheck(operator.default, arguments).values()) == {"SUCCESS"}
 
@@ -135,9 +135,7 @@ def test_gpu_path_neither_looks_at_values_nor_keeps_logits(monkeypatch, n):
 
     The kernels are left out; what runs is all that stands around them: checks, tiles, GEMMs into float32, sums of gradients.
     """
-    from dataclasses import replace
-
-    from gear_kernels import backends, ops, tiling
+    from gear_kernels import backends, tiling
 
     tiles = []
 
@@ -156,18 +154,17 @@ def test_gpu_path_neither_looks_at_values_nor_keeps_logits(monkeypatch, n):
         "gradient": gradient,
         "splits": lambda rows, columns: 1,
     }
-    monkeypatch.setitem(backends.BACKENDS, "triton", replace(backends.BACKENDS["triton"], **kernels))
+    for name, function in kernels.items():
+        monkeypatch.setattr(backends.BACKENDS["triton"], name, function)
     monkeypatch.setattr(tiling, "on_gpu", lambda device: True)
     d, v = 4096, 151936
     with torch.device("meta"):
         hidden, teacher, weight = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((n, d), (n, d), (v, d)))
         targets, inverse, grads = torch.empty(n, dtype=torch.long), torch.empty(n), torch.empty(n, len(ALL))
-    numbers = ops.Numbers(-100, 0.5, tiling.limits(hidden.device).workspace, 0, 0, 0, 0, 0)
     ops.check_values(targets, inverse, v, -100)
     for backward in (False, True):
-        call = ops._linear(
-            (hidden, weight, None, teacher, None, None, targets, inverse), ("reverse_kl", "jsd"), numbers, ("triton", "")
-        )
+        tensors = (hidden, weight, None, teacher, None, None, targets, inverse)
+        call = ops.tiled(ops.LinearCall(*tensors, ("reverse_kl", "jsd"), "triton", tiling.limits(hidden.device).workspace))
         tiles.clear()
         if backward:
             found = call.backward(torch.empty(n, 9, device="meta"), grads, [True, True, False])

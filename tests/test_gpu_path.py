@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import compile_report, gates
-from gear_kernels import Head, backends, credit_weights, linear_token_stats, ops, tiling, token_stats
+from gear_kernels import Head, backends, credit_weights, linear_token_stats, ops, reference, tiling, token_stats
 from gear_kernels.triton import candidates, scan, stats
 
 ROOT = Path(__file__).parents[1]
@@ -25,9 +24,9 @@ def linear(n, width, vocab, workspace=None, dtype=BF16):
     with torch.device("meta"):
         hidden, teacher, weight = (torch.empty(*shape, dtype=dtype) for shape in ((n, width), (n, width), (vocab, width)))
         rows = torch.empty(n, dtype=torch.int64), torch.empty(n)
-    numbers = ops.Numbers(-100, 0.5, workspace or tiling.limits(hidden.device).workspace, 0, 0, 0, 0, 0)
-    saved = (hidden, weight, None, teacher, None, None, *rows)
-    return ops._linear(saved, ("logprobs", "entropy", "reverse_kl"), numbers, ("triton", ""))
+    tensors = (hidden, weight, None, teacher, None, None, *rows)
+    workspace = workspace or tiling.limits(hidden.device).workspace
+    return ops.tiled(ops.LinearCall(*tensors, ("logprobs", "entropy", "reverse_kl"), "triton", workspace))
 
 
 def backward(call):
@@ -98,8 +97,8 @@ def test_K5_unaligned_rows_and_other_shapes_are_asked_of_triton_again(monkeypatc
     sums = torch.zeros(1, 8, 12, dtype=torch.float64)
 
     def sweep(first, columns):
-        rows = backends.Rows(None, inverse[first : first + 8], -100)
-        stats.sweep(backends.Tile(z[:, :columns]), None, backends.Task(rows, ("entropy",), 0.5, 0, kept), sums)
+        rows = reference.Rows(None, inverse[first : first + 8], -100)
+        stats.sweep(backends.Tile(z[:, :columns]), None, backends.TileTask(rows, ("entropy",), 0.5, 0, kept), sums)
         return len(kernel.asked), len(kernel.launched)
 
     assert sweep(0, 64) == (1, 0) and sweep(4, 64) == (1, 1)  # 16 bytes on
@@ -179,8 +178,8 @@ def half_products(monkeypatch):
         found = a.float() @ b.float()
         out.copy_(out + found if add else found)
 
-    own = replace(backends.BACKENDS["reference"], product=product, multiplies=lambda dtype: dtype == torch.float16)
-    monkeypatch.setitem(backends.BACKENDS, "reference", own)
+    monkeypatch.setattr(backends.BACKENDS["reference"], "product", product)
+    monkeypatch.setattr(backends.BACKENDS["reference"], "multiplies", lambda dtype: dtype == torch.float16)
 
 
 @pytest.mark.parametrize("size", [1.0, 3e-5, 3e-7])
@@ -258,7 +257,7 @@ def current(monkeypatch):
         yield
         devices.pop()
 
-    monkeypatch.setattr(backends, "on_device", guard)
+    monkeypatch.setattr(backends.triton, "on_device", guard)
     monkeypatch.setattr(ops, "on_device", guard)
     return devices
 
@@ -271,15 +270,15 @@ def test_K4_every_launch_has_its_tensors_device(current, monkeypatch):
         with torch.device("meta"):
             logits, hidden, weight = torch.empty(8, 300), torch.empty(8, 16), torch.empty(300, 16)
             targets, inverse = torch.empty(8, dtype=torch.int64), torch.empty(8)
-        stats_, numbers, where = ["logprobs", "jsd"], [-100.0, 0.5, 1e8, 0, 0, 0, 0, 0], ["triton", ""]
-        saved = (hidden, weight, None, hidden, None, None, targets, inverse)
+        stats_ = ["logprobs", "jsd"]
+        linear_ = ops.LinearCall(hidden, weight, None, hidden, None, None, targets, inverse, stats_, "triton", 10**8)
         state, grads = torch.empty(8, 9, device="meta"), torch.empty(7, 8, device="meta")
         given = (logits, logits, targets, inverse)
         calls = {
             "token_stats": (*given, -100, stats_, 0.5, "triton"),
-            "token_stats_backward": (*given, state, grads, -100, stats_, 0.5, "triton"),
-            "linear_token_stats": (*saved, stats_, numbers, where),
-            "linear_token_stats_backward": (saved, state, grads, stats_, numbers, where, [True, True, False]),
+            "token_stats_backward": (*given, -100, stats_, 0.5, "triton", state, grads),
+            "linear_token_stats": linear_,
+            "linear_token_stats_backward": (*linear_, state, grads, [True, True, False]),
         }
         for name, arguments in calls.items():
             before = len(seen)

@@ -233,10 +233,10 @@ def tuned():
         stood.update(candidates.TRIED.items())
         gpu.launch(40.0, 200.0)
 
-    serving = replace(backends.BACKENDS["reference"], **dict.fromkeys(gpu_tune.KERNELS, kernel))
     with pytest.MonkeyPatch.context() as patch, OnCpu(), measure.one_thread():
         gpu = SimulatedGpu().install(patch, gpu_timing)
-        patch.setitem(backends.BACKENDS, "reference", serving)
+        for name in gpu_tune.KERNELS:
+            patch.setattr(backends.BACKENDS["reference"], name, kernel)
         patch.setattr(backends, "choose", lambda device, dtype: "reference")
         patch.setattr(Pack, "credit", scan)
         for phase in ("blocks", "scan"):

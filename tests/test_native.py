@@ -131,7 +131,7 @@ def test_choice(monkeypatch):
 @pytest.fixture
 def compiled_triton(monkeypatch):
     """As it is outside these tests: on a CPU Triton's kernels are not interpreted."""
-    monkeypatch.setattr(backends._load_triton()[0], "INTERPRETED", False)
+    monkeypatch.setattr(backends.triton.load()[0], "INTERPRETED", False)
 
 
 def test_unknown_and_impossible_choices(monkeypatch, compiled_triton):
@@ -148,7 +148,7 @@ def test_R7_the_back_ends_that_can_serve_are_named(monkeypatch, compiled_triton)
     monkeypatch.setenv(backends.ENVIRONMENT, "triton")
     with pytest.raises(GearKernelsError, match=r"GEAR_KERNELS_BACKEND asks for .*To mend: choose native or reference\.$"):
         token_stats(torch.zeros(1, 2), stats=("entropy",))
-    monkeypatch.setattr(backends, "_load_native", lambda: (None, "the compiled module is missing (test)"))
+    monkeypatch.setattr(backends.native, "load", lambda: (None, "the compiled module is missing (test)"))
     for name in ("triton", "native"):
         with gear_kernels.backend(name), pytest.raises(GearKernelsError, match=r"To mend: choose reference\.$"):
             token_stats(torch.zeros(1, 2), stats=("entropy",))
@@ -156,7 +156,7 @@ def test_R7_the_back_ends_that_can_serve_are_named(monkeypatch, compiled_triton)
 
 def test_missing_module_warns_once_and_says_so(monkeypatch, capsys):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(backends, "_load_native", lambda: (None, "the compiled module is missing (test)"))
+    monkeypatch.setattr(backends.native, "load", lambda: (None, "the compiled module is missing (test)"))
     backends._warn_missing.cache_clear()
     with pytest.warns(UserWarning, match="reference back end, many times slower: the compiled module is missing"):
         assert chosen() == "reference"

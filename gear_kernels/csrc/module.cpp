@@ -1,11 +1,13 @@
 // Python bindings of the row kernels: DLPack arrays in (no copy, strides kept), OpenMP over rows, instruction set by name.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -226,6 +228,14 @@ std::pair<int64_t, int64_t> credit_scan(std::optional<Column<const T>> signal, s
   return {nan.signal, nan.second};
 }
 
+#define GEAR_NAME(name, enumerator) #name,
+
+std::map<std::string, std::vector<std::string>> tables() {
+  return {{"sums", {GEAR_SUMS(GEAR_NAME)}}, {"values", {GEAR_VALUES(GEAR_NAME)}}, {"state", {GEAR_STATE(GEAR_NAME)}},
+          {"rules", {GEAR_RULES(GEAR_NAME)}}, {"normalizers", {GEAR_NORMALIZERS(GEAR_NAME)}},
+          {"segmenters", {GEAR_SEGMENTERS(GEAR_NAME)}}, {"tallies", {GEAR_TALLIES(GEAR_NAME)}}};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -235,7 +245,7 @@ NB_MODULE(_native, m) {
     for (const Isa& isa : supported()) names.emplace_back(isa.name);
     return names;
   });
-  // Tables are the ones of rows.h; gear_kernels/backends.py holds the only callers.
+  m.def("tables", &tables);  // names in the order of the columns and numbers that the functions below take
   const auto student = nb::arg("student"), ignore_index = nb::arg("ignore_index"), inv_temperature = nb::arg("inv_temperature"),
              first = nb::arg("first"), threads = nb::arg("threads"), isa = nb::arg("isa");
   m.def("sweep", &sweep, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature, first,

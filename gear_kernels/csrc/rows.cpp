@@ -20,9 +20,9 @@ namespace {
 
 constexpr int W = GEAR_LANES;
 constexpr int kBlock = 2048;
-// x and y end here, as in reference.py: 0 * x must be 0 and a product with a large gradient finite. A mask of -3e38 is beyond it.
+// x and y end here, as in reference/stats.py: 0 * x must be 0 and a product with a large gradient finite. A mask of -3e38 is beyond it.
 constexpr float kLowest = -1e30f;
-constexpr float kFarthest = 80.0f;  // |log p - log q| is cut there inside the mixture, as in reference.py
+constexpr float kFarthest = 80.0f;  // |log p - log q| is cut there inside the mixture, as in reference/stats.py
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));

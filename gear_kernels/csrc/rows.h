@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "tables.h"
+
 namespace gear {
 
 enum class Dtype : int { f32, bf16, f16 };
@@ -13,12 +15,9 @@ struct Matrix {
   Dtype dtype = Dtype::f32;
 };
 
-// Columns of `sums` [splits, rows, 12], the partial sums of both heads; the same order as reference.SUM_NAMES.
-enum Sum { mMax, mZ, mFirst, mCross, mTeacher, mTarget = 8, mTeacherTarget, mOutside, mTeacherOutside, kSums };
-// Order of the rows of `values` [7, rows] and of the columns of `grads` [rows, 7]: reference.STAT_NAMES.
-enum Value { kLogprob, kTeacherLogprob, kEntropy, kTeacherEntropy, kReverseKl, kForwardKl, kJsd, kValues };
-// Order of the columns of `state` [rows, 9], all that the backward needs beside the logits: reference.STATE_NAMES.
-enum State { sMax, sLogZ, sTeacherMax, sTeacherLogZ, sEntropy, sReverseKl, sForwardKl, sLogprob, sMixtureKl, kState };
+enum Sum { GEAR_SUMS(GEAR_ENUMERATOR) kSums };
+enum Value { GEAR_VALUES(GEAR_ENUMERATOR) kValues };
+enum State { GEAR_STATE(GEAR_ENUMERATOR) kState };
 
 // A tile of logits (or, for finish, only its rows) and the tables that the function called reads or writes.
 struct Problem {

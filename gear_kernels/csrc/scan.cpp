@@ -1,4 +1,4 @@
-// See scan.h. Compiled without contraction to fused multiply-adds: results are bitwise those of reference.py in the same dtype.
+// See scan.h. Compiled without contraction to fused multiply-adds: results are bitwise those of reference/credit.py.
 #include "scan.h"
 
 #include <algorithm>

@@ -1,21 +1,18 @@
-// The credit scan over packed trajectories: normalise, segment, weigh; one sequence at a time, in the order of reference.py.
+// The credit scan over packed trajectories: normalise, segment, weigh; one sequence at a time, in the order of reference/credit.py.
 #pragma once
 #include <cstdint>
 
+#include "tables.h"
+
 namespace gear {
 
-// Orders are those of RULES, NORMALIZERS and SEGMENTERS in methods.py; `random` stays in Python, which draws its places.
-enum Rule { kGear, kRatio, kGatedRatio, kShare, kMargin, kAtLeast, kLift };
-enum Normalizer { kReluMax, kMax, kMinMax, kAbsMax, kQuantile, kNone };
-enum Segmenter { kEntropySegments, kToken, kKlOnly, kEntropyOnly, kTurn, kEntropyWindow, kRandom, kFixed, kStable };
+enum Rule { GEAR_RULES(GEAR_ENUMERATOR) kRules };
+enum Normalizer { GEAR_NORMALIZERS(GEAR_ENUMERATOR) kNormalizers };
+enum Segmenter { GEAR_SEGMENTERS(GEAR_ENUMERATOR) kSegmenters };
+enum Tally { GEAR_TALLIES(GEAR_ENUMERATOR) kTallies };
+constexpr double kSilent = 1e-3;  // nats, reference.credit.SILENT: a scale below this or below the floor is silent
 
-// Columns of `tallies` [sequences, kTallies], float64: sums over a sequence's policy tokens; tSilent: 1 if its scale is small.
-enum Tally {
-  tTokens, tAbove, tInside, tSegments, tUnclosed, tSignal, tPositive, tWeightPositive, tNegative, tWeightNegative, tSilent, kTallies
-};
-constexpr double kSilent = 1e-3;  // nats, reference.SILENT: a scale below this or below the floor is silent
-
-struct ScanOptions {  // fields of methods.Scan; `level` is its value over the pack
+struct ScanOptions {  // the fields of rules.Lowered, and the rule's level over the pack
   int rule = kGear, normalizer = kNone, segmenter = kToken;
   double a = 0, b = 0, c = 0, level = 1;
   double quantile = 0.95, signal_floor = 0, threshold = 0, ratio = 1, floor = 0;

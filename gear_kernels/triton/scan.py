@@ -7,34 +7,45 @@ step for every token. Blocks are read twice, once for the normaliser; the per-se
 the values, 11 counts (21 in float64) instead of a sort.
 
 Computed in the dtype of the rows, float32 or float64, without fused multiply-adds: what decides (g above the threshold, entropy
-above its limit) is bitwise reference.py's. Names and numbers of rules, normalisers and segmenters are those of methods.py.
+above its limit) is bitwise reference/credit.py's. A rule's, normaliser's or segmenter's number is its place in rules.py's tables.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..methods import NORMALIZERS, RULES, SCAN_SEGMENTERS, Scan
-from ..reference import SILENT
+from ..reference.credit import DIAGNOSTICS, SILENT, TALLIES
+from ..rules import NORMALIZERS, RULES, SCAN_SEGMENTERS, Rule, lower
 from .candidates import TRIED, Config
 from .stats import INTERPRETED
 
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr
 _INTERPRETER = _constant(INTERPRETED)
 fp64 = tl.float64  # the annotation of a kernel's float64 argument is this very word
-_GEAR, _RATIO, _GATED_RATIO, _SHARE, _MARGIN, _AT_LEAST, _LIFT = (_constant(i) for i in range(len(RULES)))
-_RELU_MAX, _MAX, _MINMAX, _ABS_MAX, _QUANTILE, _NONE = (_constant(i) for i in range(len(NORMALIZERS)))
-_ENTROPY, _TOKEN, _KL_ONLY, _ENTROPY_ONLY, _TURN, _WINDOW, _RANDOM, _FIXED, _STABLE = (
-    _constant(i) for i in range(len(SCAN_SEGMENTERS))
+_GEAR, _RATIO, _GATED_RATIO, _SHARE, _MARGIN, _AT_LEAST, _LIFT = (
+    _constant([rule.name for rule in RULES].index(name))
+    for name in ("gear", "ratio", "gated_ratio", "share", "margin", "at_least", "lift")
+)
+_RELU_MAX, _MINMAX, _ABS_MAX, _QUANTILE, _NONE = (
+    _constant(NORMALIZERS.index(name)) for name in ("relu_max", "minmax", "abs_max", "quantile", "none")
+)
+_TOKEN, _KL_ONLY, _TURN, _WINDOW, _FIXED, _STABLE = (
+    _constant(SCAN_SEGMENTERS.index(name)) for name in ("token", "kl_only", "turn", "entropy_window", "fixed", "stable")
 )
 _BIG32, _BIG64 = (_constant(torch.finfo(dtype).max / 4) for dtype in (torch.float32, torch.float64))
-_TALLIES = _constant(11)
-_DIAGNOSTICS = _constant(9)
+_TALLIES, _DIAGNOSTICS = _constant(len(TALLIES)), _constant(len(DIAGNOSTICS))
 _SILENT = _constant(SILENT)
+_N_TOKENS, _ABOVE, _INSIDE, _SEGMENTS, _UNCLOSED, _SIGNAL = (
+    _constant(TALLIES.index(name)) for name in ("tokens", "above", "inside", "segments", "unclosed", "signal")
+)
+_POSITIVE, _UP, _NEGATIVE, _DOWN, _QUIET = (
+    _constant(TALLIES.index(name)) for name in ("positive", "up", "negative", "down", "silent")
+)
 
 
 class ScanRows(NamedTuple):
@@ -50,7 +61,7 @@ class ScanRows(NamedTuple):
 
 
 class ScanOutputs(NamedTuple):
-    """As in Credit; tallies [B, 11] float64 in the order of credit.TALLIES."""
+    """As in Credit; tallies [B, 11] float64 in the order of reference.credit.TALLIES."""
 
     token_advantages: Any
     weights: Any
@@ -59,6 +70,78 @@ class ScanOutputs(NamedTuple):
     segment_ids: Any
     onsets: Any
     tallies: Any
+
+
+class Traits(NamedTuple):
+    """A rule as the kernel is compiled for it; the members are constants to the compiler."""
+
+    rule: Any
+    normalizer: Any
+    segmenter: Any
+    segmented: Any  # there are segments
+    covers: Any  # they cover the sequence: every token may open one
+    by_entropy: Any  # one ends with the first token above the limit
+    by_turn: Any  # one ends before another turn
+    limited: Any  # one has `longest` policy tokens at most
+    breaks: Any  # one ends before a token that it may not have: another turn, too many tokens, another onset, another entropy
+    renormalize: Any
+
+
+@cache
+def traits(rule: Rule) -> Traits:
+    """The compile-time side of a rule."""
+    n, segmenter = lower(rule), rule.cut.segmenter
+    by_turn, limited = segmenter == "turn" or n.stop_at_turn, n.longest > 0
+    found = Traits(
+        rule=n.rule,
+        normalizer=n.normalizer,
+        segmenter=n.segmenter,
+        segmented=rule.segmented,
+        covers=segmenter in ("entropy_only", "turn", "fixed"),
+        by_entropy=segmenter in ("entropy", "entropy_only", "entropy_window"),
+        by_turn=by_turn,
+        limited=limited,
+        breaks=by_turn or limited or segmenter in ("kl_only", "stable"),
+        renormalize=n.renormalize,
+    )
+    return Traits(*map(tl.constexpr, found))
+
+
+class Sequence(NamedTuple):
+    """In the kernel: what one sequence's tokens are held against, scalars in the dtype of the rows."""
+
+    like: Any  # 0
+    low: Any  # of the signal
+    scale: Any
+    threshold: Any
+    ratio: Any
+    floor: Any
+    longest: Any
+
+
+class Block(NamedTuple):
+    """In the kernel: a block of tokens, [BLOCK] each but for base and seen."""
+
+    base: Any  # its first token
+    lanes: Any
+    mask: Any  # the policy's
+    onsets: Any  # those that may open a segment
+    over: Any  # those above the threshold
+    second: Any
+    tested: Any  # what is held against the limit: the second row or its window mean
+    turns: Any
+    ranks: Any  # policy tokens of the sequence before each
+    seen: Any  # policy tokens before the block
+
+
+class Open(NamedTuple):
+    """In the kernel: an open segment, carried from block to block."""
+
+    is_open: Any  # 1 or 0
+    held: Any  # its first token's g
+    limit: Any  # of the entropy; stable: its first token's
+    turn: Any
+    last_rank: Any  # of the last token that it may have
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -271,7 +354,126 @@ def _weight(RULE: tl.constexpr, credit, x, e, sign, level, a, b, c, ratio):
     return weight, shown
 
 
+# --- segments ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _block(ROWS, TRAITS, total, base, seen, mask, over, second, BLOCK: tl.constexpr):
+    """The block as the segmenters read it; what this one does not read stands for something that costs nothing."""
+    lanes = tl.arange(0, BLOCK)
+    onsets, tested, turns, ranks = over, second, lanes, lanes
+    if TRAITS.covers:
+        onsets = mask
+    if TRAITS.segmenter == _WINDOW:
+        tested = tl.load(ROWS.second + total + (base + lanes), mask=mask, other=0.0)
+    if TRAITS.by_turn:
+        turns = _turn(ROWS, base + lanes, mask)
+    if TRAITS.limited:
+        ranks = seen + tl.cumsum(mask.to(tl.int32), 0).to(tl.int64) - 1
+    return Block(base, lanes, mask, onsets, over, second, tested, turns, ranks, seen)
+
+
+@triton.jit
+def _open(ROWS, TRAITS, sequence, block, segment, pos, BLOCK: tl.constexpr):
+    """From `pos` on, where no segment is open, the next onset: (the segment's first lane here, whether it opens, the segment)."""
+    free = tl.min(tl.where(block.onsets & (block.lanes >= pos), block.lanes, BLOCK), 0)
+    opens = (segment.is_open == 0) & (free < BLOCK)
+    begin = tl.where(opens, free, pos)
+    # scalars of the onset, from the cache: reductions over the block would cost as much as the search
+    here = block.base + begin
+    limit, turn, last_rank = segment.limit, segment.turn, segment.last_rank
+    g = _normalised(_signal(ROWS, here, opens, sequence.like), sequence.low, sequence.scale, TRAITS.normalizer)
+    held = tl.where(opens, g, segment.held)
+    if TRAITS.by_entropy:
+        own = _larger(_second(ROWS, here, opens, sequence.like), sequence.floor)
+        limit = tl.where(opens, sequence.ratio * own, limit)
+    if TRAITS.segmenter == _STABLE:
+        limit = tl.where(opens, _second(ROWS, here, opens, sequence.like), limit)
+    if TRAITS.by_turn:
+        turn = tl.where(opens, _turn(ROWS, here, opens), turn)
+    if TRAITS.limited:
+        rank = block.seen + tl.sum((block.mask & (block.lanes < begin)).to(tl.int32), 0)
+        last_rank = tl.where(opens, rank + sequence.longest - 1, last_rank)
+    return begin, opens, Open(segment.is_open, held, limit, turn, last_rank)
+
+
+@triton.jit
+def _close(TRAITS, sequence, block, segment, running, later, BLOCK: tl.constexpr):
+    """The end of a running segment among the `later` tokens: (the first lane behind it, whether a rule ended it here)."""
+    # `ending` is the segment's last token, `breaking` the first one that it may not have
+    ending = tl.full((), BLOCK, tl.int32)
+    breaking = ending
+    if TRAITS.by_entropy:
+        ending = tl.min(tl.where(later & (block.tested > segment.limit), block.lanes, BLOCK), 0)
+    breaks = later & (block.lanes < 0)
+    if TRAITS.segmenter == _KL_ONLY:
+        breaks = later & block.over
+    if TRAITS.segmenter == _STABLE:
+        far = (segment.limit > sequence.ratio * block.second) | (block.second > sequence.ratio * segment.limit)
+        breaks = later & far
+    if TRAITS.by_turn:
+        breaks = breaks | (later & (block.turns != segment.turn))
+    if TRAITS.limited:
+        breaks = breaks | (later & (block.ranks > segment.last_rank))
+    if TRAITS.breaks:
+        breaking = tl.min(tl.where(breaks, block.lanes, BLOCK), 0)
+    ended = running & ((ending < BLOCK) | (breaking < BLOCK))
+    return tl.where(ended, tl.where(breaking <= ending, breaking, ending + 1), BLOCK), ended
+
+
+@triton.jit
+def _cut(ROWS, TRAITS, sequence, block, segment, segments, credit, BLOCK: tl.constexpr):
+    """The block's segments, opened and closed one after another: (credit, ids, onsets, the open one, how many so far)."""
+    ids = tl.full((BLOCK,), -1, tl.int32)
+    first = ids > 0
+    pos = tl.zeros((), tl.int32)
+    while pos < BLOCK:
+        begin, opens, segment = _open(ROWS, TRAITS, sequence, block, segment, pos, BLOCK)
+        running = opens | (segment.is_open != 0)
+        later = block.mask & (block.lanes >= tl.where(opens, begin + 1, pos))
+        stop, ended = _close(TRAITS, sequence, block, segment, running, later, BLOCK)
+        segments += opens.to(tl.int32)
+        covered = running & block.mask & (block.lanes >= begin) & (block.lanes < stop)
+        credit = tl.where(covered, segment.held, credit)
+        ids = tl.where(covered, segments - 1, ids)
+        first = first | (opens & (block.lanes == begin))
+        is_open = (running & (ended == 0)).to(tl.int32)
+        segment = Open(is_open, segment.held, segment.limit, segment.turn, segment.last_rank)
+        pos = tl.where(running, stop, BLOCK)
+    return credit, ids, first, segment, segments
+
+
 # --- the scan ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _renormalised(ROWS, OUT, start, end, mean, advantage, BLOCK: tl.constexpr):
+    """Divides a sequence's stored weights by their mean; returns their new sum."""
+    weights = tl.zeros((), tl.float64)
+    tl.debug_barrier()  # other threads of the program may have stored what is read here
+    for base in range(start, end, BLOCK):
+        at = base + tl.arange(0, BLOCK)
+        mask = _policy(ROWS, at, at < end)
+        weight = tl.load(OUT.weights + at, mask=mask, other=0.0)
+        weight = (weight.to(tl.float64) / mean).to(advantage.dtype)
+        tl.store(OUT.weights + at, weight, mask=mask)
+        tl.store(OUT.token_advantages + at, weight * advantage, mask=mask)
+        weights += tl.sum(tl.where(mask, weight, 0.0).to(tl.float64), 0)
+    return weights
+
+
+@triton.jit
+def _tally_row(OUT, row, counts, signals, advantage, weights, silent):
+    """Stores a sequence's tallies, in the order of TALLIES; counts: the first five."""
+    tokens = counts[0].to(tl.float64)
+    up, down = (advantage > 0).to(tl.float64), (advantage < 0).to(tl.float64)
+    up_weights, down_weights = tl.where(advantage > 0, weights, 0.0), tl.where(advantage < 0, weights, 0.0)
+    rest = (signals, up * tokens, up_weights, down * tokens, down_weights, silent)
+    for i in tl.static_range(_TALLIES):
+        if i < 5:
+            tl.store(OUT.tallies + row * _TALLIES + i, counts[i].to(tl.float64))
+        else:
+            tl.store(OUT.tallies + row * _TALLIES + i, rest[i - 5])
 
 
 @triton.jit(do_not_specialize=["total", "longest"])
@@ -288,48 +490,30 @@ def _scan_kernel(
     a: fp64,
     b: fp64,
     c: fp64,
-    RULE: tl.constexpr,
-    NORMALIZER: tl.constexpr,
-    SEGMENTER: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    STOP_AT_TURN: tl.constexpr,
-    LIMITED: tl.constexpr,
+    TRAITS,
     BLOCK: tl.constexpr,
 ):
-    """Program b: sequence b of the pack. LIMITED: `longest` counts."""
-    SEGMENTED: tl.constexpr = (RULE == _GEAR) or (RULE == _LIFT)
-    COVERS: tl.constexpr = (SEGMENTER == _ENTROPY_ONLY) or (SEGMENTER == _TURN) or (SEGMENTER == _FIXED)
-    BY_ENTROPY: tl.constexpr = (SEGMENTER == _ENTROPY) or (SEGMENTER == _ENTROPY_ONLY) or (SEGMENTER == _WINDOW)
-    BY_TURN: tl.constexpr = (SEGMENTER == _TURN) or STOP_AT_TURN
+    """Program b: sequence b of the pack, block by block: normalise, segment, weigh, store, and at its end the tallies."""
     row = tl.program_id(0).to(tl.int64)
     start = _clip(tl.load(ROWS.bounds + row).to(tl.int64), 0, total)
     end = _clip(tl.load(ROWS.bounds + row + 1).to(tl.int64), 0, total)
     advantage = tl.load(ROWS.advantages + row)
     sign = tl.where(advantage > 0, 1.0, tl.where(advantage < 0, -1.0, 0.0)).to(advantage.dtype)
     like = tl.zeros((), advantage.dtype)  # 0 in the dtype of the rows
-    a, b, c, ratio, floor, threshold, signal_floor = (
-        _as(a, like),
-        _as(b, like),
-        _as(c, like),
-        _as(ratio, like),
-        _as(floor, like),
-        _as(threshold, like),
-        _as(signal_floor, like),
-    )
+    a, b, c, ratio, floor = _as(a, like), _as(b, like), _as(c, like), _as(ratio, like), _as(floor, like)
+    threshold, signal_floor = _as(threshold, like), _as(signal_floor, like)
     level = like + 1.0
     if ROWS.level is not None:
         level = tl.load(ROWS.level)
     low, scale, silent = like, like, tl.zeros((), tl.float64)
-    if SEGMENTED:
-        low, scale, silent = _scale(ROWS, start, end, quantile, signal_floor, like, NORMALIZER, BLOCK)
-    lanes = tl.arange(0, BLOCK)
-    # an open segment, carried from block to block: its first token's g, limit (or entropy) and turn, and its last rank
-    is_open, held, limit = tl.zeros((), tl.int32), like, like
-    own_turn, last_rank, seen = tl.zeros((), tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
-    segments, above, inside = tl.zeros((), tl.int32), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    if TRAITS.segmented:
+        low, scale, silent = _scale(ROWS, start, end, quantile, signal_floor, like, TRAITS.normalizer, BLOCK)
+    sequence = Sequence(like, low, scale, threshold, ratio, floor, longest)
+    segment = Open(tl.zeros((), tl.int32), like, like, tl.zeros((), tl.int64), tl.zeros((), tl.int64))
+    segments, seen, above, inside = tl.zeros((), tl.int32), tl.zeros((), tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     weights, signals = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
     for base in range(start, end, BLOCK):
-        at = base + lanes
+        at = base + tl.arange(0, BLOCK)
         mask = _policy(ROWS, at, at < end)
         x = _signal(ROWS, at, mask, like)
         e = _second(ROWS, at, mask, like)
@@ -337,103 +521,37 @@ def _scan_kernel(
         g = credit
         ids = tl.full((BLOCK,), -1, tl.int32)
         first = ids > 0
-        if SEGMENTED:
-            g = _normalised(x, low, scale, NORMALIZER)
+        if TRAITS.segmented:
+            g = _normalised(x, low, scale, TRAITS.normalizer)
             over = mask & (g > threshold)
             above += tl.sum(over.to(tl.int32), 0)
-            if RULE == _GEAR:
+            if TRAITS.rule == _GEAR:
                 credit = g
-            if SEGMENTER != _TOKEN:
-                onsets = over
-                if COVERS:
-                    onsets = mask
-                tested = e
-                if SEGMENTER == _WINDOW:
-                    tested = tl.load(ROWS.second + total + at, mask=mask, other=0.0)
-                if BY_TURN:
-                    turns = _turn(ROWS, at, mask)
-                if LIMITED:
-                    ranks = seen + tl.cumsum(mask.to(tl.int32), 0).to(tl.int64) - 1
-                pos = tl.zeros((), tl.int32)
-                while pos < BLOCK:
-                    free = tl.min(tl.where(onsets & (lanes >= pos), lanes, BLOCK), 0)
-                    opens = (is_open == 0) & (free < BLOCK)
-                    begin = tl.where(opens, free, pos)
-                    # scalars of the onset, from the cache: reductions over the block would cost as much as the search
-                    here = base + begin
-                    held = tl.where(opens, _normalised(_signal(ROWS, here, opens, like), low, scale, NORMALIZER), held)
-                    if BY_ENTROPY:
-                        limit = tl.where(opens, ratio * _larger(_second(ROWS, here, opens, like), floor), limit)
-                    if SEGMENTER == _STABLE:
-                        limit = tl.where(opens, _second(ROWS, here, opens, like), limit)
-                    if BY_TURN:
-                        own_turn = tl.where(opens, _turn(ROWS, here, opens), own_turn)
-                    if LIMITED:
-                        rank = seen + tl.sum((mask & (lanes < begin)).to(tl.int32), 0)
-                        last_rank = tl.where(opens, rank + longest - 1, last_rank)
-                    running = opens | (is_open != 0)
-                    later = mask & (lanes >= tl.where(opens, begin + 1, pos))
-                    # `ending` is the segment's last token, `breaking` the first one that it may not have
-                    ending = tl.full((), BLOCK, tl.int32)
-                    breaking = ending
-                    if BY_ENTROPY:
-                        ending = tl.min(tl.where(later & (tested > limit), lanes, BLOCK), 0)
-                    breaks = later & (lanes < 0)
-                    if SEGMENTER == _KL_ONLY:
-                        breaks = later & over
-                    if SEGMENTER == _STABLE:
-                        breaks = later & ((limit > ratio * e) | (e > ratio * limit))
-                    if BY_TURN:
-                        breaks = breaks | (later & (turns != own_turn))
-                    if LIMITED:
-                        breaks = breaks | (later & (ranks > last_rank))
-                    if BY_TURN or LIMITED or (SEGMENTER == _KL_ONLY) or (SEGMENTER == _STABLE):
-                        breaking = tl.min(tl.where(breaks, lanes, BLOCK), 0)
-                    ended = running & ((ending < BLOCK) | (breaking < BLOCK))
-                    stop = tl.where(ended, tl.where(breaking <= ending, breaking, ending + 1), BLOCK)
-                    segments += opens.to(tl.int32)
-                    covered = running & mask & (lanes >= begin) & (lanes < stop)
-                    credit = tl.where(covered, held, credit)
-                    ids = tl.where(covered, segments - 1, ids)
-                    first = first | (opens & (lanes == begin))
-                    is_open = (running & (ended == 0)).to(tl.int32)
-                    pos = tl.where(running, stop, BLOCK)
+            if TRAITS.segmenter != _TOKEN:
+                block = _block(ROWS, TRAITS, total, base, seen, mask, over, e, BLOCK)
+                credit, ids, first, segment, segments = _cut(ROWS, TRAITS, sequence, block, segment, segments, credit, BLOCK)
                 inside += tl.sum((mask & (ids >= 0)).to(tl.int32), 0)
-        weight, shown = _weight(RULE, credit, x, e, sign, level, a, b, c, ratio)
-        if not SEGMENTED:
+        weight, shown = _weight(TRAITS.rule, credit, x, e, sign, level, a, b, c, ratio)
+        if not TRAITS.segmented:
             g, credit = shown, shown
-        here_too = at < end
+        here = at < end
         weight = tl.where(mask, weight, 0.0)
-        tl.store(OUT.token_advantages + at, tl.where(mask, weight * advantage, 0.0), mask=here_too)
-        tl.store(OUT.weights + at, weight, mask=here_too)
-        tl.store(OUT.signal + at, tl.where(mask, g, 0.0), mask=here_too)
-        tl.store(OUT.credit + at, tl.where(mask, credit, 0.0), mask=here_too)
-        tl.store(OUT.segment_ids + at, ids, mask=here_too)
-        tl.store(OUT.onsets + at, first, mask=here_too)
+        tl.store(OUT.token_advantages + at, tl.where(mask, weight * advantage, 0.0), mask=here)
+        tl.store(OUT.weights + at, weight, mask=here)
+        tl.store(OUT.signal + at, tl.where(mask, g, 0.0), mask=here)
+        tl.store(OUT.credit + at, tl.where(mask, credit, 0.0), mask=here)
+        tl.store(OUT.segment_ids + at, ids, mask=here)
+        tl.store(OUT.onsets + at, first, mask=here)
         seen += tl.sum(mask.to(tl.int32), 0)
         weights += tl.sum(weight.to(tl.float64), 0)
         signals += tl.sum(tl.where(mask, x, 0.0).to(tl.float64), 0)
-    if RENORMALIZE:
+    if TRAITS.renormalize:
         mean = weights / _larger(seen, 1).to(tl.float64)
-        weights = tl.zeros((), tl.float64)
-        tl.debug_barrier()  # other threads of the program may have stored what is read here
-        for base in range(start, end, BLOCK):
-            at = base + lanes
-            mask = _policy(ROWS, at, at < end)
-            weight = tl.load(OUT.weights + at, mask=mask, other=0.0)
-            weight = (weight.to(tl.float64) / mean).to(advantage.dtype)
-            tl.store(OUT.weights + at, weight, mask=mask)
-            tl.store(OUT.token_advantages + at, weight * advantage, mask=mask)
-            weights += tl.sum(tl.where(mask, weight, 0.0).to(tl.float64), 0)
-    if (SEGMENTER == _TURN) or (SEGMENTER == _FIXED):
-        is_open = is_open * 0  # the end of the trajectory closes these
-    up, down = (advantage > 0).to(tl.float64), (advantage < 0).to(tl.float64)
-    tokens = seen.to(tl.float64)
-    up_weights, down_weights = tl.where(advantage > 0, weights, 0.0), tl.where(advantage < 0, weights, 0.0)
-    counts = (tokens, above.to(tl.float64), inside.to(tl.float64), segments.to(tl.float64), is_open.to(tl.float64))
-    tallies = counts + (signals, up * tokens, up_weights, down * tokens, down_weights, silent)
-    for i in tl.static_range(_TALLIES):
-        tl.store(OUT.tallies + row * _TALLIES + i, tallies[i])
+        weights = _renormalised(ROWS, OUT, start, end, mean, advantage, BLOCK)
+    unclosed = segment.is_open
+    if (TRAITS.segmenter == _TURN) or (TRAITS.segmenter == _FIXED):
+        unclosed = unclosed * 0  # the end of the trajectory closes these
+    _tally_row(OUT, row, (seen, above, inside, segments, unclosed), signals, advantage, weights, silent)
 
 
 @triton.jit
@@ -448,7 +566,7 @@ def _mean(total, count, empty):
 
 @triton.jit(do_not_specialize=["sequences"])
 def _tally_kernel(TALLIES, OUT, sequences, ROWS: tl.constexpr):
-    """One program: TALLIES [B, 11] -> OUT [9] float32, as credit._diagnostics."""
+    """One program: TALLIES [B, 11] -> OUT [9] float32, as reference.credit.diagnostics."""
     columns = tl.arange(0, 16)
     sums = tl.zeros((16,), tl.float64)
     trajectories = tl.zeros((16,), tl.float64)
@@ -458,18 +576,19 @@ def _tally_kernel(TALLIES, OUT, sequences, ROWS: tl.constexpr):
         block = tl.load(TALLIES + rows.to(tl.int64)[:, None] * _TALLIES + columns[None, :], mask=mask, other=0.0)
         sums += tl.sum(block, 0)
         trajectories += tl.sum(tl.where(block > 0, 1.0, 0.0).to(tl.float64), 0)
-    tokens, segments = _column(sums, columns, 0), _column(sums, columns, 3)
-    inside = _column(sums, columns, 2)
-    means = (
-        _mean(_column(sums, columns, 1), tokens, 0.0),
+    tokens, inside = _column(sums, columns, _N_TOKENS), _column(sums, columns, _INSIDE)
+    segments = _column(sums, columns, _SEGMENTS)
+    present = _column(trajectories, columns, _N_TOKENS)  # trajectories with a policy token
+    means = (  # in the order of DIAGNOSTICS
+        _mean(_column(sums, columns, _ABOVE), tokens, 0.0),
         _mean(inside, tokens, 0.0),
-        _mean(segments, _column(trajectories, columns, 0), 0.0),
+        _mean(segments, present, 0.0),
         _mean(inside, segments, 0.0),
-        _mean(_column(sums, columns, 4), segments, 0.0),
-        _mean(_column(sums, columns, 5), tokens, 0.0),
-        _mean(_column(sums, columns, 10), _column(trajectories, columns, 0), 0.0),
-        _mean(_column(sums, columns, 7), _column(sums, columns, 6), 1.0),
-        _mean(_column(sums, columns, 9), _column(sums, columns, 8), 1.0),
+        _mean(_column(sums, columns, _UNCLOSED), segments, 0.0),
+        _mean(_column(sums, columns, _SIGNAL), tokens, 0.0),
+        _mean(_column(sums, columns, _QUIET), present, 0.0),
+        _mean(_column(sums, columns, _UP), _column(sums, columns, _POSITIVE), 1.0),
+        _mean(_column(sums, columns, _DOWN), _column(sums, columns, _NEGATIVE), 1.0),
     )
     for i in tl.static_range(_DIAGNOSTICS):
         tl.store(OUT + i, means[i].to(tl.float32))
@@ -495,24 +614,19 @@ def config(tokens: int, sequences: int, segmented: bool) -> Config:
     return Config(block, max(1, chosen.num_warps * block // chosen.block))
 
 
-def scan(rows: ScanRows, out: ScanOutputs, what: Scan, total: int) -> tuple[torch.Tensor, ...]:
+def scan(rows: ScanRows, out: ScanOutputs, rule: Rule, total: int) -> tuple[torch.Tensor, ...]:
     """Fills `out`; returns the nine diagnostics, 0-d float32 each."""
-    sequences = rows.advantages.numel()
-    chosen = config(total, sequences, what.segmented)
+    sequences, n = rows.advantages.numel(), lower(rule)
+    chosen = config(total, sequences, rule.segmented)
     if sequences:
         _scan_kernel[(sequences,)](
-            *(rows, out, total, what.longest),
-            *(what.quantile, what.signal_floor, what.threshold, what.ratio, what.floor, what.a, what.b, what.c),
-            RULE=RULES.index(what.rule),
-            NORMALIZER=NORMALIZERS.index(what.normalizer),
-            SEGMENTER=SCAN_SEGMENTERS.index(what.segmenter),
-            RENORMALIZE=what.renormalize,
-            STOP_AT_TURN=what.stop_at_turn,
-            LIMITED=what.longest > 0,
+            *(rows, out, total, n.longest),
+            *(n.quantile, n.signal_floor, n.threshold, n.ratio, n.floor, n.a, n.b, n.c),
+            TRAITS=traits(rule),
             BLOCK=chosen.block,
             num_warps=chosen.num_warps,
             enable_fp_fusion=False,
         )
-    diagnostics = torch.empty(9, dtype=torch.float32, device=rows.advantages.device)
+    diagnostics = torch.empty(len(DIAGNOSTICS), dtype=torch.float32, device=rows.advantages.device)
     _tally_kernel[(1,)](out.tallies, diagnostics, sequences, ROWS=64, num_warps=4)
     return diagnostics.unbind(0)

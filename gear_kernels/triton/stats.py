@@ -4,8 +4,8 @@ A program owns one row (of one column split) and walks it in blocks. Sums are ke
 end of the tile, and joined with what earlier tiles left in float64: a row is read once, a few scalars are written. All
 logits are cast to float32 straight after the load; what is computed is decided at compile time by WANT, a sum of flags.
 
-Terms, as in reference.py: x = (s - max s) / T, y = (t - max t) / T; sums of e^x, e^x x, e^x (x - y). Minus infinity and masked
-lanes become LOWEST, so e^x is exactly 0 and products with x stay finite; NaN passes every tl.where and reaches the sums.
+Terms, as in reference/stats.py: x = (s - max s) / T, y = (t - max t) / T; sums of e^x, e^x x, e^x (x - y). Minus infinity and
+masked lanes become LOWEST, so e^x is exactly 0 and products with x stay finite; NaN passes every tl.where and reaches the sums.
 """
 
 from __future__ import annotations
@@ -17,18 +17,39 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backends import Task, Tile, needs_teacher
-from ..reference import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES
+from ..records import Tile, TileTask
+from ..reference.stats import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES, needs_teacher
 from .candidates import CONFIGS, TRIED, Config
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr  # the compiler takes globals only as constexpr, the interpreter never
 _INTERPRETER, _LOWEST, _FARTHEST = (_constant(x) for x in (INTERPRETED, LOWEST, FARTHEST))
 _SUMS, _STATE, _VALUES = (_constant(len(names)) for names in (SUM_NAMES, STATE_NAMES, STAT_NAMES))
-# Bits of WANT.
-LOGPROBS, ENTROPY, REVERSE_KL, TEACHER, TEACHER_ENTROPY, FORWARD_KL, JSD = (_constant(1 << i) for i in range(7))
-_BIT = {"logprobs": 0, "entropy": 1, "reverse_kl": 2, "teacher_logprobs": 0, "teacher_entropy": 4, "forward_kl": 5, "jsd": 6}
-_TEACHER_BIT = 3
+# Bits of WANT: one for each statistic, but that both log-probs share the sum that they are made of; and one for a teacher.
+_BITS = {name: 1 << i for i, name in enumerate(STAT_NAMES)}
+_BITS["teacher_logprobs"] = _BITS["logprobs"]
+_TEACHER_BIT = 1 << len(STAT_NAMES)
+LOGPROBS, ENTROPY, TEACHER_ENTROPY, REVERSE_KL, FORWARD_KL, JSD = (
+    _constant(_BITS[name]) for name in ("logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd")
+)
+TEACHER = _constant(_TEACHER_BIT)
+# Columns of SUMS: a head's four stand together, the student's first.
+_S_MAX, _S_Z, _S_FIRST, _S_CROSS = (_constant(SUM_NAMES.index(name)) for name in ("max", "z", "first", "cross"))
+_T_MAX, _T_Z, _T_FIRST, _T_CROSS = (_constant(SUM_NAMES.index(f"teacher_{name}")) for name in ("max", "z", "first", "cross"))
+_S_TARGET, _T_TARGET, _S_OUTSIDE, _T_OUTSIDE = (
+    _constant(SUM_NAMES.index(name)) for name in ("target", "teacher_target", "outside", "teacher_outside")
+)
+# Columns of STATE.
+_MAX, _LOG_Z, _TEACHER_MAX, _TEACHER_LOG_Z = (
+    _constant(STATE_NAMES.index(name)) for name in ("max", "log_z", "teacher_max", "teacher_log_z")
+)
+_ENTROPY, _REVERSE_KL, _FORWARD_KL, _LOGPROB, _MIXTURE_KL = (
+    _constant(STATE_NAMES.index(name)) for name in ("entropy", "reverse_kl", "forward_kl", "logprobs", "mixture_kl")
+)
+# Columns of GRADS.
+_D_LOGPROB, _D_ENTROPY, _D_REVERSE_KL, _D_FORWARD_KL, _D_JSD = (
+    _constant(STAT_NAMES.index(name)) for name in ("logprobs", "entropy", "reverse_kl", "forward_kl", "jsd")
+)
 
 
 class Logits(NamedTuple):
@@ -154,10 +175,12 @@ def _read(at, mask):
 @triton.jit
 def _stored(at, mask, TEACHER_TOO: tl.constexpr):
     """The eight float64 sums of both heads that earlier tiles left at `at`; the student's own twice where there is no teacher."""
-    s_max, s_z, s_first, s_cross = _read(at, mask), _read(at + 1, mask), _read(at + 2, mask), _read(at + 3, mask)
+    s_max, s_z = _read(at + _S_MAX, mask), _read(at + _S_Z, mask)
+    s_first, s_cross = _read(at + _S_FIRST, mask), _read(at + _S_CROSS, mask)
     t_max, t_z, t_first, t_cross = s_max, s_z, s_first, s_cross
     if TEACHER_TOO:
-        t_max, t_z, t_first, t_cross = _read(at + 4, mask), _read(at + 5, mask), _read(at + 6, mask), _read(at + 7, mask)
+        t_max, t_z = _read(at + _T_MAX, mask), _read(at + _T_Z, mask)
+        t_first, t_cross = _read(at + _T_FIRST, mask), _read(at + _T_CROSS, mask)
     return s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross
 
 
@@ -202,12 +225,67 @@ def _stored_rest(at, S, T, R, row, first, begin, end, WANT: tl.constexpr):
     if WANT & LOGPROBS:
         col = tl.load(R.targets + row) - first
         inside = (col >= begin) & (col < end)
-        s_target = tl.load(at + 8) + _logit(S, row, col, inside).to(tl.float64)
+        s_target = tl.load(at + _S_TARGET) + _logit(S, row, col, inside).to(tl.float64)
         if WANT & TEACHER:
-            t_target = tl.load(at + 9) + _logit(T, row, col, inside).to(tl.float64)
+            t_target = tl.load(at + _T_TARGET) + _logit(T, row, col, inside).to(tl.float64)
     if WANT & (REVERSE_KL | FORWARD_KL):
-        s_outside, t_outside = tl.load(at + 10), tl.load(at + 11)
+        s_outside, t_outside = tl.load(at + _S_OUTSIDE), tl.load(at + _T_OUTSIDE)
     return s_target, t_target, s_outside, t_outside
+
+
+@triton.jit
+def _raised(sums, s_by, t_by, WANT: tl.constexpr):
+    """The lanes' sums after the heads' maxima rose by s_by and t_by (in units of x)."""
+    s_z, s_first, s_cross, t_z, t_first, t_cross = sums
+    r = tl.exp(-s_by)
+    if WANT & REVERSE_KL:
+        s_cross = r * (s_cross - s_z * (s_by - t_by))
+    if WANT & ENTROPY:
+        s_first = r * (s_first - s_z * s_by)
+    if WANT & TEACHER:
+        q = tl.exp(-t_by)
+        if WANT & FORWARD_KL:
+            t_cross = q * (t_cross - t_z * (t_by - s_by))
+        if WANT & TEACHER_ENTROPY:
+            t_first = q * (t_first - t_z * t_by)
+        t_z *= q
+    s_z *= r
+    return s_z, s_first, s_cross, t_z, t_first, t_cross
+
+
+@triton.jit
+def _over_lanes(s_max, t_max, sums, WANT: tl.constexpr):
+    """The eight float64 sums of both heads from those of the lanes."""
+    s_z, s_first, s_cross, t_z, t_first, t_cross = sums
+    s_zs, s_firsts, s_crosses, t_zs = _sum4(s_z, s_first, s_cross, t_z)
+    t_firsts, t_crosses = t_zs * 0.0, t_zs * 0.0
+    if WANT & (TEACHER_ENTROPY | FORWARD_KL):
+        t_firsts, t_crosses = tl.sum(t_first, 0), tl.sum(t_cross, 0)
+    return (
+        _reference_max(s_max).to(tl.float64),
+        s_zs.to(tl.float64),
+        s_firsts.to(tl.float64),
+        s_crosses.to(tl.float64),
+        _reference_max(t_max).to(tl.float64),
+        t_zs.to(tl.float64),
+        t_firsts.to(tl.float64),
+        t_crosses.to(tl.float64),
+    )
+
+
+@triton.jit
+def _store_sums(at, joined, rest, outside, WANT: tl.constexpr):
+    """Writes a row's sums: both heads', then what `_stored_rest` read, with this tile's lanes `outside`."""
+    for i in tl.static_range(_S_TARGET):
+        if (i < _T_MAX) or (WANT & TEACHER):
+            tl.store(at + i, joined[i])
+    if WANT & (REVERSE_KL | FORWARD_KL):
+        tl.store(at + _S_OUTSIDE, rest[2] + tl.max(outside & 1, 0).to(tl.float64))
+        tl.store(at + _T_OUTSIDE, rest[3] + tl.max(outside >> 1, 0).to(tl.float64))
+    if WANT & LOGPROBS:
+        tl.store(at + _S_TARGET, rest[0])
+        if WANT & TEACHER:
+            tl.store(at + _T_TARGET, rest[1])
 
 
 @triton.jit(do_not_specialize=["first", "n"])
@@ -257,19 +335,8 @@ def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr,
             t_max = t_new
         s_max = s_new
         if (s_by != 0.0) | (t_by != 0.0):  # a maximum rose: rare after a row's first blocks
-            r = tl.exp(-s_by)
-            if WANT & REVERSE_KL:
-                s_cross = r * (s_cross - s_z * (s_by - t_by))
-            if WANT & ENTROPY:
-                s_first = r * (s_first - s_z * s_by)
-            if WANT & TEACHER:
-                q = tl.exp(-t_by)
-                if WANT & FORWARD_KL:
-                    t_cross = q * (t_cross - t_z * (t_by - s_by))
-                if WANT & TEACHER_ENTROPY:
-                    t_first = q * (t_first - t_z * t_by)
-                t_z *= q
-            s_z *= r
+            sums = (s_z, s_first, s_cross, t_z, t_first, t_cross)
+            s_z, s_first, s_cross, t_z, t_first, t_cross = _raised(sums, s_by, t_by, WANT)
         if WANT & TEACHER:
             y = _relative(t, t_ref, inv_t)
             t_e = tl.exp(y)
@@ -282,40 +349,18 @@ def _sweep_kernel(S, T, R, first, SUMS, n, columns, width, MASKED: tl.constexpr,
         if WANT & TEACHER_ENTROPY:
             t_first += t_e * y
         if WANT & REVERSE_KL:
-            s_cross += s_e * (x - y)
+            s_cross += s_e * (x - y)  # the KL is accumulated here: sum e^x (x - y), still without Z
         if WANT & FORWARD_KL:
             t_cross += t_e * (y - x)
         if WANT & (REVERSE_KL | FORWARD_KL):
             s_null, t_null = s == float("-inf"), t == float("-inf")
             outside |= tl.where(t_null, tl.where(s_null, 0, 1), tl.where(s_null, 2, 0))
-    s_zs, s_firsts, s_crosses, t_zs = _sum4(s_z, s_first, s_cross, t_z)
-    t_firsts, t_crosses = t_zs * 0.0, t_zs * 0.0
-    if WANT & (TEACHER_ENTROPY | FORWARD_KL):
-        t_firsts, t_crosses = tl.sum(t_first, 0), tl.sum(t_cross, 0)
+    own = _over_lanes(s_max, t_max, (s_z, s_first, s_cross, t_z, t_first, t_cross), WANT)
     if not EARLY:
         stored = _stored(at, None, True)
         rest = _stored_rest(at, S, T, R, row, first, begin, end, WANT)
-    own = (
-        _reference_max(s_max).to(tl.float64),
-        s_zs.to(tl.float64),
-        s_firsts.to(tl.float64),
-        s_crosses.to(tl.float64),
-        _reference_max(t_max).to(tl.float64),
-        t_zs.to(tl.float64),
-        t_firsts.to(tl.float64),
-        t_crosses.to(tl.float64),
-    )
     joined = _add_stored(stored, own, inv_t.to(tl.float64), (WANT & TEACHER) != 0, False)
-    for i in tl.static_range(8):
-        if (i < 4) or (WANT & TEACHER):
-            tl.store(at + i, joined[i])
-    if WANT & (REVERSE_KL | FORWARD_KL):
-        tl.store(at + 10, rest[2] + tl.max(outside & 1, 0).to(tl.float64))
-        tl.store(at + 11, rest[3] + tl.max(outside >> 1, 0).to(tl.float64))
-    if WANT & LOGPROBS:
-        tl.store(at + 8, rest[0])
-        if WANT & TEACHER:
-            tl.store(at + 9, rest[1])
+    _store_sums(at, joined, rest, outside, WANT)
 
 
 # --- finish -----------------------------------------------------------------------------------------------------------
@@ -334,7 +379,7 @@ def _not_negative(x):
 @triton.jit
 def _divergence(cross, z, log_z, other_log_z, outside):
     both = log_z + other_log_z
-    kl = _not_negative(cross / z - log_z + other_log_z)
+    kl = _not_negative(cross / z - log_z + other_log_z)  # the sum becomes a KL here: the shifts by both log Z
     return tl.where((outside > 0) & (both == both), float("inf"), kl)
 
 
@@ -351,10 +396,10 @@ def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT
         at = SUMS + (split * n + rows) * _SUMS
         own = (s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross)
         s_max, s_z, s_first, s_cross, t_max, t_z, t_first, t_cross = _add_stored(_stored(at, mask, True), own, inv_t, True, True)
-        target += _read(at + 8, mask)
-        t_target += _read(at + 9, mask)
-        outside += _read(at + 10, mask)
-        t_outside += _read(at + 11, mask)
+        target += _read(at + _S_TARGET, mask)
+        t_target += _read(at + _T_TARGET, mask)
+        outside += _read(at + _S_OUTSIDE, mask)
+        t_outside += _read(at + _T_OUTSIDE, mask)
     keep = mask
     if MASKED:
         keep = mask & (tl.load(R.targets + rows, mask=mask, other=0) != R.ignore_index)
@@ -368,6 +413,7 @@ def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT
         t_entropy = _not_negative(log_w - t_first / t_z)
         reverse_kl = _divergence(s_cross, s_z, log_z, log_w, outside)
         forward_kl = _divergence(t_cross, t_z, log_w, log_z, t_outside)
+    # in the orders of STAT_NAMES and STATE_NAMES
     values = (logprob, t_logprob, entropy, t_entropy, reverse_kl, forward_kl, zero)
     state = (s_max, log_z, t_max, log_w, entropy, reverse_kl, forward_kl, logprob, zero)
     for i in tl.static_range(_VALUES):
@@ -390,7 +436,8 @@ def _mixture_kernel(S, T, R, STATE, SHARES, n, columns, width, beta, MASKED: tl.
             return
     inv_t = tl.load(R.inv_temperature + row)
     state = STATE + row * _STATE
-    s_max, log_z, t_max, log_w = tl.load(state), tl.load(state + 1), tl.load(state + 2), tl.load(state + 3)
+    s_max, log_z = tl.load(state + _MAX), tl.load(state + _LOG_Z)
+    t_max, log_w = tl.load(state + _TEACHER_MAX), tl.load(state + _TEACHER_LOG_Z)
     begin = split * width
     end = tl.minimum(begin + width, columns)
     lanes = tl.arange(0, BLOCK)
@@ -456,28 +503,30 @@ def _gradient_kernel(
     inv_t = tl.load(R.inv_temperature + row)
     state, grads = STATE + row * _STATE, GRADS + row * _VALUES
     s = _logits(S, row, cols, mask)
-    x = _at_least((s - tl.load(state)) * inv_t - tl.load(state + 1), _LOWEST)
+    x = _at_least((s - tl.load(state + _MAX)) * inv_t - tl.load(state + _LOG_Z), _LOWEST)
     p = tl.exp(x)
     factor = tl.zeros((BLOCK,), tl.float32)
     other = tl.zeros((BLOCK,), tl.float32)
     if WANT & TEACHER:
-        y = _at_least((_logits(T, row, cols, mask) - tl.load(state + 2)) * inv_t - tl.load(state + 3), _LOWEST)
+        y = _logits(T, row, cols, mask)
+        y = _at_least((y - tl.load(state + _TEACHER_MAX)) * inv_t - tl.load(state + _TEACHER_LOG_Z), _LOWEST)
     if WANT & LOGPROBS:
-        g = _usable(tl.load(grads), tl.load(state + 7))
+        g = _usable(tl.load(grads + _D_LOGPROB), tl.load(state + _LOGPROB))
         factor -= g
         other -= tl.where(cols == tl.load(R.targets + row) - first, g, 0.0)
     if WANT & ENTROPY:
-        factor -= tl.load(grads + 2) * (x + tl.load(state + 4))
+        factor -= tl.load(grads + _D_ENTROPY) * (x + tl.load(state + _ENTROPY))
     if WANT & REVERSE_KL:
-        kl = tl.load(state + 5)
-        g = _usable(tl.load(grads + 4), kl)
+        kl = tl.load(state + _REVERSE_KL)
+        g = _usable(tl.load(grads + _D_REVERSE_KL), kl)
         factor += g * ((x - y) - tl.where(g == 0, 0.0, kl))
     if WANT & FORWARD_KL:
-        g = _usable(tl.load(grads + 5), tl.load(state + 6))
+        g = _usable(tl.load(grads + _D_FORWARD_KL), tl.load(state + _FORWARD_KL))
         factor += g
         other += g * tl.exp(y)
     if WANT & JSD:
-        factor += tl.load(grads + 6) * (1 - beta) * (_log_ratio(_bounded(y - x), 1 - beta, beta) - tl.load(state + 8))
+        from_s = _log_ratio(_bounded(y - x), 1 - beta, beta)
+        factor += tl.load(grads + _D_JSD) * (1 - beta) * (from_s - tl.load(state + _MIXTURE_KL))
     dz = inv_t * (p * factor - other)
     if S.softcap is not None:
         capped = s / S.softcap
@@ -519,8 +568,7 @@ def splits(rows: int, columns: int) -> int:
 @cache  # asked for with every tile
 def want(stats: tuple[str, ...]) -> int:
     """The kernels' compile-time flags for these statistics."""
-    bits = {_BIT[name] for name in stats} | ({_TEACHER_BIT} if needs_teacher(stats) else set())
-    return sum(1 << bit for bit in bits)
+    return sum({_BITS[name] for name in stats} | ({_TEACHER_BIT} if needs_teacher(stats) else set()))
 
 
 class _Plan:
@@ -557,7 +605,7 @@ def _aligned(tensors: tuple) -> bool:
     return joined & 15 == 0
 
 
-def _plan(task: Task, kernel: str, student: Tile, **constants: int) -> _Plan:
+def _plan(task: TileTask, kernel: str, student: Tile, **constants: int) -> _Plan:
     """The call's plan for "sweep", "mixture" or "gradient". constants: its compile-time arguments but for MASKED and BLOCK."""
     kept = {} if task.kept is None else task.kept
     plan = kept.get(kernel)
@@ -585,7 +633,7 @@ def _width(columns: int, count: int, block: int) -> int:
     return -(-columns // (count * block)) * block
 
 
-def sweep(student: Tile, teacher: Tile | None, task: Task, sums: torch.Tensor) -> None:
+def sweep(student: Tile, teacher: Tile | None, task: TileTask, sums: torch.Tensor) -> None:
     """Backend.sweep."""
     (n, columns), count = student.z.shape, sums.shape[0]
     if n:
@@ -603,7 +651,7 @@ def _table(table: torch.Tensor) -> tuple[torch.Tensor, int]:
     return table, table.stride(0) // k if splits > 1 else n
 
 
-def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+def finish(sums: torch.Tensor, task: TileTask) -> tuple[torch.Tensor, torch.Tensor]:
     """Backend.finish."""
     n, rows = sums.shape[1], 32
     values = torch.empty((len(STAT_NAMES), n), device=sums.device)
@@ -619,7 +667,7 @@ def finish(sums: torch.Tensor, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     return values, state
 
 
-def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, shares: torch.Tensor) -> None:
+def mixture(student: Tile, teacher: Tile, task: TileTask, state: torch.Tensor, shares: torch.Tensor) -> None:
     """Backend.mixture."""
     (n, columns), count = student.z.shape, shares.shape[0]
     if n:
@@ -631,7 +679,9 @@ def mixture(student: Tile, teacher: Tile, task: Task, state: torch.Tensor, share
         plan.launch((n, count, 1), (first, second, task.rows, state, *sizes, task.beta), shape, tensors)
 
 
-def gradient(student: Tile, teacher: Tile | None, task: Task, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor) -> None:
+def gradient(
+    student: Tile, teacher: Tile | None, task: TileTask, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor
+) -> None:
     """Backend.gradient."""
     n, columns = student.z.shape
     if n:

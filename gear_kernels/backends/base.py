@@ -1,0 +1,101 @@
+"""The back end's contract: one class. Everything above it (argument checks, autograd, GEMMs, tiling, collectives) is shared.
+
+A new back end is a subclass in a file of its own, and its entry in BACKENDS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from ..records import Credit, Pack, Tile, TileTask
+from ..rules import Rule
+
+HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Backend:
+    """A back end: functions on tiles of logits, and the credit scan.
+
+    Student and teacher are Tiles, the teacher may be None. K column splits each have their own sums. The last axes of the tables
+    are in the order of reference.SUM_NAMES (sums), STAT_NAMES (values, grads) and STATE_NAMES (state).
+    """
+
+    name: str
+    fused_head = False  # it applies bias, scale and softcap itself
+    tile_copies = 0  # temporaries of a tile's size that its functions hold
+    scans = False  # whether it has a scan; else the method's own torch runs
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The reason why it cannot serve this device and dtype; None: it can."""
+        raise NotImplementedError
+
+    def detail(self) -> str:
+        """Details of its use here, for `show`."""
+        return ""
+
+    def splits(self, rows: int, columns: int) -> int:
+        """The number of column splits for a tile of this shape."""
+        return 1
+
+    def sweep(self, student: Tile, teacher: Tile | None, task: TileTask, sums: torch.Tensor) -> None:
+        """Adds the tile to `sums` [K, n, 12] float64 (zeros: nothing seen yet)."""
+        raise NotImplementedError
+
+    def finish(self, sums: torch.Tensor, task: TileTask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums [K, n, 12] -> values [7, n] and state [n, 9] in float32, or float64 for float64 rows.
+
+        The jsd, and where the statistics need no teacher its entries, are left 0.
+        """
+        raise NotImplementedError
+
+    def mixture(self, student: Tile, teacher: Tile, task: TileTask, state: torch.Tensor, shares: torch.Tensor) -> None:
+        """Adds the tile's share of both divergences to the mixture to `shares` [K, n, 2] float64."""
+        raise NotImplementedError
+
+    def gradient(
+        self, student: Tile, teacher: Tile | None, task: TileTask, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor
+    ) -> None:
+        """Row gradients [n, 7] -> dz [n, c], d loss / d (raw GEMM output), rounded to dz's dtype."""
+        raise NotImplementedError
+
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether `product` takes operands of this dtype."""
+        return False
+
+    def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+        """out [m, n] = a [m, k] @ b [k, n] or out += a @ b in float32; or, not with `add`, rounded once to a's dtype."""
+        raise NotImplementedError
+
+    def scan(self, pack: Pack, rule: Rule) -> Credit:
+        """The rule over each sequence of the pack. Raises on NaN where looking at values waits for nothing."""
+        raise NotImplementedError
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and logits tiles: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def left_to_reference(dtype: torch.dtype) -> str | None:
+    """The reason why a back end that computes in float32 cannot serve this dtype; None: it can."""
+    return None if dtype in HALVES_AND_FLOAT else f"it computes in float32, so {dtype} is left to the reference"
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a tensor's device the current one inside: Triton launches there and torch on the tensor's own, and the two differ
+    where a model lies on several GPUs of one process.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def empty_credit(pack: Pack, tallies: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for a scan's results: four floating rows, segment ids, onsets [T], and tallies [B, n] float64."""
+
+    def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape or pack.total, dtype=dtype, device=pack.device)
+
+    # one block: four of 4 MiB would go back to the system at every call, and their page faults take longer than the scan
+    floats = list(empty(pack.dtype, 4, pack.total).unbind(0))
+    return floats, empty(torch.int32), empty(torch.bool), empty(torch.float64, pack.cu_seqlens.numel() - 1, tallies)
