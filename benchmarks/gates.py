@@ -3,8 +3,7 @@
 Writes gates.json; --check compares with it, writes nothing and exits with 1 on any growth. Counted, the same at every run: peak
 bytes that torch allocates, dispatched operators, launches of Triton kernels and host synchronisations, on the CPU with small
 shapes and on the path of a GPU with meta tensors of the Qwen3-8B shape, which have no values: what cannot be answered without a
-value is a synchronisation. Where valgrind is at hand, instructions of the compiled pass too (instructions.py); a line says what
-was not counted or not compared. Timed: each operation beside a baseline of the same run (eager torch, or a copy of what the scan
+value is a synchronisation. Timed: each operation beside a baseline of the same run (eager torch, or a copy of what the scan
 moves), on one thread; the gate closes when the ratio is --slower times the committed one in three repeats in a row.
 """
 
@@ -34,7 +33,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import gear_kernels
 from gear_kernels import backends, ops, tiling
 
-from . import instructions
 from .cases import PASSES, SMALL, Case, make_case, plain, runner
 from .cpu_report import DTYPES, RESULTS
 from .measure import elapsed_ms, interleave, keep_freed_blocks, one_thread
@@ -289,29 +287,13 @@ def slower(table: dict, factor: float, only: str = "") -> list[str]:
     return lines
 
 
-def write(rows: list[Row], times: dict[str, float], counts: dict | None, path: Path) -> None:
-    """The table, a row a line so that a change reads well in a diff. counts: of instructions; None: there are none."""
+def write(rows: list[Row], times: dict[str, float], path: Path) -> None:
+    """The table, a row a line so that a change reads well in a diff."""
     body = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
     pairs = ",\n".join(f"  {json.dumps(name)}: {ratio}" for name, ratio in times.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     head = f'{{\n "torch": {json.dumps(torch.__version__)},\n "rows": [\n{body}\n ],\n'
-    path.write_text(head + f' "ratios": {{\n{pairs}\n }},\n "instructions": {_lines(counts)}\n}}\n')
-
-
-def _lines(counts: dict | None) -> str:
-    if counts is None:
-        return "null"
-    body = ",\n".join("   " + json.dumps(row) for row in counts["rows"])
-    parts = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in counts.items() if name != "rows"]
-    return "{\n" + ",\n".join([*parts, f'  "rows": [\n{body}\n  ]']) + "\n }"
-
-
-def _kept(found: instructions.Found, path: Path) -> tuple[dict | None, list[str]]:
-    """What is written of the instructions, and what is to be said: a machine that cannot count all keeps the former counts."""
-    if not found.missing:
-        return found.table, []
-    before = json.loads(path.read_text()).get("instructions") if path.exists() else None
-    return before, [*found.missing, f"instructions: {'the former ones stay' if before else 'none'} in the table"]
+    path.write_text(head + f' "ratios": {{\n{pairs}\n }}\n}}\n')
 
 
 def show(rows: list[Row], times: dict[str, float], console: Console) -> None:
@@ -333,25 +315,20 @@ def main(arguments: list[str] | None = None) -> int:
     if given.only and not given.check:
         parser.error("--only goes with --check; the table is always written whole")
     console, start, lines = Console(width=None if sys.stdout.isatty() else 160), time.perf_counter(), []
-    rows, found, notes = [], None, []
-    if given.only != "times":
-        rows, found = figures(), instructions.measure()
+    rows = [] if given.only == "times" else figures()
     if given.check:
         table = json.loads(given.table.read_text())
-        times, before = table["ratios"], table.get("instructions")
-        if found:
-            lines, notes = grown(rows, table) + instructions.grown(found, before), instructions.left_out(found, before)
+        times = table["ratios"]
+        lines += [] if given.only == "times" else grown(rows, table)
         lines += [] if given.only == "counts" else slower(table, given.slower)
     else:
         times = typical_ratios()
-        counts, notes = _kept(found, given.table)
-        write(rows, times, counts, given.table)
-    if found:
+        write(rows, times, given.table)
+    if rows:
         show(rows, times, console)
-        console.print(instructions.show(found))
-    for line in notes + lines:
-        console.print(line, style="red" if line in lines else None, markup=False, highlight=False, soft_wrap=True)
-    if given.check and (better := shrunk(rows, table) + (instructions.shrunk(found, before) if found else 0)):
+    for line in lines:
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    if given.check and (better := shrunk(rows, table)):
         console.print(f"{better} figures are below the table's; write it anew to keep the gain")
     verdict = f"{len(lines)} offenders" if lines else "nothing grew" if given.check else f"wrote {given.table}"
     console.print(f"{time.perf_counter() - start:.0f} s: {verdict}")
