@@ -3,9 +3,9 @@
 import pytest
 
 from .bench_stats import note
-from .credit_report import OURS, REFERENCE, by_reference
-from .measure import extra_memory, keep_freed_blocks
-from .packs import SMALL_PACK, TOKEN_BYTES, Pack, pack
+from .harness.credit_inputs import SMALL_PACK, TOKEN_BYTES, Pack, pack
+from .harness.measure import extra_memory, keep_freed_blocks
+from .reports.credit import OURS, REFERENCE, by_reference
 
 WAYS = {OURS: Pack.credit, REFERENCE: by_reference}
 

@@ -17,10 +17,10 @@ from gear_trainer.model import Policy, hidden_states
 from gear_trainer.rollout import Rollout
 
 from .bench_stats import everyone, note
-from .cases import OUTPUTS, Case, Truth
-from .cpu_report import first_call
-from .measure import extra_memory, keep_freed_blocks
-from .peers import OURS, Peer, eager_linear_stats
+from .harness.cases import OUTPUTS, Case, Truth
+from .harness.measure import extra_memory, keep_freed_blocks
+from .harness.peers import OURS, Peer, eager_linear_stats
+from .reports.cpu import first_call
 
 ROLLOUTS, PROMPT, HINT, TURN, REPLY = 8, 48, 16, 24, 12  # tokens: two turns with a tool's reply between them
 VOCABULARY, WIDTH, LAYERS = 32003, 128, 2

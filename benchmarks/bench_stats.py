@@ -7,11 +7,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from .cases import PASSES, QWEN3_VOCABULARY, QWEN3_WIDTHS, SMALL, Case, Truth, find_truth, make_case, plain
-from .cpu_report import DTYPES, TRAFFIC, first_call
-from .measure import extra_memory, keep_freed_blocks
-from .peers import OURS, PEERS, Peer
-from .projections import GEMMS
+from .harness.cases import PASSES, QWEN3_VOCABULARY, QWEN3_WIDTHS, SMALL, Case, Truth, find_truth, make_case, plain
+from .harness.measure import extra_memory, keep_freed_blocks
+from .harness.peers import OURS, PEERS, Peer
+from .reports.cpu import DTYPES, TRAFFIC, first_call
+from .reports.projections import GEMMS
 
 
 class Given(NamedTuple):

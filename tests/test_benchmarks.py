@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cases, cpu_report, measure, peers, tables
+from benchmarks.harness import cases, environment, measure, peers, tables
+from benchmarks.reports import cpu as cpu_report
 from gear_kernels import token_stats
 
 OUTPUTS = set(cases.OUTPUTS)
@@ -35,7 +36,7 @@ def test_quick_report_has_every_table(quick):
     assert {(s["kind"], s["dtype"], s["passes"]) for s in report["sections"]} == wanted
     assert text.count("\n## ") == len(wanted) and "Quick self-test" in text and peers.OURS in printed
     assert (
-        report["quick"] and report["threads"] == torch.get_num_threads() and set(report["versions"]) == set(cpu_report.PACKAGES)
+        report["quick"] and report["threads"] == torch.get_num_threads() and set(report["versions"]) == set(environment.PACKAGES)
     )
 
 
@@ -193,5 +194,5 @@ def test_compiled_peers_agree():
 def test_pytest_benchmarks_run():
     """Collected when asked for; ours, the scoring pass and the scan run once each, with right answers."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "-k", "gear_kernels"]
-    done = subprocess.run(command, cwd=cpu_report.RESULTS.parent.parent, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr

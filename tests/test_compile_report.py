@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compile_report as report
+from benchmarks.gates import compile_report as report
 
 COMMITTED = [report.Row(**row) for row in json.loads((report.RESULTS / report.TABLE).read_text())["rows"]]
 

@@ -15,7 +15,7 @@ import pytest
 from fake_openai import fake_openai
 from forked_ranks import DEMO, ROOT, free_port
 
-from benchmarks import split
+from benchmarks.reports import scoring_split as split
 from gear_trainer.metrics import read_metrics
 from gear_trainer.records import read_records, recorded_steps
 

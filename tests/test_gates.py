@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gates
+from benchmarks.gates import figures as gates
 from gear_kernels import backends, tiling
 
 COMMITTED = json.loads((gates.RESULTS / gates.TABLE).read_text())

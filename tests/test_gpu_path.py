@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import compile_report, gates
+from benchmarks.gates import compile_report
+from benchmarks.gates import figures as gates
 from gear_kernels import Head, backends, credit_weights, linear_token_stats, ops, tiling, token_stats
 from gear_kernels.triton import candidates, scan, stats
 

@@ -12,15 +12,21 @@ import pytest
 import torch
 from simulated_gpu import SimulatedGpu
 
-from benchmarks import gpu_page, gpu_run, gpu_speed, gpu_timing, gpu_tools, gpu_tune, measure
-from benchmarks import gpu_report as report
-from benchmarks.gpu_checks import correctness_items
-from benchmarks.gpu_compare import compare, compare_gradients, problem
-from benchmarks.gpu_items import F32, Item, Setting
-from benchmarks.gpu_run import Part, Phase, work
-from benchmarks.packs import Pack
-from benchmarks.peers import OURS
-from benchmarks.projections import HEAD_SHAPE
+from benchmarks.gpu import page as gpu_page
+from benchmarks.gpu import report
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu import speed as gpu_speed
+from benchmarks.gpu import timing as gpu_timing
+from benchmarks.gpu import tools as gpu_tools
+from benchmarks.gpu import tune as gpu_tune
+from benchmarks.gpu.checks import correctness_items
+from benchmarks.gpu.compare import compare, compare_gradients, problem
+from benchmarks.gpu.items import F32, Item, Setting
+from benchmarks.gpu.run import Part, Phase, work
+from benchmarks.harness import measure
+from benchmarks.harness.credit_inputs import Pack
+from benchmarks.harness.peers import OURS
+from benchmarks.reports.projections import HEAD_SHAPE
 from gear_kernels import backends
 from gear_kernels.triton import candidates
 
@@ -93,7 +99,7 @@ sys.modules.update(dict.fromkeys(OTHERS))
 try:
     import rich
 except ImportError:
-    runpy.run_module("benchmarks.gpu_report", run_name="__main__", alter_sys=True)
+    runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
 """
 
 
@@ -101,7 +107,7 @@ def test_torch_and_triton_are_enough(monkeypatch):
     """A phase in its own process; a bare GPU machine has nothing else that the package or the benchmarks know."""
     others = ("rich", "matplotlib", "pytest", "transformers", "deepspeed", "einops", "trl", "liger_kernel", "vllm", "yaml")
     program, flag, module, *options = gpu_run.command("machine", SETTING, Part())
-    assert (program, flag, module) == (sys.executable, "-m", "benchmarks.gpu_report")
+    assert (program, flag, module) == (sys.executable, "-m", "benchmarks.gpu")
     script = BARE.replace("OTHERS", repr(others))
     monkeypatch.setattr(gpu_run, "command", lambda *_: [program, "-c", script, *options])
     found = gpu_run.run_phase("machine", report.PHASES["machine"], SETTING, 120, quiet)

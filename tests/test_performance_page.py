@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, performance_page, plots, projections, scaling, split
-from benchmarks.peers import OURS
+from benchmarks.harness.peers import OURS
+from benchmarks.page import performance_page, plots
+from benchmarks.reports import demo, projections, scaling
+from benchmarks.reports import scoring_split as split
 from gear_kernels import tiling
 
 ROOT = Path(__file__).parents[1]

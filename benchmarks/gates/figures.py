@@ -33,12 +33,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import gear_kernels
 from gear_kernels import backends, ops, tiling
 
-from .cases import PASSES, SMALL, Case, make_case, plain, runner
-from .cpu_report import DTYPES, RESULTS
-from .measure import elapsed_ms, interleave, keep_freed_blocks, one_thread
-from .packs import SMALL_PACK, TOKEN_BYTES, pack
-from .peers import OURS, peers
-from .projections import HEAD_SHAPE
+from ..harness.cases import PASSES, SMALL, Case, make_case, plain, runner
+from ..harness.credit_inputs import SMALL_PACK, TOKEN_BYTES, pack
+from ..harness.environment import RESULTS
+from ..harness.measure import elapsed_ms, interleave, keep_freed_blocks, one_thread
+from ..harness.peers import OURS, peers
+from ..reports.cpu import DTYPES
+from ..reports.projections import HEAD_SHAPE
 
 TABLE = "gates.json"
 CREDIT = "credit_weights, typical pack"
@@ -333,7 +334,3 @@ def main(arguments: list[str] | None = None) -> int:
     verdict = f"{len(lines)} offenders" if lines else "nothing grew" if given.check else f"wrote {given.table}"
     console.print(f"{time.perf_counter() - start:.0f} s: {verdict}")
     return 1 if lines else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Host time a tile of the GPU path, without a GPU: `python -m benchmarks.host_time [--widths 1024,2048,4096]`.
+"""Host time a tile of the GPU path, without a GPU: `python -m benchmarks.gates.host_time [--widths 1024,2048,4096]`.
 
 linear_token_stats of 8192 rows under a head of 151936 in bfloat16, on meta tensors that are taken for a GPU's, with everything
 that would run on the device stubbed out: GEMMs do nothing, and a kernel is compiled for sm_90 as ever, but its launch ends where
@@ -24,8 +24,8 @@ from rich.table import Table
 from gear_kernels import backends, ops, tiling
 from gear_kernels.tiling import Linear
 
+from ..reports.projections import HEAD_SHAPE
 from .compile_report import TARGETS, _StubDriver
-from .projections import HEAD_SHAPE
 
 STATS = ("logprobs", "entropy", "reverse_kl")
 GOAL_US = 25  # a tile of a head of 1024 takes an H100 about 41 us by the model of DESIGN.md
@@ -84,7 +84,7 @@ def _seconds(run: Callable[[Linear], object], call: Linear) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates.host_time", description=__doc__)
     parser.add_argument("--widths", default="1024,2048,4096", help="of the hidden states, comma-separated")
     given = parser.parse_args(arguments)
     names = ("D", "tile", "tiles", "forward, us a tile", "ms in all", "backward, us a tile", "ms in all")

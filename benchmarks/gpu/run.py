@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu_items import Item, Setting, Skip, is_fatal, synchronize
+from ..harness.environment import ROOT
+from .items import Item, Setting, Skip, is_fatal, synchronize
 
-ROOT = Path(__file__).parent.parent
 FATAL = 3  # exit code of a worker whose CUDA context is lost
 Note = Callable[[dict], None]  # takes an outcome as soon as it is there
 
@@ -179,7 +179,7 @@ class _Strand:
 def command(phase: str, setting: Setting, part: Part) -> list[str]:
     """What starts a worker."""
     options = ["--worker", phase, "--part", ",".join(map(str, part)), *["--self-test"] * setting.self_test]
-    return [sys.executable, "-m", "benchmarks.gpu_report", *options]
+    return [sys.executable, "-m", "benchmarks.gpu", *options]
 
 
 def environment(setting: Setting, workers: int) -> dict[str, str]:

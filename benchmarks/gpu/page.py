@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from .gpu_speed import UPDATE_LABEL
+from .speed import UPDATE_LABEL
 
 # milliseconds: what is aimed at, and the GEMMs alone at the 790 TFLOP/s that cuBLAS reaches on an H200 (DESIGN.md, section 4)
 GOALS = {

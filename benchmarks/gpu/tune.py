@@ -10,11 +10,11 @@ import torch
 from gear_kernels import backends, reference, tiling
 from gear_kernels.triton import candidates
 
-from .cases import PASSES
-from .gpu_items import BF16, F32, Item, Setting
-from .gpu_speed import credit_speed, ours_hidden
-from .gpu_timing import timed
-from .peers import ALL as DEFAULT
+from ..harness.cases import PASSES
+from ..harness.peers import ALL as DEFAULT
+from .items import BF16, F32, Item, Setting
+from .speed import credit_speed, ours_hidden
+from .timing import timed
 
 KERNELS = ("sweep", "gradient", "mixture")
 _SCAN_PACKS = ("typical, 512 sequences", "segments of two tokens", "long sequences")

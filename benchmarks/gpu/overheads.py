@@ -11,12 +11,12 @@ import torch
 
 from gear_kernels import backends
 
-from .cases import PASSES, SMALL, Case, make_case, runner
-from .gpu_items import BF16, F32, Item, Setting
-from .gpu_speed import head_case
-from .gpu_timing import alone_ms, timed
-from .packs import SMALL_PACK, pack
-from .peers import OURS, peers
+from ..harness.cases import PASSES, SMALL, Case, make_case, runner
+from ..harness.credit_inputs import SMALL_PACK, pack
+from ..harness.peers import OURS, peers
+from .items import BF16, F32, Item, Setting
+from .speed import head_case
+from .timing import alone_ms, timed
 
 
 def overhead_items(setting: Setting) -> list[Item]:

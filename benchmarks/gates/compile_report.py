@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for GPUs that need not be there: `python -m benchmarks.compile_report [--check]`.
+"""Every Triton kernel, compiled for GPUs that need not be there: `python -m benchmarks.gates.compile_report [--check]`.
 
 Writes compile_report.json and compile_report.md: registers, spills, shared memory and the widest global load and store of each
 specialisation on each target. --check compiles again, compares with the JSON and exits with 1 on any spill, shared memory over
@@ -40,8 +40,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+from ..harness.environment import RESULTS, ROOT
+
 TABLE = "compile_report.json"
 ALIGNED, RAGGED = 151936, 32003
 TILE = 512  # columns of a narrow tile of hidden states; from 2048 columns on the kernel is that of V = 151936
@@ -416,7 +416,7 @@ def compile_all(options: Options, console: Console) -> tuple[list[Row], list[str
 
 
 def _compile(target: str, options: Options, progress: Progress, task: Any) -> tuple[list[Row], list[str]]:
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--worker", target, "--only", options.only]
+    command = [sys.executable, "-m", "benchmarks.gates.compile_report", "--worker", target, "--only", options.only]
     command += ["--config", ",".join(map(str, options.config))] if options.config else []
     rows: list[Row] = []
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as cache:
@@ -482,7 +482,7 @@ def check(rows: list[Row], path: Path, options: Options) -> list[str]:
 
 def stale(table: dict) -> list[str]:
     """A line where the table is of other kernels or cases, which is seen without a compiler."""
-    mend = "the kernels or cases are not those of the committed table; write it anew: python -m benchmarks.compile_report"
+    mend = "the kernels or cases are not those of the committed table; write it anew: python -m benchmarks.gates.compile_report"
     return [] if table.get("kernels") == fingerprint() else [mend]
 
 
@@ -590,7 +590,7 @@ def run(options: Options, folder: Path, checking: bool, console: Console) -> int
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates.compile_report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table, write nothing")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; a partial table is printed, not written")
     parser.add_argument("--only", default="", help="a regular expression for names of cases; likewise")

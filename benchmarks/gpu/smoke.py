@@ -8,13 +8,13 @@ import torch
 
 from gear_kernels import Gear, backends, linear_token_stats, tiling
 
-from .cases import make_case
-from .gpu_checks import credit_same
-from .gpu_compare import check, check_linear, linear, problem
-from .gpu_items import BF16, Item, Setting, synchronize
-from .packs import packs
-from .peers import ALL as DEFAULT
-from .projections import HEAD_SHAPE
+from ..harness.cases import make_case
+from ..harness.credit_inputs import packs
+from ..harness.peers import ALL as DEFAULT
+from ..reports.projections import HEAD_SHAPE
+from .checks import credit_same
+from .compare import check, check_linear, linear, problem
+from .items import BF16, Item, Setting, synchronize
 
 
 def smoke_items(setting: Setting) -> list[Item]:

@@ -1,4 +1,4 @@
-"""The demo, GEAR beside GRPO: `python -m benchmarks.demo [--seeds 0,1,2] [--runs DIR] [--read]`.
+"""The demo, GEAR beside GRPO: `python -m benchmarks.reports.demo [--seeds 0,1,2] [--runs DIR] [--read]`.
 
 Trains `mathapi_cpu.yaml` on two ranks with each method and seed in turn (a minute and a half each on two cores), and keeps what
 the runs say: held-out success by step, and the seconds of a step by phase. Writes demo.json and the pictures of docs/plots.
@@ -21,9 +21,8 @@ from rich.progress import track
 
 from gear_trainer.metrics import read_metrics
 
-from .cpu_report import RESULTS, environment
-from .measure import OtherLoad
-from .scaling import PLOTS, ROOT
+from ..harness.environment import PLOTS, RESULTS, ROOT, environment
+from ..harness.measure import OtherLoad
 
 CONFIG = "gear_trainer/configs/mathapi_cpu.yaml"
 FILE = "demo.json"
@@ -73,7 +72,8 @@ def collect(folder: Path, seeds: Iterable[int]) -> list[dict]:
 
 def run(seeds: list[int], folder: Path, output: Path, pictures: Path, console: Console, read: bool = False) -> dict:
     """Train unless `read`; write demo.json to `output` and the pictures; what the JSON holds."""
-    from . import plots, split
+    from ..page import plots
+    from . import scoring_split as split
 
     load = OtherLoad()
     if not read:
@@ -90,7 +90,7 @@ def run(seeds: list[int], folder: Path, output: Path, pictures: Path, console: C
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reports.demo", description=__doc__)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--runs", type=Path, help="where the runs go (a temporary folder), or with --read lie")
     parser.add_argument("--read", action="store_true", help="train nothing")

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in three commands of under ten minutes: `python -m benchmarks.gpu_report --call 1`, 2, 3.
+"""Everything that only a GPU can tell, in three commands of under ten minutes: `python -m benchmarks.gpu --call 1`, 2, 3.
 
 Needs torch 2.11, triton 3.6 and this repository, nothing installed; benchmarks/README.md says how to run it on a bare machine.
 Each phase has its own processes and share of the time, each item its own limit. An item that fails, or takes its process down, is
@@ -35,17 +35,17 @@ import torch
 import gear_kernels
 from gear_kernels.backends import version
 
-from .gpu_checks import correctness_items
-from .gpu_items import Item, Setting
-from .gpu_overheads import overhead_items
-from .gpu_page import Journal, failures, line, with_floors, write
-from .gpu_run import ROOT, Part, Phase, in_process, run_phase, work
-from .gpu_smoke import smoke_items
-from .gpu_speed import card_items, ceiling_items, headline_items, peer_items, shape_items, speed_items
-from .gpu_tools import profile_items, sanitizer_items
-from .gpu_tune import block_items, scan_items, tile_items
+from ..harness.environment import RESULTS, ROOT
+from .checks import correctness_items
+from .items import Item, Setting
+from .overheads import overhead_items
+from .page import Journal, failures, line, with_floors, write
+from .run import Part, Phase, in_process, run_phase, work
+from .smoke import smoke_items
+from .speed import card_items, ceiling_items, headline_items, peer_items, shape_items, speed_items
+from .tools import profile_items, sanitizer_items
+from .tune import block_items, scan_items, tile_items
 
-RESULTS = Path(__file__).parent / "results"
 CACHE = "triton_cache.tgz"
 say = functools.partial(print, flush=True)
 
@@ -208,7 +208,7 @@ def unpacked(wheels: Path | None) -> Iterator[str | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
         "--wheels", type=Path, help="a folder with wheels of peers (trl, liger-kernel, verl, cut-cross-entropy; packaging)"
     )
@@ -240,7 +240,3 @@ def main(arguments: list[str] | None = None) -> int:
     with unpacked(given.wheels) as folder:
         report = run(replace(setting, wheels=folder), plan, Path(given.output), given.call or "")
     return 1 if failures(report) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

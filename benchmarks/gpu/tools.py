@@ -1,6 +1,6 @@
 """NVIDIA's own instruments over single operators: ncu's counters of a sweep, compute-sanitizer's word on three small calls.
 
-`python -m benchmarks.gpu_tools small|head` is what they start; where a tool is missing, or may not read the device, the item is
+`python -m benchmarks.gpu.tools small|head` is what they start; where a tool is missing, or may not read the device, the item is
 skipped with the reason.
 """
 
@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from .cases import make_case, runner
-from .gpu_items import BF16, Item, Setting, Skip
-from .gpu_run import ROOT
-from .packs import pack
-from .peers import OURS, peers
-from .projections import HEAD_SHAPE
+from ..harness.cases import make_case, runner
+from ..harness.credit_inputs import pack
+from ..harness.environment import ROOT
+from ..harness.peers import OURS, peers
+from ..reports.projections import HEAD_SHAPE
+from .items import BF16, Item, Setting, Skip
 
 _FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
 # One pass over the counters must do: a second would find the tile in the cache that the first has read.
@@ -82,12 +82,12 @@ def _memcheck() -> dict:
 
 
 def _run(tool: str, *options: str, what: str, caching: bool = True) -> subprocess.CompletedProcess:
-    """A tool over `python -m benchmarks.gpu_tools what`. caching: False gives each tensor an allocation of its own."""
+    """A tool over `python -m benchmarks.gpu.tools what`. caching: False gives each tensor an allocation of its own."""
     path = shutil.which(tool) or next((str(p) for f in _FOLDERS for p in Path("/").glob(f"{f[1:]}/{tool}")), None)
     if path is None:
         raise Skip(f"{tool} is not installed")
     environment = os.environ if caching else {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [path, *options, sys.executable, "-m", "benchmarks.gpu_tools", what]
+    command = [path, *options, sys.executable, "-m", "benchmarks.gpu.tools", what]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     output = done.stdout + done.stderr
     refused = [line.strip() for line in output.splitlines() if any(word in line for word in _REFUSED)]

@@ -17,7 +17,7 @@ from gear_trainer.records import read_records
 from gear_trainer.rollout import Rollout
 from gear_trainer.tasks import make_task
 
-from .measure import OtherLoad, elapsed_ms, interleave, keep_freed_blocks, one_thread
+from ..harness.measure import OtherLoad, elapsed_ms, interleave, keep_freed_blocks, one_thread
 
 STEP = 5  # of the run: early enough for half of the trajectories to have an advantage
 STUDENT, TEACHER = ("logprobs", "entropy"), ("logprobs", "entropy", "teacher_logprobs")

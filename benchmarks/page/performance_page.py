@@ -1,4 +1,4 @@
-"""docs/performance.md from the JSON files of benchmarks/results: `python -m benchmarks.performance_page [--check]`.
+"""docs/performance.md from the JSON files of benchmarks/results: `python -m benchmarks.page [--check]`.
 
 No number on the page is written by hand but the limits below; the README's figures between its two `figures` comments are
 written too. --check writes nothing and fails where either is another.
@@ -10,20 +10,21 @@ import argparse
 import difflib
 import json
 import math
-import sys
 from pathlib import Path
 
-from . import demo
-from .credit_report import LOOP
-from .gpu_page import GOALS
-from .peers import OURS
-from .projections import HEAD_SHAPE
-from .scaling import AXES, EAGER, FILE, GEMMS, PASSES, PLOTS, RESULTS, ROOT, series
-from .tables import _markdown_row
+from ..gpu.page import GOALS
+from ..harness.cases import PASSES
+from ..harness.environment import PLOTS, RESULTS, ROOT
+from ..harness.peers import OURS
+from ..harness.tables import _markdown_row
+from ..reports import demo
+from ..reports.credit import LOOP
+from ..reports.projections import HEAD_SHAPE
+from ..reports.scaling import AXES, EAGER, FILE, GEMMS, series
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- figures: by python -m benchmarks.performance_page -->\n", "<!-- /figures -->"
+BEGIN, END = "<!-- figures: by python -m benchmarks.page -->\n", "<!-- /figures -->"
 TYPICAL = "typical, 512 sequences"
 # DESIGN.md, section 4, and the issue that set the scan's
 LIMITS = {"torch.compile": 2.5, EAGER: 12.0, "bandwidth": 0.8, "scan_ms": 15.0, "loop": 100.0, "hostile": 5.0}
@@ -171,7 +172,7 @@ def credit(report: dict) -> list[str]:
     slow = sorted(methods, key=lambda r: -r["median_ms"])[:3]
     named = ", ".join(f"{r['what'].removeprefix('method ')} {r['median_ms']:.0f} ms" for r in slow)
     note = f"The limits are GEAR's. The slowest of the other methods on the typical pack: {named}."
-    lines = ["## Credit", "", f"`python -m benchmarks.credit_report`: {origin(report)}. {load_note([report['other_load']])}", ""]
+    lines = ["## Credit", "", f"`python -m benchmarks.reports.credit`: {origin(report)}. {load_note([report['other_load']])}", ""]
     return [*lines, *table(["", "measured", "limit"], limits), note + _table_link("credit_report.md"), ""]
 
 
@@ -195,7 +196,7 @@ def growth(found: dict) -> list[str]:
         rows += [_point(AXES[axis], axis, passes, p) for p in line]
     heads = ["varied", "pass", "ours, ms", "GEMMs alone (limit), ms", "ours / limit", "eager / ours", "extra MiB, ours / eager"]
     base = ", ".join(f"{a} = {b}" for a, b in zip(AXES, measured["base"], strict=True))
-    lines = ["## How cost grows", "", f"`python -m benchmarks.scaling`: {origin(measured)}."]
+    lines = ["## How cost grows", "", f"`python -m benchmarks.reports.scaling`: {origin(measured)}."]
     lines += [f"One size varied at a time around {base}, float32. {load_note([measured['other_load']])}", ""]
     lines += picture("scaling_time", "Time against rows, vocabulary and width") + table(heads, rows)
     return lines + picture("scaling_memory", "Peak extra memory against rows, vocabulary and width")
@@ -243,8 +244,8 @@ def _gpu_ranks(model: dict) -> list[str]:
             rows.append([passes, count, *cells, f"{sum(parts.values()):.3g}"])
     gpu, shape = model["gpu"], ", ".join(f"{a} = {b}" for a, b in zip(AXES, model["head_shape"], strict=True))
     text = (
-        f"**Model, not measured** (`benchmarks/projections.py`): {shape}, bfloat16; products at {gpu['flops'] / 1e12:g} TFLOP/s, "
-        f"collectives at {gpu['link'] / 1e9:g} GB/s one way, one after another. Milliseconds, a floor:"
+        f"**Model, not measured** (`benchmarks/reports/projections.py`): {shape}, bfloat16; products at "
+        f"{gpu['flops'] / 1e12:g} TFLOP/s, collectives at {gpu['link'] / 1e9:g} GB/s one way, one after another. Milliseconds, a floor:"
     )
     return [text, "", *table(["pass", "GPUs", "products", "all-gather", "all-reduce", "sum"], rows)]
 
@@ -259,7 +260,7 @@ def step(runs: dict, model: dict) -> list[str]:
     rows.append(["whole step", f"{grpo['step']:.3f}", f"{gear['step']:.3f}", _ratio(gear["step"], grpo["step"])])
     seeds = len(runs["runs"]) // len(demo.METHODS)
     text = (
-        f"`python -m benchmarks.demo`: {origin(runs)}, {seeds} seeds a method, one run after the other on two ranks. "
+        f"`python -m benchmarks.reports.demo`: {origin(runs)}, {seeds} seeds a method, one run after the other on two ranks. "
         f"{load_note([runs['other_load']])} Seconds by the runs' own timers: medians over the {grpo['steps']:g} steps of a run, "
         "then over the seeds. score holds the teacher's pass. That and update cover only trajectories whose advantage is not 0; "
         f"in the median step {grpo['zero_advantage']:.0%} (GRPO) and {gear['zero_advantage']:.0%} (GEAR) had one of 0. update is "
@@ -310,8 +311,8 @@ def _model_step(model: dict) -> list[str]:
     whole = sum(grpo.values()), sum(gear.values())
     rows.append(["sum", *(f"{x:.3g}" for x in whole), _ratio(whole[1], whole[0])])
     text = (
-        f"**Model, not measured** (`benchmarks/projections.py`): Qwen3-8B, {s['gpus']} H200, {s['trajectories']} trajectories of "
-        f"{s['prompt']} + {s['response']} tokens; the teacher's prompt is {s['hint']} longer, its pass over {s['taught']:.0%} of "
+        f"**Model, not measured** (`benchmarks/reports/projections.py`): Qwen3-8B, {s['gpus']} H200, "
+        f"{s['trajectories']} trajectories of {s['prompt']} + {s['response']} tokens; the teacher's prompt is {s['hint']} longer, its pass over {s['taught']:.0%} of "
         f"them. Products at {model['gpu']['flops'] / 1e12:g} TFLOP/s, sampling at {model['gpu']['memory'] / 1e12:g} TB/s; "
         "launches, waits and the optimizer are left out, so seconds are floors and the ratio is what to read:"
     )
@@ -340,7 +341,7 @@ def gpus(reports: dict[str, dict], compiled: dict) -> list[str]:
     never = (
         "**Nothing on this page was measured on a GPU.** Never run on one: every Triton kernel (they run in Triton's interpreter "
         "and compile), CUDA graphs, NCCL, the CUDA branches of the benchmarks' instruments, colocated vLLM on CUDA and the "
-        "Qwen3-8B configuration. `python -m benchmarks.gpu_report` measures the goals above."
+        "Qwen3-8B configuration. `python -m benchmarks.gpu` measures the goals above."
     )
     measured = [line for name, report in reports.items() for line in _gpu_speed(name, report)]
     return [*lines, text + _table_link("compile_report.md"), "", *(measured or [never])]
@@ -375,7 +376,7 @@ def _gpu_speed(name: str, report: dict) -> list[str]:
 
 HEAD = """# Performance
 
-Written by `python -m benchmarks.performance_page` from the JSON files of [benchmarks/results](../benchmarks/results); every
+Written by `python -m benchmarks.page` from the JSON files of [benchmarks/results](../benchmarks/results); every
 figure stands beside its limit. Medians; ratios above 1x say how many times as long the other takes. Models are called models.
 """
 
@@ -388,7 +389,7 @@ def page(results: Path = RESULTS) -> str:
     reports = {path.name: json.loads(path.read_text()) for path in sorted(results.glob("gpu_*.json"))}
     loads = load_note([s["other_load"] for s in cpu["sections"]])
     lines = [*HEAD.splitlines(), "", "## The operators on a CPU", ""]
-    lines += [f"`python -m benchmarks.cpu_report`: {origin(cpu)}. {loads}{_table_link('cpu_report.md')}", ""]
+    lines += [f"`python -m benchmarks.reports.cpu`: {origin(cpu)}. {loads}{_table_link('cpu_report.md')}", ""]
     lines += logits(cpu) + hidden(cpu) + slower(cpu) + credit(scan) + growth(found) + ranks(found) + step(runs, found["model"])
     return "\n".join([*lines, *gpus(reports, compiled)]).rstrip() + "\n"
 
@@ -430,7 +431,7 @@ def check(path: Path = PAGE, plots: Path = PLOTS, front: Path = README) -> list[
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.performance_page", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed page, write nothing")
     if parser.parse_args(arguments).check:
         lines = check()
@@ -440,7 +441,3 @@ def main(arguments: list[str] | None = None) -> int:
     README.write_text(readme(README.read_text()))
     print(f"wrote {PAGE.relative_to(ROOT)} and the figures of {README.name}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

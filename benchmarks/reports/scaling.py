@@ -1,4 +1,4 @@
-"""How cost grows: `python -m benchmarks.scaling [--quick] [--parts points,ranks,model]`.
+"""How cost grows: `python -m benchmarks.reports.scaling [--quick] [--parts points,ranks,model]`.
 
 Time and memory of linear_token_stats against rows, vocabulary and width, beside eager torch and the plain GEMMs; the same over a
 vocabulary cut between processes; and the written models of projections.py. Writes scaling.json and the plots of docs/plots; parts
@@ -26,14 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gear_kernels import Head, linear_token_stats
 
+from ..harness.cases import OUTPUTS, PASSES, make_case, runner
+from ..harness.environment import PLOTS, RESULTS, ROOT, environment
+from ..harness.measure import OtherLoad, elapsed_ms, extra_memory, interleave
+from ..harness.peers import OURS, peers
 from . import projections
-from .cases import OUTPUTS, PASSES, make_case, runner
-from .cpu_report import RESULTS, environment, gemm_name, gemms
-from .measure import OtherLoad, elapsed_ms, extra_memory, interleave
-from .peers import OURS, peers
+from .cpu import gemm_name, gemms
 
-ROOT = Path(__file__).parent.parent
-PLOTS = ROOT / "docs" / "plots"
 FILE = "scaling.json"
 PARTS = ("points", "ranks", "model")
 EAGER = "eager torch"
@@ -162,7 +161,7 @@ def _ranks_of(count: int, plan: Plan) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "timings.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        command = [*launch, "-m", "benchmarks.scaling", "--worker", str(path), *(["--quick"] if plan.quick else [])]
+        command = [*launch, "-m", "benchmarks.reports.scaling", "--worker", str(path), *(["--quick"] if plan.quick else [])]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{count} ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -196,7 +195,7 @@ def measure(plan: Plan, parts: tuple[str, ...], progress: Progress) -> dict:
 
 def run(plan: Plan, parts: tuple[str, ...], output: Path, plots: Path, console: Console) -> dict:
     """Measure, write scaling.json to `output` and the pictures to `plots`; what the JSON holds."""
-    from . import plots as pictures
+    from ..page import plots as pictures
 
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     path = output / FILE
@@ -212,7 +211,7 @@ def run(plan: Plan, parts: tuple[str, ...], output: Path, plots: Path, console: 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reports.scaling", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a self-test of a few seconds, into a temporary folder")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; the others keep what the file holds")
     parser.add_argument("--output", type=Path, help="where scaling.json goes")

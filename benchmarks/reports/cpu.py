@@ -1,4 +1,4 @@
-"""gear_kernels against its peers on this machine's CPU: `python -m benchmarks.cpu_report [--quick] [--no-compile]`.
+"""gear_kernels against its peers on this machine's CPU: `python -m benchmarks.reports.cpu [--quick] [--no-compile]`.
 
 Prints tables and writes cpu_report.json and cpu_report.md. Times are medians of interleaved calls; every output is held against
 float64, so that a fast wrong answer shows.
@@ -7,14 +7,9 @@ float64, so that a fast wrong answer shows.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import gc
 import json
 import math
-import platform
-import re
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -26,16 +21,13 @@ import torch._inductor.config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gear_kernels.backends import version
+from ..harness.cases import PASSES, Case, Truth, find_truth, make_case, plain, runner
+from ..harness.environment import RESULTS, environment
+from ..harness.measure import OtherLoad, ReadBandwidth, elapsed_ms, extra_memory, interleave
+from ..harness.peers import OURS, Peer, PeerMissing, peers
+from ..harness.tables import LEGEND, Row, Section, as_dict, markdown, terminal
 
-from .cases import PASSES, Case, Truth, find_truth, make_case, plain, runner
-from .measure import OtherLoad, ReadBandwidth, elapsed_ms, extra_memory, interleave
-from .peers import OURS, Peer, PeerMissing, peers
-from .tables import LEGEND, Row, Section, as_dict, markdown, terminal
-
-RESULTS = Path(__file__).parent / "results"
 DTYPES = (torch.float32, torch.bfloat16)
-PACKAGES = ("gear-kernels", "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "numpy")
 # Tensors of [N, V] that a pass over given logits must move at least: both heads read; backward reads them again and writes one
 TRAFFIC = {"forward": 2, "forward+backward": 5}
 
@@ -192,40 +184,6 @@ def _compare(section: Section, reference_ms: float, dtype: torch.dtype) -> None:
             row.bandwidth_share = row.gb_s / section.read_gb_s
 
 
-# --- the machine -------------------------------------------------------------------------------------------------------------
-
-
-def environment() -> dict:
-    """Date (UTC), commit, processor, threads and versions."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "cpu": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + (" and changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if model:
-            return f"{model[1]} ({torch.backends.cpu.get_cpu_capability()})"
-    return platform.processor() or platform.machine()
-
-
 # --- entry point -------------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +218,7 @@ def run(plan: Plan, output: Path = RESULTS, console: Console | None = None) -> d
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reports.cpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, nothing compiled: a self-test of a few seconds")
     parser.add_argument("--no-compile", action="store_true", help="leave out the peers that compile (minutes)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the two files go")

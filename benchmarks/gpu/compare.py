@@ -12,7 +12,7 @@ import torch
 from gear_kernels import Head, linear_token_stats, reference, stats, token_stats
 from gear_kernels.reference import GRADIENT_NAMES, STAT_NAMES
 
-from .gpu_items import BF16, F16, F32, Setting
+from .items import BF16, F16, F32, Setting
 
 
 @dataclass(frozen=True)

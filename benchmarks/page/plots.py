@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from . import projections
-from .cases import PASSES
-from .demo import METHODS, PHASES, typical
-from .peers import OURS
-from .scaling import AXES, EAGER, GEMMS, series
+from ..harness.cases import PASSES
+from ..harness.peers import OURS
+from ..reports import projections
+from ..reports.demo import METHODS, PHASES, typical
+from ..reports.scaling import AXES, EAGER, GEMMS, series
 
 _COLORS = {OURS: "C0", EAGER: "C1", GEMMS: "0.45"}
 _AXIS_LABELS = ("N, rows (tokens)", "V, vocabulary", "D, width of hidden states")

@@ -15,14 +15,14 @@ from gear_kernels.backends import backend
 from gear_kernels.methods import METHODS, NORMALIZERS
 from gear_kernels.reference import GRADIENT_NAMES, STAT_NAMES
 
-from .cases import plain
-from .gpu_compare import Problem, check, check_linear, compare, compare_gradients, gradients, linear, problem, weighted
-from .gpu_items import BF16, F16, F32, Item, Setting, Skip
-from .gpu_timing import capture
-from .packs import Pack
-from .packs import inputs_of as credit_inputs
-from .packs import packs as credit_packs
-from .peers import ALL as DEFAULT
+from ..harness.cases import plain
+from ..harness.credit_inputs import Pack
+from ..harness.credit_inputs import inputs_of as credit_inputs
+from ..harness.credit_inputs import packs as credit_packs
+from ..harness.peers import ALL as DEFAULT
+from .compare import Problem, check, check_linear, compare, compare_gradients, gradients, linear, problem, weighted
+from .items import BF16, F16, F32, Item, Setting, Skip
+from .timing import capture
 
 SUBSETS = (("logprobs", "entropy"), DEFAULT, ("reverse_kl",), ("forward_kl",), ("jsd",), ("teacher_logprobs", "teacher_entropy"))
 

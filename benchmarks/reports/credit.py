@@ -1,4 +1,4 @@
-"""The credit scan on typical and hostile packs: `python -m benchmarks.credit_report [--device cuda] [--quick]`.
+"""The credit scan on typical and hostile packs: `python -m benchmarks.reports.credit [--device cuda] [--quick]`.
 
 Prints a table and writes credit_report.json and credit_report.md: medians of interleaved calls of `credit_weights`, the reference
 back end and Algorithm 1 written as a Python loop on the typical pack, and whether all of them agree.
@@ -20,9 +20,9 @@ import gear_kernels
 from gear_kernels import Gear
 from gear_kernels.methods import METHODS
 
-from .cpu_report import RESULTS, environment
-from .measure import OtherLoad, elapsed_ms, interleave
-from .packs import Pack, inputs_of, packs
+from ..harness.credit_inputs import Pack, inputs_of, packs
+from ..harness.environment import RESULTS, environment
+from ..harness.measure import OtherLoad, elapsed_ms, interleave
 
 LOOP, REFERENCE, OURS = "Python loop", "reference back end", "gear_kernels"
 
@@ -132,7 +132,7 @@ def run(device: str, quick: bool, output: Path, console: Console | None = None) 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.credit_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reports.credit", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small packs: a self-test of a few seconds")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the two files go")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .gpu_items import Setting, synchronize
-from .measure import elapsed_ms
+from ..harness.measure import elapsed_ms
+from .items import Setting, synchronize
 
 SMALL_MS = 1.0  # below it a call is timed by a graph: its launches would take longer than its kernels
 _GRAPH_CALLS = (20, 50)  # in one graph, fewest and most

@@ -17,16 +17,16 @@ import torch
 from gear_kernels import linear_token_stats
 from gear_kernels.reference import STAT_NAMES
 
-from .cases import PASSES, Case, make_case, plain, runner
-from .gpu_compare import named, weighted
-from .gpu_items import BF16, F32, Item, Setting, Skip, is_fatal, synchronize
-from .gpu_timing import alone_ms, timed
-from .measure import MIB, ReadBandwidth, extra_memory
-from .packs import TOKEN_BYTES, Pack
-from .packs import packs as credit_packs
-from .peers import ALL as DEFAULT
-from .peers import OURS, UPDATE_PEERS, Peer, PeerMissing, eager_stats, peers, trl_kernels
-from .projections import HEAD_SHAPE
+from ..harness.cases import PASSES, Case, make_case, plain, runner
+from ..harness.credit_inputs import TOKEN_BYTES, Pack
+from ..harness.credit_inputs import packs as credit_packs
+from ..harness.measure import MIB, ReadBandwidth, extra_memory
+from ..harness.peers import ALL as DEFAULT
+from ..harness.peers import OURS, UPDATE_PEERS, Peer, PeerMissing, eager_stats, peers, trl_kernels
+from ..reports.projections import HEAD_SHAPE
+from .compare import named, weighted
+from .items import BF16, F32, Item, Setting, Skip, is_fatal, synchronize
+from .timing import alone_ms, timed
 
 UPDATE_LABEL = "log-prob + entropy"  # the update pass: TRL's issue 7244 has this shape
 REPEATS = 3  # of the headline
