@@ -38,9 +38,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from gear_kernels.methods import METHODS, NORMALIZERS, Gear
+
+from ..harness.cases import OUTPUTS, plain
 from ..harness.environment import RESULTS, ROOT
+from ..harness.internals import IGNORED, STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, Task, Tile, needs_teacher
+from ..harness.tables import markdown_table, progress_bar, terminal_console
 
 TABLE = "compile_report.json"
 ALIGNED, RAGGED = 151936, 32003
@@ -62,7 +67,7 @@ FEW = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Kernel:
     """One kernel, compiled. registers: per thread (AMD: vector registers).  spills: bytes of memory per thread (AMD: scratch;
     scalar registers that run out are kept in lanes of vector ones, which are counted).  shared: bytes per program.
     load_bits, store_bits: of one access to global memory by a thread: the widest vector, or where there is none the most
@@ -108,9 +113,7 @@ class Family:
     launches: Callable[[ModuleType], list[Launch]]
 
 
-DEFAULT = ("logprobs", "entropy", "reverse_kl")
-STUDENT = ("logprobs", "entropy")
-EVERY = ("logprobs", "teacher_logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd")
+DEFAULT, STUDENT, EVERY = OUTPUTS, OUTPUTS[:2], STAT_NAMES
 _NAMES = {DEFAULT: "default", STUDENT: "student only", EVERY: "all seven"}
 SUBSETS = (DEFAULT, STUDENT, EVERY, ("reverse_kl",), ("forward_kl",), ("jsd",))
 HEADS = {"": {}, "bias": {"bias": True}, "bias scale softcap": {"bias": True, "scale": 0.0625, "softcap": 30.0}}
@@ -121,7 +124,7 @@ _ROWS = 64  # of no consequence: kernels do not specialise on it
 
 
 @dataclass(frozen=True)
-class Case:
+class Variant:
     """One specialisation of the statistics kernels. dtype: of the logits.  out: of dz; None: the same.  strided: logits whose
     columns are not adjacent in memory.
     """
@@ -137,9 +140,8 @@ class Case:
     @property
     def name(self) -> str:
         """As it stands in the table."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        parts = [_NAMES.get(self.stats, *self.stats[:1]), dtype, f"V={self.columns}"]
-        parts += [f"dz {str(self.out).removeprefix('torch.')}"] if self.out else []
+        parts = [_NAMES.get(self.stats, *self.stats[:1]), plain(self.dtype), f"V={self.columns}"]
+        parts += [f"dz {plain(self.out)}"] if self.out else []
         parts += [] if self.masked else ["unmasked"]
         return ", ".join([*parts, *[self.head] * bool(self.head), *["strided"] * self.strided])
 
@@ -148,17 +150,26 @@ def _meta(*shape: int, dtype: torch.dtype = _F32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def statistics_cases() -> list[Case]:
+def statistics_cases() -> list[Variant]:
     """Specialisations that the sweep and the gradient kernel share; `out` counts for the gradient alone."""
     needs_targets = {subset: "logprobs" in subset for subset in SUBSETS}
-    cases = [Case(s, masked=needs_targets[s]) for s in SUBSETS]
-    cases += [Case(s, _F32, _BF16, masked=needs_targets[s]) for s in SUBSETS]  # hidden states in bfloat16: logits stay float32
-    cases += [Case(s, _BF16, masked=needs_targets[s]) for s in SUBSETS]
-    cases += [Case(s, _F32, _BF16, columns=TILE) for s in (DEFAULT, STUDENT, EVERY)]
-    cases += [Case(s, _F16) for s in (DEFAULT, EVERY)] + [Case(("reverse_kl",), masked=True), Case(DEFAULT, _F32, _F16)]
-    cases += [Case(s, dtype, columns=RAGGED) for s, dtype in ((DEFAULT, _F32), (DEFAULT, _BF16), (DEFAULT, _F16), (EVERY, _F32))]
-    cases += [Case(s, _F32, _BF16, head=head) for s in (DEFAULT, EVERY) for head in HEADS if head]
-    cases += [Case(STUDENT, _F32, _BF16, head="bias scale softcap"), Case(DEFAULT, columns=1), Case(EVERY, _BF16, strided=True)]
+    cases = [Variant(s, masked=needs_targets[s]) for s in SUBSETS]
+    cases += [Variant(s, _F32, _BF16, masked=needs_targets[s]) for s in SUBSETS]  # hidden states in bfloat16: logits stay float32
+    cases += [Variant(s, _BF16, masked=needs_targets[s]) for s in SUBSETS]
+    cases += [Variant(s, _F32, _BF16, columns=TILE) for s in (DEFAULT, STUDENT, EVERY)]
+    cases += [Variant(s, _F16) for s in (DEFAULT, EVERY)] + [
+        Variant(("reverse_kl",), masked=True),
+        Variant(DEFAULT, _F32, _F16),
+    ]
+    cases += [
+        Variant(s, dtype, columns=RAGGED) for s, dtype in ((DEFAULT, _F32), (DEFAULT, _BF16), (DEFAULT, _F16), (EVERY, _F32))
+    ]
+    cases += [Variant(s, _F32, _BF16, head=head) for s in (DEFAULT, EVERY) for head in HEADS if head]
+    cases += [
+        Variant(STUDENT, _F32, _BF16, head="bias scale softcap"),
+        Variant(DEFAULT, columns=1),
+        Variant(EVERY, _BF16, strided=True),
+    ]
     return cases
 
 
@@ -169,12 +180,12 @@ def statistics_launches(module: ModuleType) -> list[Launch]:
         found.append(Launch(case.name, lambda case=case: _gradient(module, case)))
         if case.out is None or case.head or case.columns == TILE:
             found.append(Launch(case.name, lambda case=case: _sweep(module, case)))
-    jsd = [Case(("jsd",), dtype, masked=masked) for dtype in (_F32, _BF16, _F16) for masked in (True, False)]
+    jsd = [Variant(("jsd",), dtype, masked=masked) for dtype in (_F32, _BF16, _F16) for masked in (True, False)]
     jsd += [
-        Case(("jsd",), columns=TILE),
-        Case(("jsd",), columns=RAGGED),
-        Case(("jsd",), columns=1),
-        Case(("jsd",), head="bias scale softcap"),
+        Variant(("jsd",), columns=TILE),
+        Variant(("jsd",), columns=RAGGED),
+        Variant(("jsd",), columns=1),
+        Variant(("jsd",), head="bias scale softcap"),
     ]
     found += [Launch(case.name, lambda case=case: _mixture(module, case)) for case in jsd]
     return found + [
@@ -183,16 +194,11 @@ def statistics_launches(module: ModuleType) -> list[Launch]:
 
 
 def _task(stats: tuple[str, ...], masked: bool):
-    from gear_kernels.backends import Task
-    from gear_kernels.reference import Rows
-
-    return Task(Rows(_meta(_ROWS, dtype=torch.int64) if masked else None, _meta(_ROWS), -100), stats)
+    return Task(Rows(_meta(_ROWS, dtype=torch.int64) if masked else None, _meta(_ROWS), IGNORED), stats)
 
 
-def _pair(case: Case):
+def _pair(case: Variant):
     """Both heads' tiles; None for the teacher where no statistic needs it."""
-    from gear_kernels.backends import Tile, needs_teacher
-
     z = _meta(case.columns, _ROWS, dtype=case.dtype).T if case.strided else _meta(_ROWS, case.columns, dtype=case.dtype)
     options = dict(HEADS[case.head])
     if options.pop("bias", False):
@@ -201,28 +207,34 @@ def _pair(case: Case):
     return tile, tile if needs_teacher(case.stats) else None
 
 
-def _sweep(module: ModuleType, case: Case) -> None:
-    module.sweep(*_pair(case), _task(case.stats, case.masked), _meta(1, _ROWS, 12, dtype=torch.float64))
+def _sums() -> torch.Tensor:
+    return _meta(1, _ROWS, len(SUM_NAMES), dtype=torch.float64)
 
 
-def _gradient(module: ModuleType, case: Case) -> None:
+def _sweep(module: ModuleType, case: Variant) -> None:
+    module.sweep(*_pair(case), _task(case.stats, case.masked), _sums())
+
+
+def _gradient(module: ModuleType, case: Variant) -> None:
     student, teacher = _pair(case)
     dz = torch.empty_like(student.z, dtype=case.out or case.dtype)
-    module.gradient(student, teacher, _task(case.stats, case.masked), _meta(_ROWS, 9), _meta(_ROWS, 7), dz)
+    module.gradient(
+        student, teacher, _task(case.stats, case.masked), _meta(_ROWS, len(STATE_NAMES)), _meta(_ROWS, len(STAT_NAMES)), dz
+    )
 
 
 def _finish(module: ModuleType, masked: bool) -> None:
-    module.finish(_meta(1, _ROWS, 12, dtype=torch.float64), _task(EVERY, masked))
+    module.finish(_sums(), _task(EVERY, masked))
 
 
-def _mixture(module: ModuleType, case: Case) -> None:
-    module.mixture(*_pair(case), _task(case.stats, case.masked), _meta(_ROWS, 9), _meta(1, _ROWS, 2, dtype=torch.float64))
+def _mixture(module: ModuleType, case: Variant) -> None:
+    module.mixture(
+        *_pair(case), _task(case.stats, case.masked), _meta(_ROWS, len(STATE_NAMES)), _meta(1, _ROWS, 2, dtype=torch.float64)
+    )
 
 
 def scan_launches(module: ModuleType) -> list[Launch]:
     """The scan for every rule, normaliser and segmenter, masked or not, at 1024 tokens a sequence; other block sizes for GEAR."""
-    from gear_kernels.methods import METHODS, NORMALIZERS, Gear
-
     cases = {name: METHODS[name] for name in METHODS if hasattr(METHODS[name], "scan") and METHODS[name].scan() is not None}
     cases |= {f"gear, {name}": Gear(normalizer=name) for name in NORMALIZERS if name != "relu_max"}
     cases["gear, caps"] = Gear(max_segment_len=64, stop_at_turn=True, renormalize=True)
@@ -258,7 +270,7 @@ FAMILIES = (
 # --- one target, in its own process -----------------------------------------------------------------------------------------
 
 
-class _StubDriver:
+class StubDriver:
     """Stands in for a GPU's driver: Triton's compiler asks it for the target, and for nothing that needs the device."""
 
     def __init__(self, target):
@@ -297,13 +309,13 @@ class _Recorder:
 
 
 def worker(target: str, only: str, config: tuple[int, int] | None) -> None:
-    """Print the number of launches, then each Row, as lines of JSON. config: block and warps in place of the package's table."""
+    """Print the number of launches, then each Kernel as a line of JSON. config: block and warps in place of the package's own."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
     triton.knobs.nvidia.dump_ptxas_log = True
-    driver.set_active(_StubDriver(GPUTarget(*TARGETS[target][0])))
+    driver.set_active(StubDriver(GPUTarget(*TARGETS[target][0])))
     compiled: list = []
     chosen = [(kernel, launch) for kernel, launch in _launches(compiled, config) if re.search(only, launch.case)]
     print(json.dumps(len(chosen)), flush=True)
@@ -332,11 +344,11 @@ def _fixed(config, *_):
     return config
 
 
-def _row(target: str, case: str, compiled, options: dict, log: str) -> Row:
+def _row(target: str, case: str, compiled, options: dict, log: str) -> Kernel:
     measure = _amd if TARGETS[target][0][0] == "hip" else _nvidia
     block = next(value for name, value in options.items() if name in ("BLOCK", "ROWS"))
     kernel = compiled.metadata.name.strip("_").removesuffix("_kernel")
-    return Row(target, kernel, case, block, options["num_warps"], **measure(compiled, log), shared=compiled.metadata.shared)
+    return Kernel(target, kernel, case, block, options["num_warps"], **measure(compiled, log), shared=compiled.metadata.shared)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -405,20 +417,19 @@ class Options:
         return self != Options()
 
 
-def compile_all(options: Options, console: Console) -> tuple[list[Row], list[str]]:
+def compile_all(options: Options, console: Console) -> tuple[list[Kernel], list[str]]:
     """Rows of all targets, and a line for everything that went wrong on the way."""
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, console=console, transient=True) as progress, ThreadPoolExecutor(_PROCESSES) as pool:
+    with progress_bar(console) as progress, ThreadPoolExecutor(_PROCESSES) as pool:
         tasks = [progress.add_task(name, total=None) for name in options.targets]
         jobs = [pool.submit(_compile, n, options, progress, t) for n, t in zip(options.targets, tasks, strict=True)]
         done = [job.result() for job in jobs]
     return [row for rows, _ in done for row in rows], [line for _, lines in done for line in lines]
 
 
-def _compile(target: str, options: Options, progress: Progress, task: Any) -> tuple[list[Row], list[str]]:
+def _compile(target: str, options: Options, progress: Progress, task: Any) -> tuple[list[Kernel], list[str]]:
     command = [sys.executable, "-m", "benchmarks.gates.compile_report", "--worker", target, "--only", options.only]
     command += ["--config", ",".join(map(str, options.config))] if options.config else []
-    rows: list[Row] = []
+    rows: list[Kernel] = []
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as cache:
         # a fresh cache: a compile that failed with a mere message must not be answered from an old one
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
@@ -431,13 +442,13 @@ def _compile(target: str, options: Options, progress: Progress, task: Any) -> tu
                 if isinstance(found, int):
                     progress.update(task, total=found)
                 else:
-                    rows.append(Row(**found))
+                    rows.append(Kernel(**found))
                     progress.advance(task)
         errors.seek(0)
         return rows, _failures(target, rows, process.returncode, errors.read())
 
 
-def _failures(target: str, rows: list[Row], code: int, stderr: str) -> list[str]:
+def _failures(target: str, rows: list[Kernel], code: int, stderr: str) -> list[str]:
     lines = [f"{target}: {line.strip()}" for line in stderr.splitlines() if "error:" in line.lower()]
     if code or lines:
         last = f"the last kernel compiled was {rows[-1].kernel}, {rows[-1].case}" if rows else "nothing was compiled"
@@ -445,7 +456,7 @@ def _failures(target: str, rows: list[Row], code: int, stderr: str) -> list[str]
     return lines
 
 
-def faults(rows: list[Row]) -> list[str]:
+def faults(rows: list[Kernel]) -> list[str]:
     """A line for each row that spills or asks for more shared memory than its target has."""
     found = [f"{row}: spills {row.spills}" for row in rows if row.spills]
     limits = {name: limit for name, (_, limit) in TARGETS.items()}
@@ -456,7 +467,7 @@ def faults(rows: list[Row]) -> list[str]:
     ]
 
 
-def regressions(rows: list[Row], committed: list[Row], grown: bool = True) -> list[str]:
+def regressions(rows: list[Kernel], committed: list[Kernel], grown: bool = True) -> list[str]:
     """A line for each row that one table lacks, and, where `grown` asks for it, for each figure worse than the committed one."""
     old, new = ({row.key: row for row in table} for table in (committed, rows))
     found = [f"{row}: not compiled, but in the committed table" for key, row in old.items() if key not in new]
@@ -466,17 +477,17 @@ def regressions(rows: list[Row], committed: list[Row], grown: bool = True) -> li
     return sorted(found)
 
 
-def _worse(row: Row, old: Row) -> Iterator[str]:
+def _worse(row: Kernel, old: Kernel) -> Iterator[str]:
     for name, sign in (("registers", 1), ("shared", 1), ("load_bits", -1), ("store_bits", -1)):
         now, before = getattr(row, name), getattr(old, name)
         if sign * now > sign * before:
             yield f"{row}: {name} {now}, committed {before}"
 
 
-def check(rows: list[Row], path: Path, options: Options) -> list[str]:
+def check(rows: list[Kernel], path: Path, options: Options) -> list[str]:
     """All offenders against the committed table. Figures are compared only between tables of one Triton version."""
     table = json.loads(path.read_text())
-    committed = [Row(**row) for row in table["rows"]]
+    committed = [Kernel(**row) for row in table["rows"]]
     return stale(table) + _compared(rows, committed, table["triton"] == _triton_version(), options)
 
 
@@ -504,7 +515,7 @@ def _code(path: Path) -> Iterator[str]:
             yield token.string or tokenize.tok_name[token.type]
 
 
-def _compared(rows: list[Row], committed: list[Row], grown: bool, options: Options) -> list[str]:
+def _compared(rows: list[Kernel], committed: list[Kernel], grown: bool, options: Options) -> list[str]:
     committed = [row for row in committed if row.target in options.targets and re.search(options.only, row.case)]
     return faults(rows) + regressions(rows, committed, grown)
 
@@ -525,17 +536,18 @@ _LEGEND = (
 )
 
 
-def markdown(rows: list[Row], version: str) -> str:
+def markdown(rows: list[Kernel], version: str) -> str:
     """A table per kernel: a line per case, a column per target."""
     lines = ["# Compile report", "", f"Triton {version}, {len(rows)} kernels.", "", _LEGEND]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         own = [row for row in rows if row.kernel == kernel]
         sizes = {t: sorted({(r.block, r.num_warps) for r in own if r.target == t}, reverse=True) for t in TARGETS}
         lines += ["", f"## {kernel}", "", "Block/warps: " + ", ".join(f"{t} {_pairs(sizes[t])}" for t in TARGETS if sizes[t])]
-        lines += ["", "| case | " + " | ".join(TARGETS) + " |", "| --- |" + " --- |" * len(TARGETS)]
+        table = []
         for case in dict.fromkeys(row.case for row in own):
             cells = {row.target: row for row in own if row.case == case}
-            lines.append(f"| {case} | " + " | ".join(_cell(cells.get(target)) for target in TARGETS) + " |")
+            table.append([case, *(_cell(cells.get(target)) for target in TARGETS)])
+        lines += ["", *markdown_table(["case", *TARGETS], table)]
     return "\n".join(lines) + "\n"
 
 
@@ -543,15 +555,13 @@ def _pairs(sizes: list[tuple[int, int]]) -> str:
     return " and ".join(f"{block}/{warps}" for block, warps in sizes)
 
 
-def _cell(row: Row | None) -> str:
-    return (
-        ""
-        if row is None
-        else f"{row.registers}, {row.load_bits}/{row.store_bits}, {row.shared}" + f", spills {row.spills}" * bool(row.spills)
-    )
+def _cell(row: Kernel | None) -> str:
+    if row is None:
+        return ""
+    return f"{row.registers}, {row.load_bits}/{row.store_bits}, {row.shared}" + f", spills {row.spills}" * bool(row.spills)
 
 
-def write(rows: list[Row], folder: Path) -> None:
+def write(rows: list[Kernel], folder: Path) -> None:
     """compile_report.json, a row a line so that a change reads well in a diff, and compile_report.md."""
     version = _triton_version()
     body = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
@@ -606,7 +616,7 @@ def main(arguments: list[str] | None = None) -> int:
         worker(given.worker, given.only, config)
         return 0
     options = Options(tuple(given.targets.split(",")), given.only, config, given.triton)
-    return run(options, given.output, given.check, Console(width=None if sys.stdout.isatty() else 200))
+    return run(options, given.output, given.check, terminal_console(200))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ import gc
 import importlib
 import json
 import statistics
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -31,26 +30,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gear_kernels
-from gear_kernels import backends, ops, tiling
 
-from ..harness.cases import PASSES, SMALL, Case, make_case, plain, runner
+from ..harness.cases import DTYPES, HEAD_SHAPE, PASSES, SMALL, Case, make_case, plain, runner
 from ..harness.credit_inputs import SMALL_PACK, TOKEN_BYTES, pack
 from ..harness.environment import RESULTS
+from ..harness.internals import body_of, taken_for_gpu
 from ..harness.measure import elapsed_ms, interleave, keep_freed_blocks, one_thread
-from ..harness.peers import OURS, peers
-from ..reports.cpu import DTYPES
-from ..reports.projections import HEAD_SHAPE
+from ..harness.peers import EAGER, OURS, peers
+from ..harness.tables import terminal_console
 
 TABLE = "gates.json"
 CREDIT = "credit_weights, typical pack"
 _NAMES = {"logits": "token_stats", "hidden": "linear_token_stats"}
-_SHAPES = {"cpu": SMALL, "gpu": {"logits": (1024, 32003), "hidden": HEAD_SHAPE}}
+SHAPES = {"cpu": SMALL, "gpu": {"logits": (1024, 32003), "hidden": HEAD_SHAPE}}
 _REPEATS = 3
 _FIGURES = ("peak_bytes", "operators", "launches", "synchronisations")
 
 
 @dataclass(frozen=True)
-class Row:
+class Cost:
     """What one operation costs. path: cpu, or gpu (meta tensors).  peak_bytes: allocated by torch beyond the inputs, results
     included.  operators: of torch, views left out, the benchmark's own loss included.  launches: of Triton kernels.
     """
@@ -84,11 +82,9 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func.namespace == "gear_kernels"
-        ):  # on meta tensors torch would call its fake twin, which allocates results and no more
+        if func.namespace == "gear_kernels":  # on meta tensors torch would call its fake twin, which allocates results alone
             with self:
-                return getattr(ops, func._opname)._init_fn(*args, **kwargs)
+                return body_of(func)(*args, **kwargs)
         self._note((args, kwargs), counted=False)
         self.operators += not func.is_view
         try:
@@ -127,7 +123,7 @@ def _by_zeros(func, args: tuple, kwargs: dict):
     return out if "device" in kwargs else tree_map_only(torch.Tensor, lambda x: x.to("meta"), out)
 
 
-class _Launches:
+class Launches:
     """Takes a Triton kernel's place in its module: a launch is counted, and starts nothing."""
 
     def __init__(self):
@@ -145,9 +141,9 @@ def _any_config(*_) -> NamedTuple:
 
 
 @contextlib.contextmanager
-def gpu_path() -> Iterator[_Launches]:
+def gpu_path() -> Iterator[Launches]:
     """Meta tensors take the path of a GPU: the Triton back end, with its kernels replaced by one counter."""
-    launches, serving = _Launches(), replace(backends.BACKENDS["triton"], why_not=lambda device, dtype: None)
+    launches = Launches()
     with contextlib.ExitStack() as stack:
         for name in ("stats", "scan"):
             module = importlib.import_module(f"gear_kernels.triton.{name}")
@@ -155,15 +151,14 @@ def gpu_path() -> Iterator[_Launches]:
                 stack.enter_context(mock.patch.object(module, kernel, launches))
             # the real one asks the driver for the device; block and warps change no count
             stack.enter_context(mock.patch.object(module, "config", _any_config))
-        stack.enter_context(mock.patch.object(tiling, "on_gpu", lambda device: device.type != "cpu"))
         # there is no autocast on the meta device, and none is on here
         stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **options: contextlib.nullcontext()))
-        stack.enter_context(mock.patch.dict(backends.BACKENDS, triton=serving))
+        stack.enter_context(taken_for_gpu())
         stack.enter_context(gear_kernels.backend("triton"))
         yield launches
 
 
-def figures(only: str = "") -> list[Row]:
+def figures(only: str = "") -> list[Cost]:
     """A row for each operation whose `path: name` holds `only`, CPU first."""
     cpu = [_counted("cpu", *item) for item in _operations("cpu") if only in f"cpu: {item[0]}"]
     with gpu_path() as launches:
@@ -172,7 +167,7 @@ def figures(only: str = "") -> list[Row]:
 
 def _operations(path: str, dtypes: tuple = DTYPES) -> Iterator[tuple[str, Callable]]:
     """(name, call that prepares: it returns what is measured) of all operations."""
-    for kind, shape in _SHAPES[path].items():
+    for kind, shape in SHAPES[path].items():
         for dtype in dtypes:
             for passes in PASSES:
                 yield _name(kind, dtype, passes), lambda k=kind, d=dtype, s=shape, p=passes: _statistics(path, k, d, s, p)
@@ -201,7 +196,7 @@ def _without_values(kind: str, dtype: torch.dtype, rows: int, columns: int, widt
     return Case(empty(*shape).requires_grad_(), empty(*shape), empty(rows, kind=torch.int64), row_grads, weight)
 
 
-def _counted(path: str, operation: str, prepare: Callable, launches: _Launches | None = None) -> Row:
+def _counted(path: str, operation: str, prepare: Callable, launches: Launches | None = None) -> Cost:
     call = prepare()
     with Counter():
         call()  # what is cached at the first call is no cost of the second
@@ -210,7 +205,7 @@ def _counted(path: str, operation: str, prepare: Callable, launches: _Launches |
     with Counter() as counter:
         call()
     started = launches.count - before if launches else 0
-    return Row(path, operation, counter.peak, counter.operators, started, counter.synchronisations)
+    return Cost(path, operation, counter.peak, counter.operators, started, counter.synchronisations)
 
 
 # --- timing ------------------------------------------------------------------------------------------------------------------
@@ -222,7 +217,7 @@ def _timed(only: str) -> Iterator[tuple[str, Callable, Callable]]:
         for passes in PASSES:
             name = _name(kind, torch.float32, passes)
             if only in ("", name):
-                both = (_statistics("cpu", kind, torch.float32, shape, passes, peer) for peer in (OURS, "eager torch"))
+                both = (_statistics("cpu", kind, torch.float32, shape, passes, peer) for peer in (OURS, EAGER))
                 yield name, *both
     if only in ("", CREDIT):
         p, rows = pack(*SMALL_PACK), torch.ones(TOKEN_BYTES, SMALL_PACK[0], dtype=torch.uint8)
@@ -253,11 +248,11 @@ def typical_ratios() -> dict[str, float]:
 # --- the gates ---------------------------------------------------------------------------------------------------------------
 
 
-def grown(rows: list[Row], table: dict, whole: bool = True) -> list[str]:
+def grown(rows: list[Cost], table: dict, whole: bool = True) -> list[str]:
     """A line for each figure above the table's. Between versions of torch only synchronisations are compared, and that none is
     above 0 in a new row. whole: rows that one of the two lacks are offenders too.
     """
-    old, new = {row.key: row for row in (Row(**r) for r in table["rows"])}, {row.key: row for row in rows}
+    old, new = {row.key: row for row in (Cost(**r) for r in table["rows"])}, {row.key: row for row in rows}
     lines = [f"{row}: not in the committed table; write it anew" for key, row in new.items() if key not in old] if whole else []
     lines += [f"{row}: in the committed table, but no longer measured" for key, row in old.items() if key not in new and whole]
     names = _FIGURES if table["torch"] == torch.__version__ else _FIGURES[-1:]
@@ -268,10 +263,10 @@ def grown(rows: list[Row], table: dict, whole: bool = True) -> list[str]:
     return sorted(lines)
 
 
-def shrunk(rows: list[Row], table: dict) -> int:
+def shrunk(rows: list[Cost], table: dict) -> int:
     """How many figures are below the table's: seen the other way round, they grew."""
     other = {"torch": table["torch"], "rows": [asdict(row) for row in rows]}
-    return len(grown([Row(**row) for row in table["rows"]], other, whole=False))
+    return len(grown([Cost(**row) for row in table["rows"]], other, whole=False))
 
 
 def slower(table: dict, factor: float, only: str = "") -> list[str]:
@@ -288,7 +283,7 @@ def slower(table: dict, factor: float, only: str = "") -> list[str]:
     return lines
 
 
-def write(rows: list[Row], times: dict[str, float], path: Path) -> None:
+def write(rows: list[Cost], times: dict[str, float], path: Path) -> None:
     """The table, a row a line so that a change reads well in a diff."""
     body = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
     pairs = ",\n".join(f"  {json.dumps(name)}: {ratio}" for name, ratio in times.items())
@@ -297,7 +292,8 @@ def write(rows: list[Row], times: dict[str, float], path: Path) -> None:
     path.write_text(head + f' "ratios": {{\n{pairs}\n }}\n}}\n')
 
 
-def show(rows: list[Row], times: dict[str, float], console: Console) -> None:
+def show(rows: list[Cost], times: dict[str, float], console: Console) -> None:
+    """The table on a terminal."""
     shown = Table("path", "operation", *(name.replace("_", " ") for name in _FIGURES), "time / baseline, the table's")
     for row in rows:
         ratio = f"{times[row.operation]:.3g}" if row.path == "cpu" and row.operation in times else ""
@@ -315,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.only and not given.check:
         parser.error("--only goes with --check; the table is always written whole")
-    console, start, lines = Console(width=None if sys.stdout.isatty() else 160), time.perf_counter(), []
+    console, start, lines = terminal_console(), time.perf_counter(), []
     rows = [] if given.only == "times" else figures()
     if given.check:
         table = json.loads(given.table.read_text())

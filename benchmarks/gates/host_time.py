@@ -14,20 +14,18 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from gear_kernels import backends, ops, tiling
 from gear_kernels.tiling import Linear
 
-from ..reports.projections import HEAD_SHAPE
-from .compile_report import TARGETS, _StubDriver
+from ..harness.cases import HEAD_SHAPE, OUTPUTS
+from ..harness.internals import STAT_NAMES, STATE_NAMES, linear_body, taken_for_gpu
+from .compile_report import TARGETS, StubDriver
 
-STATS = ("logprobs", "entropy", "reverse_kl")
 GOAL_US = 25  # a tile of a head of 1024 takes an H100 about 41 us by the model of DESIGN.md
 
 
@@ -42,14 +40,12 @@ def stubbed(target: str = "sm_90") -> Iterator[None]:
         kernel.module = kernel.function = 0
         kernel._run = lambda *_: None
 
-    serving = replace(backends.BACKENDS["triton"], why_not=lambda device, dtype: None)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(driver, "_active", _StubDriver(GPUTarget(*TARGETS[target][0]))))
+        stack.enter_context(mock.patch.object(driver, "_active", StubDriver(GPUTarget(*TARGETS[target][0]))))
         stack.enter_context(mock.patch.object(CompiledKernel, "_init_handles", no_handles))
         for product in ("mm", "addmm"):
             stack.enter_context(mock.patch.object(torch, product, lambda *_, **__: None))
-        stack.enter_context(mock.patch.object(tiling, "on_gpu", lambda device: device.type != "cpu"))
-        stack.enter_context(mock.patch.dict(backends.BACKENDS, triton=serving))
+        stack.enter_context(taken_for_gpu())
         yield
 
 
@@ -57,15 +53,13 @@ def linear(width: int, rows: int = HEAD_SHAPE[0], columns: int = HEAD_SHAPE[1]) 
     """The operator's body for student, teacher and their head, bfloat16 tensors without values."""
     shapes = ((rows, width), (columns, width), (rows, width))
     student, weight, teacher = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
-    targets, inverse = torch.empty(rows, dtype=torch.int64, device="meta"), torch.empty(rows, device="meta")
-    numbers = ops.Numbers(-100, 0.5, tiling.limits(student.device).workspace, 0, 0, 0, 0, 0)
-    return ops._linear((student, weight, None, teacher, None, None, targets, inverse), STATS, numbers, ("triton", ""))
+    return linear_body(student, weight, teacher, OUTPUTS)
 
 
 def measure(width: int, repeats: int = 20) -> dict[str, float]:
     """A head's tile, how many there are, and the least microseconds a tile over the repeats, for both passes."""
     rows, columns = linear(width).tile_shape()
-    state, grads = (torch.empty(HEAD_SHAPE[0], length, device="meta") for length in (9, 7))
+    state, grads = (torch.empty(HEAD_SHAPE[0], length, device="meta") for length in (len(STATE_NAMES), len(STAT_NAMES)))
     passes = {"forward": Linear.forward, "backward": lambda call: call.backward(state, grads, [True, True, False])}
     tiles = -(-HEAD_SHAPE[0] // rows) * -(-HEAD_SHAPE[1] // columns)
     found = {"rows": rows, "columns": columns, "tiles": tiles}

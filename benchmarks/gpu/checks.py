@@ -1,4 +1,4 @@
-"""The GPU report's correctness items: every kernel, on shapes and inputs that have broken kernels."""
+"""The GPU report's correctness items: every kernel against float64, on shapes and inputs that have broken kernels."""
 
 from __future__ import annotations
 
@@ -7,24 +7,189 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from gear_kernels import Gear
-from gear_kernels.backends import backend
+from gear_kernels import Gear, Head, backend, linear_token_stats, token_stats
 from gear_kernels.methods import METHODS, NORMALIZERS
-from gear_kernels.reference import GRADIENT_NAMES, STAT_NAMES
 
-from ..harness.cases import plain
-from ..harness.credit_inputs import Pack
-from ..harness.credit_inputs import inputs_of as credit_inputs
-from ..harness.credit_inputs import packs as credit_packs
-from ..harness.peers import ALL as DEFAULT
-from .compare import Problem, check, check_linear, compare, compare_gradients, gradients, linear, problem, weighted
-from .items import BF16, F16, F32, Item, Setting, Skip
+from ..harness.cases import OUTPUTS, definition, plain
+from ..harness.credit_inputs import Pack, credit_inputs, credit_packs
+from ..harness.internals import GRADIENT_NAMES, STAT_NAMES, head_logits
+from ..harness.peers import named
+from .run import BF16, F16, F32, Item, Setting, Skip
 from .timing import capture
 
-SUBSETS = (("logprobs", "entropy"), DEFAULT, ("reverse_kl",), ("forward_kl",), ("jsd",), ("teacher_logprobs", "teacher_entropy"))
+# --- logits, and their comparison with float64 -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Logits [n, V] of both heads, targets [n] (one of them ignored) and temperatures [n]."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    targets: torch.Tensor | None
+    temperature: torch.Tensor
+
+    def run(self, names: Sequence[str] = STAT_NAMES, student: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """token_stats of the package."""
+        own = self.student if student is None else student
+        found = token_stats(own, self.teacher, self.targets, temperature=self.temperature, stats=names)
+        return named(found, names)
+
+    def exact(self, names: Sequence[str] = STAT_NAMES, student: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The definition, in float64."""
+        return definition(self.student if student is None else student, self.teacher, self.targets, names, self.temperature)
+
+    def part(self, rows: list[int]) -> Problem:
+        """Some of the rows."""
+        return Problem(*(None if x is None else x[rows] for x in (self.student, self.teacher, self.targets, self.temperature)))
+
+
+def problem(setting: Setting, n: int, vocab: int, dtype: torch.dtype = F32, seed: int = 0, masked: bool = True) -> Problem:
+    """Random inputs; entropies and divergences as of language models, roughly."""
+    generator = torch.Generator(setting.device).manual_seed(seed)
+    normal = functools.partial(torch.randn, generator=generator, device=setting.device)
+    student = normal(n, vocab) * 3
+    teacher = student + normal(n, vocab) * 0.5
+    targets = torch.randint(vocab, (n,), generator=generator, device=setting.device)
+    if masked and n > 1:
+        targets[n // 2] = -100
+    temperature = torch.rand(n, generator=generator, device=setting.device) + 0.5
+    return Problem(student.to(dtype), teacher.to(dtype), targets, temperature)
+
+
+def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], atol: float = 2e-6, rtol: float = 5e-7) -> float:
+    """The largest absolute error in nats; raises beyond atol + rtol * |wanted|. NaN and infinities must match."""
+    worst = 0.0
+    for name, right in want.items():
+        value = got[name].double()
+        wrong = ~torch.isclose(value, right, rtol=rtol, atol=atol, equal_nan=True)
+        finite = value.isfinite() & right.isfinite()
+        error = (value - right)[finite].abs().max().item() if finite.any() else 0.0
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            example = f"row {at} is {value[at].item():.9g} for {right[at].item():.9g}"
+            raise AssertionError(f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong; {example}; worst error {error:.2g}")
+        worst = max(worst, error)
+    return worst
+
+
+def compare_gradients(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], dtype: torch.dtype, limit: float = 1.0) -> float:
+    """The largest error over the largest entry; raises beyond `limit` roundings of the dtype (float32: 3e-6), or on NaN."""
+    rounding = {F32: 3e-6, BF16: 1.02 * 2**-8, F16: 2**-10}[dtype] * limit
+    worst = 0.0
+    for i, (value, right) in enumerate(zip(got, want, strict=True)):
+        scale = right.abs().max().item()
+        error = (value.double() - right).abs().max().item()
+        if not error <= rounding * scale + 1e-6:
+            raise AssertionError(f"gradient {i}: error {error:.3g}, largest entry {scale:.3g}, allowed {rounding:.2g} of it")
+        worst = max(worst, error / scale if scale > 1e-6 else error)
+    return worst
+
+
+def weighted(values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A loss through every differentiable output that is finite, with fixed weights by row."""
+    total = torch.zeros((), dtype=torch.float64, device=next(iter(values.values())).device)
+    for i, name in enumerate(GRADIENT_NAMES):
+        if name in values:
+            rows = torch.arange(len(values[name]), device=total.device)
+            total = total + (torch.where(values[name].isfinite(), values[name], 0).double() * torch.cos(rows * 1.7 + i)).sum()
+    return total
+
+
+def gradients(function: Callable, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of `weighted` outputs of the function, with respect to copies of its leaves."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    return torch.autograd.grad(weighted(function(*leaves)), leaves)
+
+
+def check(given: Problem, names: Sequence[str] = STAT_NAMES, atol: float = 2e-6) -> dict:
+    """Values and gradients of given logits against float64."""
+    error = compare(given.run(names), given.exact(names), atol)
+    if not set(names) & set(GRADIENT_NAMES):
+        return {"error": error}
+    got = gradients(lambda s: given.run(names, s), given.student)
+    want = gradients(lambda s: given.exact(names, s), given.student.double())
+    if got[0].dtype != given.student.dtype:
+        raise AssertionError(f"gradient of dtype {got[0].dtype}")
+    return {"error": error, "gradient_error": compare_gradients(got, want, given.student.dtype)}
+
+
+# --- a head's inputs, and their comparison ------------------------------------------------------------------------------------
+
+
+_TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states [n, d], head tensors and options of linear_token_stats. leaves: what gets gradients."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    own: torch.Tensor | None  # the teacher's own weight
+    targets: torch.Tensor
+    options: dict  # softcap, scale, valid_vocab
+    workspace: int | None = None
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """Hidden states, weight, and the bias where there is one."""
+        return [x for x in (self.student, self.weight, self.bias) if x is not None]
+
+    def run(self, student, weight, bias=None, names: Sequence[str] = STAT_NAMES) -> dict[str, torch.Tensor]:
+        """linear_token_stats of the package."""
+        own = None if self.own is None else Head(self.own, **self.options)
+        options = {"teacher_head": own, "stats": names, "workspace_bytes": self.workspace, "temperature": _TEMPERATURE}
+        head = Head(weight, bias, **self.options)
+        return named(linear_token_stats(student, head, self.targets, self.teacher, **options), names)
+
+    def exact(self, student, weight, bias=None, names: Sequence[str] = STAT_NAMES) -> dict[str, torch.Tensor]:
+        """The definition, in float64."""
+        logits = head_logits(student.double(), weight.double(), _double(bias), **self.options)
+        own, own_bias = (weight, bias) if self.own is None else (self.own, None)
+        with torch.no_grad():
+            other = head_logits(self.teacher.double(), own.double(), _double(own_bias), **self.options)
+        return definition(logits, other, self.targets, names, _TEMPERATURE)
+
+
+def _double(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.double()
+
+
+def linear(setting: Setting, dtype=F32, shape=(37, 1187, 64), bias=False, own=False, workspace=None, **options) -> Hidden:
+    """Random hidden states and head; logits of a standard deviation of 3."""
+    n, vocab, width = shape
+    generator = torch.Generator(setting.device).manual_seed(vocab + width)
+    normal = functools.partial(torch.randn, generator=generator, device=setting.device)
+    student, weight = normal(n, width), normal(vocab, width) * (3 / math.sqrt(width))
+    teacher, other = student + 0.15 * normal(n, width), weight + 0.1 * normal(vocab, width) / math.sqrt(width)
+    targets = torch.randint(options.get("valid_vocab", vocab), (n,), generator=generator, device=setting.device)
+    if n > 1:
+        targets[n // 2] = -100
+    tensors = (student.to(dtype), teacher.to(dtype), weight.to(dtype))
+    return Hidden(
+        *tensors, normal(vocab).to(dtype) if bias else None, other.to(dtype) if own else None, targets, options, workspace
+    )
+
+
+def check_linear(given: Hidden, atol: float = 2e-5, names: Sequence[str] = STAT_NAMES) -> dict:
+    """Values and all gradients against float64. The GEMM's own float32 rounding comes on top of the statistics': 2e-5 nats."""
+    error = compare(given.run(*given.leaves, names=names), given.exact(*given.leaves, names=names), atol, rtol=2e-6)
+    got = gradients(lambda *x: given.run(*x, names=names), *given.leaves)
+    want = gradients(lambda *x: given.exact(*x, names=names), *(x.double() for x in given.leaves))
+    dtype = given.student.dtype
+    return {"error": error, "gradient_error": compare_gradients(got, want, dtype, limit=10 if dtype == F32 else 2)}
+
+
+# --- the items ----------------------------------------------------------------------------------------------------------------
+
+SUBSETS = (("logprobs", "entropy"), OUTPUTS, ("reverse_kl",), ("forward_kl",), ("jsd",), ("teacher_logprobs", "teacher_entropy"))
 
 
 def correctness_items(setting: Setting) -> list[Item]:
@@ -214,7 +379,7 @@ def linear_items(setting: Setting) -> list[Item]:
         cut = setting.pick((150, 2003, 64), (40, 501, 64))
         run = functools.partial(linear, setting, BF16, cut, workspace=workspace, bias=True)
         found.append(Item(f"linear, workspace {workspace >> 10} KiB", lambda run=run: check_linear(run())))
-    found.append(Item("linear, default set", lambda: check_linear(linear(setting, BF16, shape), names=DEFAULT)))
+    found.append(Item("linear, default set", lambda: check_linear(linear(setting, BF16, shape), names=OUTPUTS)))
     return [*found, Item("linear under autocast", lambda: _autocast(setting))]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from pathlib import Path
 
+from ..harness.tables import finite, markdown_table
 from .speed import UPDATE_LABEL
 
 # milliseconds: what is aimed at, and the GEMMs alone at the 790 TFLOP/s that cuBLAS reaches on an H200 (DESIGN.md, section 4)
@@ -30,11 +30,12 @@ class Journal:
 
     def add(self, phase: str, outcome: dict) -> None:
         """Append an outcome, with its phase and the run's date."""
-        self._file.write(json.dumps(_finite({"run": self._date, "phase": phase, **outcome})) + "\n")
+        self._file.write(json.dumps(finite({"run": self._date, "phase": phase, **outcome})) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """No more lines."""
         self._file.close()
 
 
@@ -101,12 +102,12 @@ def _machine_lines(result: dict) -> list[str]:
 
 def _table(items: list[dict]) -> list[str]:
     heads = list(dict.fromkeys(name for item in items for name in item.get("figures", {}) if name not in _UNSHOWN))
-    lines = ["| item | status | " + " | ".join(heads) + " | s |", "| --- | --- |" + " --- |" * (len(heads) + 1)]
+    rows = []
     for item in items:
         cells = [_cell(item.get("figures", {}).get(name)) for name in heads]
         status = item["status"] + (f": {_plain_text(item['reason'])}" if "reason" in item else "")
-        lines.append(f"| {item['name']} | {status} | " + " | ".join([*cells, _cell(item["seconds"])]) + " |")
-    return lines
+        rows.append([item["name"], status, *cells, _cell(item["seconds"])])
+    return markdown_table(["item", "status", *heads, "s"], rows)
 
 
 def _cell(value) -> str:
@@ -133,15 +134,6 @@ def write(report: dict, folder: Path) -> Path:
     device = re.sub(r"[^a-z0-9]+", "-", figures["device"].lower()).strip("-")
     path = folder / f"gpu_{device}_{report['date'][:10]}{'_call' * bool(report['call'])}{report['call']}.md"
     folder.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(_finite(report), indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(finite(report), indent=1) + "\n")
     path.write_text(markdown(report))
     return path
-
-
-def _finite(value):
-    """NaN and infinities as text: JSON has none."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

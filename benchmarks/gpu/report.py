@@ -33,16 +33,14 @@ from typing import NamedTuple
 import torch
 
 import gear_kernels
-from gear_kernels.backends import version
 
-from ..harness.environment import RESULTS, ROOT
+from ..harness.environment import RESULTS, ROOT, commit
+from ..harness.internals import version
 from .checks import correctness_items
-from .items import Item, Setting
-from .overheads import overhead_items
 from .page import Journal, failures, line, with_floors, write
-from .run import Part, Phase, in_process, run_phase, work
+from .run import Item, Part, Phase, Setting, in_process, run_phase, work
 from .smoke import smoke_items
-from .speed import card_items, ceiling_items, headline_items, peer_items, shape_items, speed_items
+from .speed import card_items, ceiling_items, headline_items, overhead_items, peer_items, shape_items, speed_items
 from .tools import profile_items, sanitizer_items
 from .tune import block_items, scan_items, tile_items
 
@@ -61,7 +59,7 @@ def _machine(setting: Setting) -> dict:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         gear_kernels.show()
-    found = {"device": platform.machine(), "commit": _commit(), "python": platform.python_version()}
+    found = {"device": platform.machine(), "commit": commit(), "python": platform.python_version()}
     if not setting.self_test:
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info()
@@ -72,15 +70,8 @@ def _machine(setting: Setting) -> dict:
     return {**found, **versions, "show": shown.getvalue()}
 
 
-def _commit() -> str:
-    return _output("git", "rev-parse", "--short=12", "HEAD") + (" and changes" if _output("git", "status", "-s", "-uno") else "")
-
-
 def _driver() -> str:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
-def _output(*command: str) -> str:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     return ""

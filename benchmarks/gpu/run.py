@@ -1,4 +1,4 @@
-"""How the GPU report runs its items: in processes of their own, side by side where nothing is timed, each within its limit."""
+"""The GPU report's items, and how it runs them: in processes of their own, side by side where nothing is timed, within limits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,53 @@ from typing import NamedTuple
 import torch
 
 from ..harness.environment import ROOT
-from .items import Item, Setting, Skip, is_fatal, synchronize
 
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FATAL = 3  # exit code of a worker whose CUDA context is lost
 Note = Callable[[dict], None]  # takes an outcome as soon as it is there
+
+
+class Skip(Exception):
+    """An item cannot run here; says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how large: "cuda", or the CPU for the self-test."""
+
+    device: str
+    wheels: str | None = None
+
+    @property
+    def self_test(self) -> bool:
+        """Whether this is the self-test, on the CPU with tiny shapes."""
+        return self.device == "cpu"
+
+    def pick(self, full, tiny):
+        """`full` on a GPU, `tiny` in the self-test."""
+        return tiny if self.self_test else full
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the report. run: gives figures by name; raises Skip, or anything else for a failure."""
+
+    name: str
+    run: Callable[[], dict]
+    gpu_only: str = ""  # why it cannot run on a CPU
+    seconds: float = 20.0  # its limit
+    peer: bool = False  # someone else's code: what goes wrong in it is no failure
+
+
+def synchronize(setting: Setting) -> None:
+    """Wait for the device: what went wrong on it is raised here."""
+    if setting.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def is_fatal(error: Exception) -> bool:
+    """After these the process' CUDA context answers nothing any more."""
+    return "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -54,6 +97,7 @@ class Part(NamedTuple):
     done: int = 0
 
     def take(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This part of the items."""
         return items[self.first :: self.of][self.done :]
 
 

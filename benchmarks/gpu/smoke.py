@@ -6,15 +6,13 @@ import time
 
 import torch
 
-from gear_kernels import Gear, backends, linear_token_stats, tiling
+from gear_kernels import Gear, linear_token_stats
 
-from ..harness.cases import make_case
-from ..harness.credit_inputs import packs
-from ..harness.peers import ALL as DEFAULT
-from ..reports.projections import HEAD_SHAPE
-from .checks import credit_same
-from .compare import check, check_linear, linear, problem
-from .items import BF16, Item, Setting, synchronize
+from ..harness.cases import HEAD_SHAPE, OUTPUTS, make_case
+from ..harness.credit_inputs import credit_packs
+from ..harness.internals import joins_in_one_call, serving
+from .checks import check, check_linear, credit_same, linear, problem
+from .run import BF16, Item, Setting, synchronize
 
 
 def smoke_items(setting: Setting) -> list[Item]:
@@ -31,16 +29,15 @@ def smoke_items(setting: Setting) -> list[Item]:
 
 def _paths(setting: Setting) -> dict:
     """Which back end serves this device, and how products are added to float32 sums."""
-    device = torch.device(setting.device)
-    found = {"backend": backends.choose(device, BF16)}
+    found = {"backend": serving(setting.device, BF16).name}
     if setting.self_test:
         return found
-    assert found["backend"] == "triton", f"{found['backend']} serves {device}; gear_kernels.show() says why"
-    return {**found, "addmm": "in one call" if tiling.addmm_into_float32(device.type) else "product, then sum: slower, 128 MiB"}
+    assert found["backend"] == "triton", f"{found['backend']} serves {setting.device}; gear_kernels.show() says why"
+    return {**found, "addmm": "in one call" if joins_in_one_call(setting.device) else "product, then sum: slower, 128 MiB"}
 
 
 def _scan(setting: Setting) -> dict:
-    found = packs(setting.pick(1 << 16, 1 << 8), *setting.pick((512, 4096), (8, 16)))
+    found = credit_packs(setting.pick(1 << 16, 1 << 8), *setting.pick((512, 4096), (8, 16)))
     return credit_same(setting, Gear(), dict(list(found.items())[:3]))
 
 
@@ -53,7 +50,7 @@ def _forward(setting: Setting) -> dict:
         for _ in range(2):
             synchronize(setting)
             start = time.perf_counter()
-            values = linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=DEFAULT)
+            values = linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=OUTPUTS)
             synchronize(setting)
             seconds.append(time.perf_counter() - start)
     assert values.reverse_kl.isfinite().all(), "a KL is not finite"

@@ -1,4 +1,4 @@
-"""The GPU report's figures: what the device reaches, times and memory of the operators, and those of the peers beside them."""
+"""The GPU report's figures: what the device reaches; times and memory of the operators and of peers; overheads of small calls."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ import time
 import types
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
 from gear_kernels import linear_token_stats
-from gear_kernels.reference import STAT_NAMES
 
-from ..harness.cases import PASSES, Case, make_case, plain, runner
-from ..harness.credit_inputs import TOKEN_BYTES, Pack
-from ..harness.credit_inputs import packs as credit_packs
+from ..harness.cases import HEAD_SHAPE, OUTPUTS, PASSES, SMALL, Case, definition, make_case, plain, runner
+from ..harness.credit_inputs import SMALL_PACK, TOKEN_BYTES, Pack, credit_packs, pack
+from ..harness.internals import STAT_NAMES, replaced, serving
 from ..harness.measure import MIB, ReadBandwidth, extra_memory
-from ..harness.peers import ALL as DEFAULT
-from ..harness.peers import OURS, UPDATE_PEERS, Peer, PeerMissing, eager_stats, peers, trl_kernels
-from ..reports.projections import HEAD_SHAPE
-from .compare import named, weighted
-from .items import BF16, F32, Item, Setting, Skip, is_fatal, synchronize
+from ..harness.peers import OURS, UPDATE_PEERS, Peer, PeerMissing, named, ours_call, peers, trl_kernels
+from .checks import weighted
+from .run import BF16, F32, Item, Setting, Skip, is_fatal, synchronize
 from .timing import alone_ms, timed
 
 UPDATE_LABEL = "log-prob + entropy"  # the update pass: TRL's issue 7244 has this shape
@@ -114,14 +112,14 @@ def _gemm_ceiling(setting: Setting, product: Product, count: int = 12) -> dict:
 def headline_items(setting: Setting) -> list[Item]:
     """The figures that the design promises: ours, the update pass beside its peers and the bare products, ours again."""
     _bare_trl()
-    found = _ours_items(setting, "default", DEFAULT)
+    found = _ours_items(setting, "default", OUTPUTS)
     for peer in UPDATE_PEERS[: setting.pick(None, 1)]:
         if setting.device in peer.devices:
             found += [_peer_item(setting, peer, "hidden", BF16, passes, UPDATE_LABEL) for passes in PASSES]
         if peer.name == OURS:
             found += [Item(f"{UPDATE_LABEL}, bare GEMM, {passes}", lambda p=passes: _bare(setting, p)) for passes in PASSES]
     for again in range(2, REPEATS + 1):
-        found += _ours_items(setting, "default", DEFAULT, f" ({again} of {REPEATS})")
+        found += _ours_items(setting, "default", OUTPUTS, f" ({again} of {REPEATS})")
     return found
 
 
@@ -178,7 +176,7 @@ def shape_items(setting: Setting) -> list[Item]:
 def _shaped(setting: Setting, rows: int, width: int, passes: str) -> dict:
     """alone_ms: on an idle device. Where host_us is longer than ms, the host is what a call waits for."""
     case = _shaped_case(setting, rows, width)
-    call = runner(next(peer for peer in peers("hidden") if peer.name == OURS).load(), case, passes)
+    call = ours_call(case, passes)
     return {**timed(call, setting), "alone_ms": alone_ms(call, setting, 3), **_floor(case, passes, "default")}
 
 
@@ -193,7 +191,7 @@ def peer_items(setting: Setting) -> list[Item]:
     found = []
     for kind, dtype in (("hidden", BF16), ("logits", BF16), ("logits", F32)):
         entrants = [p for p in peers(kind, setting.device, compiled=not setting.self_test) if p.name != OURS]
-        for peer in entrants[: setting.pick(None, 1)]:  # the others import slowly; cpu_report and its tests have them
+        for peer in entrants[: setting.pick(None, 1)]:  # the others import slowly; the CPU's report and its tests have them
             found += [(peer, _peer_item(setting, peer, kind, dtype, passes)) for passes in PASSES]
     return [item for _, item in sorted(found, key=lambda pair: pair[0].compiles)]
 
@@ -276,12 +274,12 @@ def _measured(setting: Setting, case: Case, function: Callable, loss: Callable, 
 
 
 def _error(case: Case, outputs: dict[str, torch.Tensor], rows: int = 32) -> float:
-    """The largest error of the outputs that `eager_stats` has too, over the first rows, in nats."""
+    """The largest error of the default outputs among these, over the first rows, in nats."""
     student, teacher = case.student.detach()[:rows].double(), case.teacher[:rows].double()
     if case.weight is not None:
         weight = case.weight.detach().double()
         student, teacher = student @ weight.T, teacher @ weight.T
-    want = eager_stats(student, teacher, case.targets[:rows])
+    want = definition(student, teacher, case.targets[:rows])
     errors = [(outputs[k][:rows].double() - w).abs().max().item() for k, w in want.items() if k in outputs and outputs[k].dim()]
     return max(errors, default=math.nan)
 
@@ -306,3 +304,45 @@ def _floor(case: Case, passes: str, label: str) -> dict:
         return {"floor_bytes": tensors * case.student.numel() * case.student.element_size()}
     gemms = heads * sweeps + (heads + 2 if passes != "forward" else 0)
     return {"floor_flops": gemms * 2 * n * case.weight.numel()}
+
+
+# --- overheads ----------------------------------------------------------------------------------------------------------------
+
+
+def overhead_items(setting: Setting) -> list[Item]:
+    """The head's forward, whose host works tile by tile; then calls so small that the host is what they wait for."""
+    rows = setting.pick(8192, 16)
+    found = [
+        Item(f"hidden, {rows} rows, forward", lambda: _tiled(setting)),
+        Item("torch, an addition", lambda: _overhead(setting, torch.ones(1, device=setting.device).add_, 1)),
+    ]
+    for kind in SMALL:
+        found += [
+            Item(f"{kind} {list(SMALL[kind])}, {passes}", lambda k=kind, p=passes: _small(setting, k, p)) for passes in PASSES
+        ]
+    return [*found, Item("credit, typical pack", lambda: _overhead(setting, pack(*SMALL_PACK).to(setting.device).credit))]
+
+
+def _small(setting: Setting, kind: str, passes: str) -> dict:
+    return _overhead(setting, ours_call(make_case(kind, F32, *SMALL[kind], device=setting.device), passes))
+
+
+def _tiled(setting: Setting) -> dict:
+    call = ours_call(head_case(setting), "forward")
+    found, tiles = _overhead(setting, call), _sweeps(setting, call)
+    return {**found, "tiles": tiles, "host_us_a_tile": found["host_us"] / tiles}
+
+
+def _sweeps(setting: Setting, call: Callable) -> int:
+    """Tiles that a call reads."""
+    chosen = serving(setting.device, BF16)
+    counted = mock.Mock(wraps=chosen.sweep)
+    with replaced(chosen.name, sweep=counted):
+        call()
+    return counted.call_count
+
+
+def _overhead(setting: Setting, function: Callable, *arguments: object) -> dict:
+    """alone_ms: a call on an idle device, the gaps between its launches included."""
+    call = functools.partial(function, *arguments)
+    return {**timed(call, setting, seconds=0.5), "alone_ms": alone_ms(call, setting)}

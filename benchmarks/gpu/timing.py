@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..harness.measure import elapsed_ms
-from .items import Setting, synchronize
+from .run import Setting, synchronize
 
 SMALL_MS = 1.0  # below it a call is timed by a graph: its launches would take longer than its kernels
 _GRAPH_CALLS = (20, 50)  # in one graph, fewest and most

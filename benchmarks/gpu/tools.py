@@ -15,16 +15,16 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..harness.cases import make_case, runner
+from ..harness.cases import HEAD_SHAPE, make_case
 from ..harness.credit_inputs import pack
 from ..harness.environment import ROOT
-from ..harness.peers import OURS, peers
-from ..reports.projections import HEAD_SHAPE
-from .items import BF16, Item, Setting, Skip
+from ..harness.peers import ours_call
+from .run import BF16, Item, Setting, Skip
 
 _FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
 # One pass over the counters must do: a second would find the tile in the cache that the first has read.
@@ -111,9 +111,8 @@ def main(what: str, device: str = "cuda") -> None:
         torch.cuda.synchronize()
 
 
-def _call(kind: str, rows: int, columns: int, width: int = 0, device: str = "cuda"):
-    ours = next(peer for peer in peers(kind) if peer.name == OURS)
-    return runner(ours.load(), make_case(kind, BF16, rows, columns, width, device, sampled=False), "forward+backward")
+def _call(kind: str, rows: int, columns: int, width: int = 0, device: str = "cuda") -> Callable[[], tuple]:
+    return ours_call(make_case(kind, BF16, rows, columns, width, device, sampled=False), "forward+backward")
 
 
 if __name__ == "__main__":

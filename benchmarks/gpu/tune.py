@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from gear_kernels import backends, reference, tiling
 from gear_kernels.triton import candidates
 
-from ..harness.cases import PASSES
-from ..harness.peers import ALL as DEFAULT
-from .items import BF16, F32, Item, Setting
+from ..harness.cases import OUTPUTS, PASSES
+from ..harness.internals import IGNORED, STAT_NAMES, SUM_NAMES, Rows, Task, Tile, serving, tile_limits
+from .run import BF16, F32, Item, Setting
 from .speed import credit_speed, ours_hidden
 from .timing import timed
 
@@ -46,13 +45,8 @@ def tile_items(setting: Setting) -> list[Item]:
 
 
 def _tiles(setting: Setting, sizes: candidates.Tiles, passes: str) -> dict:
-    before = dict(tiling._LIMITS)
-    tiling._LIMITS[setting.device] = tiling.Limits(sizes.tile << 20, sizes.workspace << 20, sizes.rows, max(sizes.rows, 8192))
-    try:
-        return ours_hidden(setting, DEFAULT, "default", passes)
-    finally:
-        tiling._LIMITS.clear()
-        tiling._LIMITS.update(before)
+    with tile_limits(setting.device, sizes.tile << 20, sizes.workspace << 20, sizes.rows):
+        return ours_hidden(setting, OUTPUTS, "default", passes)
 
 
 # --- blocks of the statistics kernels ---------------------------------------------------------------------------------------
@@ -61,9 +55,9 @@ def _tiles(setting: Setting, sizes: candidates.Tiles, passes: str) -> dict:
 class Inputs(NamedTuple):
     """What a kernel reads and writes at one tile. The heads lie apart: one tensor for both would be read from the L1 cache."""
 
-    student: backends.Tile
-    teacher: backends.Tile
-    task: backends.Task
+    student: Tile
+    teacher: Tile
+    task: Task
     sums: torch.Tensor
     grads: torch.Tensor
     dz: torch.Tensor
@@ -83,7 +77,7 @@ def block_items(setting: Setting) -> list[Item]:
 
 def _block(setting: Setting, kernel: str, shape: tuple, config: candidates.Config) -> dict:
     given = inputs(setting, kernel, shape)
-    chosen = backends.BACKENDS[backends.choose(torch.device(setting.device), shape[2])]
+    chosen = serving(setting.device, shape[2])
     tiles = given.student, given.teacher, given.task
     _, state = chosen.finish(given.sums, given.task)
     calls = {
@@ -101,13 +95,13 @@ def _block(setting: Setting, kernel: str, shape: tuple, config: candidates.Confi
 def inputs(setting: Setting, kernel: str, shape: tuple) -> Inputs:
     """Of one kernel, its sums after a first sweep."""
     n, columns, dtype = shape
-    rows = reference.Rows(torch.zeros(n, dtype=torch.int64, device=setting.device), torch.ones(n, device=setting.device), -100)
-    task = backends.Task(rows, DEFAULT if kernel != "mixture" else ("jsd",))
-    student, teacher = (backends.Tile(z) for z in _logits(setting, shape))
-    sums = torch.zeros(1, n, len(reference.SUM_NAMES), dtype=torch.float64, device=setting.device)
-    backends.BACKENDS[backends.choose(torch.device(setting.device), dtype)].sweep(student, teacher, task, sums)
+    rows = Rows(torch.zeros(n, dtype=torch.int64, device=setting.device), torch.ones(n, device=setting.device), IGNORED)
+    task = Task(rows, OUTPUTS if kernel != "mixture" else ("jsd",))
+    student, teacher = (Tile(z) for z in _logits(setting, shape))
+    sums = torch.zeros(1, n, len(SUM_NAMES), dtype=torch.float64, device=setting.device)
+    serving(setting.device, dtype).sweep(student, teacher, task, sums)
     dz = torch.empty(n, columns, dtype=setting.pick(BF16, F32), device=setting.device)
-    return Inputs(student, teacher, task, sums, torch.ones(n, len(reference.STAT_NAMES), device=setting.device), dz)
+    return Inputs(student, teacher, task, sums, torch.ones(n, len(STAT_NAMES), device=setting.device), dz)
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .peers import eager_stats
+from . import internals
 
+DTYPES = (torch.float32, torch.bfloat16)
 PASSES = ("forward", "forward+backward")
 OUTPUTS = ("logprobs", "entropy", "reverse_kl")
 TERMS = {"logprobs": "logprobs", "entropy": "entropy", "reverse_kl": "reverse_kl", "mean_reverse_kl": "reverse_kl"}
@@ -17,6 +18,11 @@ TERMS = {"logprobs": "logprobs", "entropy": "entropy", "reverse_kl": "reverse_kl
 SMALL = {"logits": (32, 32003), "hidden": (32, 32003, 128)}
 QWEN3_VOCABULARY = 151936
 QWEN3_WIDTHS = {"4B": 2560, "8B": 4096}  # of the hidden states under the heads of Qwen3-4B and Qwen3-8B
+HEAD_SHAPE = (8192, QWEN3_VOCABULARY, QWEN3_WIDTHS["8B"])  # N, V, D that the limits on a GPU are set for
+# Tensors of [N, V] that a pass over given logits must move at least: both heads read; backward reads them again and writes one
+TRAFFIC = {"forward": 2, "forward+backward": 5}
+# Products of a head that a pass must make: student and teacher; then both again, and the two gradients
+PRODUCTS = {"forward": 2, "forward+backward": 6}
 _LOGIT_STD = 4.0  # entropies of 3 to 5 nats at V = 151936, nearer a language model than flat logits
 _TEACHER_GAP = 0.3  # std of the teacher's logits around the student's: a KL of some 0.05 nats
 _CHECKED_ROWS = 16  # rows of the student's gradient that are compared
@@ -113,6 +119,22 @@ def runner(function: Callable, case: Case, passes: str, loss: Callable | None = 
     return forward if passes == "forward" else both
 
 
+def definition(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    targets: torch.Tensor | None,
+    names: Sequence[str] = OUTPUTS,
+    temperature: torch.Tensor | float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """The statistics of logits [N, V] by name, [N] float64 each, by the package's reference: what every answer is held against.
+
+    targets: [N], -100 where a row is ignored.  temperature: [N] or one for all.
+    """
+    inverse = 1 / torch.as_tensor(temperature, dtype=torch.float64, device=student.device).expand(len(student))
+    rows = internals.Rows(targets, inverse, internals.IGNORED)
+    return internals.token_stats(student.double(), teacher.double(), rows, tuple(names))
+
+
 @dataclass(frozen=True)
 class Truth:
     """Float64 outputs [N] in nats, and each term's gradient on the checked rows of the student and of the weight."""
@@ -158,7 +180,7 @@ def _add_truth(truth: Truth, case: Case, weight: torch.Tensor | None, rows: slic
     student, teacher = case.student.detach()[rows].double(), case.teacher[rows].double()
     logits = (student if weight is None else student @ weight.T).requires_grad_()
     teacher_logits = teacher if weight is None else teacher @ weight.T
-    values = eager_stats(logits, teacher_logits, case.targets[rows])
+    values = definition(logits, teacher_logits, case.targets[rows])
     scales = [*case.row_grads[:, rows], torch.full_like(values["entropy"], 1 / len(case.targets))]
     for name, scale in zip(OUTPUTS, scales, strict=True):
         truth.outputs[name].append(values[name].detach())

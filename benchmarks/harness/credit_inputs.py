@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from gear_kernels import credit_weights
+from gear_kernels import Credit, credit_weights
 
 SMALL_PACK = (1 << 18, 128)  # tokens and sequences: the pack of the gates and of the pytest benchmarks
 TOKEN_BYTES = 2 * 4 + 4 * 4 + 4 + 1  # signal and entropy are read; four float32 rows, an int32 and a bool one are written
@@ -22,9 +22,11 @@ class Pack(NamedTuple):
     mask: torch.Tensor | None = None
 
     def to(self, device: str) -> Pack:
+        """The pack on a device."""
         return Pack(*(None if x is None else x.to(device) for x in self))
 
-    def credit(self, method: object = "gear", **more: torch.Tensor):
+    def credit(self, method: object = "gear", **more: torch.Tensor) -> Credit:
+        """`credit_weights` of the pack. more: what the method reads beside signal and entropy."""
         return credit_weights(*self[:4], mask=self.mask, method=method, **more)
 
 
@@ -47,7 +49,7 @@ def pairs(tokens: int, sequences: int) -> Pack:
     return p._replace(signal=signal, entropy=entropy)
 
 
-def packs(tokens: int = 1 << 20, sequences: int = 512, many: int = 4096) -> dict[str, Pack]:
+def credit_packs(tokens: int = 1 << 20, sequences: int = 512, many: int = 4096) -> dict[str, Pack]:
     """The typical pack first; `tokens` in each but where one sequence or `many` are named. A long sequence has 131072."""
     long = min(131072, tokens)
     return {
@@ -62,7 +64,7 @@ def packs(tokens: int = 1 << 20, sequences: int = 512, many: int = 4096) -> dict
     }
 
 
-def inputs_of(method: object, p: Pack) -> dict[str, torch.Tensor]:
+def credit_inputs(method: object, p: Pack) -> dict[str, torch.Tensor]:
     """Stand-ins for what a method reads beside signal and entropy."""
     turns = torch.arange(p.signal.numel(), device=p.signal.device) // 50
     sequences = torch.arange(p.advantages.numel(), device=p.signal.device) // 8

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gear_kernels.backends import version
+from .internals import version
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,12 +35,12 @@ def commit() -> str:
     """Of the checkout, 12 digits, and whether files differ from it."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
         return done.stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + (" and changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return "not a git checkout"
 
 

@@ -13,17 +13,15 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from .cases import Case
+from .cases import OUTPUTS, Case, plain, runner
 
-ALL = ("logprobs", "entropy", "reverse_kl")
-UPDATE = ALL[:2]  # what a policy-gradient update needs; no teacher
-Function = Callable[["Case"], dict[str, torch.Tensor]]
+OURS, EAGER = "gear_kernels", "eager torch"
+UPDATE = OUTPUTS[:2]  # what a policy-gradient update needs; no teacher
+Function = Callable[[Case], dict[str, torch.Tensor]]
 _TRL_VOCABULARY_CHUNK = 32768  # columns; what TRL's trainers pass
 
 
@@ -60,22 +58,23 @@ def _imported(module: str, package: str, version: str):
 def _ours_logits() -> Function:
     from gear_kernels import token_stats
 
-    return lambda case: _named(token_stats(case.student, case.teacher, case.targets, stats=ALL))
+    return lambda case: named(token_stats(case.student, case.teacher, case.targets, stats=OUTPUTS))
 
 
 def _ours_hidden() -> Function:
     from gear_kernels import linear_token_stats
 
-    return lambda case: _named(linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=ALL))
+    return lambda case: named(linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=OUTPUTS))
 
 
 def _ours_update() -> Function:
     from gear_kernels import linear_token_stats
 
-    return lambda case: _named(linear_token_stats(case.student, case.weight, case.targets, stats=UPDATE), UPDATE)
+    return lambda case: named(linear_token_stats(case.student, case.weight, case.targets, stats=UPDATE), UPDATE)
 
 
-def _named(stats, names: tuple[str, ...] = ALL) -> dict[str, torch.Tensor]:
+def named(stats, names: tuple[str, ...] = OUTPUTS) -> dict[str, torch.Tensor]:
+    """Some of a TokenStats, by name."""
     return {name: getattr(stats, name) for name in names}
 
 
@@ -115,6 +114,37 @@ def _eager(wrap: Callable[[Callable], Callable] = lambda f: f) -> Function:
 
 def _compiled() -> Function:
     return _eager(lambda f: torch.compile(f, dynamic=False))
+
+
+# --- products alone ---------------------------------------------------------------------------------------------------------
+
+
+def gemms(case: Case, dtype: torch.dtype, passes: str) -> Callable[[], None]:
+    """The head's matrix products alone, into buffers that exist: both heads' logits, stacked as one product.
+
+    Backward: the logits again (keeping them is what nobody can afford), then the gradients of hidden states and of the weight.
+    Operands are cast to `dtype` beforehand, at no cost here.
+    """
+    n = len(case.targets)
+    weight, hidden = case.weight.detach().to(dtype), torch.cat([case.student.detach(), case.teacher]).to(dtype)
+    logits = torch.zeros(2 * n, len(weight), dtype=dtype)
+    grad_hidden, grad_weight = torch.zeros_like(hidden[:n]), torch.zeros_like(weight)
+
+    def forward():
+        torch.mm(hidden, weight.T, out=logits)
+
+    def both():
+        forward()
+        forward()
+        torch.mm(logits[:n], weight, out=grad_hidden)
+        torch.mm(logits[:n].T, hidden[:n], out=grad_weight)
+
+    return forward if passes == "forward" else both
+
+
+def gemm_name(dtype: torch.dtype) -> str:
+    """Name of the table row of `gemms` in this dtype."""
+    return f"head GEMMs alone, {plain(dtype)}"
 
 
 # --- TRL ---------------------------------------------------------------------------------------------------------------------
@@ -263,23 +293,22 @@ def _verl_hidden() -> Function:
     return call
 
 
-OURS = "gear_kernels"
 _LIGER_GIVES = ("logprobs", "entropy", "mean_reverse_kl")
 _LIGER_NOTE = "two functions; KL as a mean only, with its gradients computed in forward, always"
 _VERL_NOTE = "no teacher, no KL; Triton, no CPU path; hidden's gradient summed in the inputs' dtype, 9504 columns at a time"
 PEERS = (
-    Peer(OURS, "logits", ALL, _ours_logits),
-    Peer("eager torch", "logits", ALL, _eager),
-    Peer("torch.compile", "logits", ALL, _compiled, compiles=True),
-    Peer("TRL 1.16", "logits", ALL[:2], _trl_logits, "one head only; Triton, no CPU path", devices=("cuda",)),
-    Peer(OURS, "hidden", ALL, _ours_hidden),
-    Peer("eager torch", "hidden", ALL, _eager, "logits in the inputs' dtype"),
-    Peer("torch.compile", "hidden", ALL, _compiled, "logits in the inputs' dtype", compiles=True),
-    Peer("TRL 1.16", "hidden", ALL, _trl_hidden, "two functions, one GEMM more; log-prob's logits in the inputs' dtype"),
+    Peer(OURS, "logits", OUTPUTS, _ours_logits),
+    Peer(EAGER, "logits", OUTPUTS, _eager),
+    Peer("torch.compile", "logits", OUTPUTS, _compiled, compiles=True),
+    Peer("TRL 1.16", "logits", UPDATE, _trl_logits, "one head only; Triton, no CPU path", devices=("cuda",)),
+    Peer(OURS, "hidden", OUTPUTS, _ours_hidden),
+    Peer(EAGER, "hidden", OUTPUTS, _eager, "logits in the inputs' dtype"),
+    Peer("torch.compile", "hidden", OUTPUTS, _compiled, "logits in the inputs' dtype", compiles=True),
+    Peer("TRL 1.16", "hidden", OUTPUTS, _trl_hidden, "two functions, one GEMM more; log-prob's logits in the inputs' dtype"),
     Peer("TRL 1.16, KL alone", "hidden", ("reverse_kl",), _trl_divergence, "no log-prob, no entropy gradient"),
     Peer("Liger 0.8.5", "hidden", _LIGER_GIVES, lambda: _liger_hidden(compiled=True), _LIGER_NOTE, compiles=True),
     Peer("Liger 0.8.5, uncompiled", "hidden", _LIGER_GIVES, _liger_hidden, _LIGER_NOTE, instead=True),
-    Peer("verl 0.9", "hidden", ALL[:2], _verl_hidden, _VERL_NOTE, devices=("cuda",)),
+    Peer("verl 0.9", "hidden", UPDATE, _verl_hidden, _VERL_NOTE, devices=("cuda",)),
     Peer("cut-cross-entropy 25.1", "hidden", ("logprobs",), _cut_cross_entropy, "no teacher, no entropy", compiles=True),
 )
 # The update pass alone, from hidden states of one head: TRL's issue 7244. verl and cut-cross-entropy give no more anyhow.
@@ -294,3 +323,9 @@ UPDATE_PEERS = (
 def peers(kind: str, device: str = "cpu", compiled: bool = True) -> list[Peer]:
     """Those for `kind` ("logits" or "hidden") that run on `device`; without `compiled`, only those that never compile."""
     return [p for p in PEERS if p.kind == kind and device in p.devices and not (p.instead if compiled else p.compiles)]
+
+
+def ours_call(case: Case, passes: str) -> Callable[[], tuple]:
+    """A call of gear_kernels alone: (outputs, gradients)."""
+    ours = next(peer for peer in PEERS if (peer.name, peer.kind) == (OURS, case.kind))
+    return runner(ours.load(), case, passes)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
+from .cases import Case, Truth, runner
 from .measure import Timing
-from .peers import OURS
+from .peers import OURS, Peer, PeerMissing
+
+if TYPE_CHECKING:  # the GPU report writes its tables on machines that have no rich
+    from rich.console import Console, Group
+    from rich.progress import Progress
 
 WRONG_NATS = 1e-3  # an output further off is called wrong: KLs of on-policy distillation are of the order of 1e-4 to 1e-1
 WRONG_GRADIENT = 1e-2  # relative to the largest entry; rounding a gradient to bfloat16 costs 0.4 % of an entry at most
@@ -85,6 +89,26 @@ class Section:
     rows: list[Row]
 
 
+def first_call(peer: Peer, case: Case, truth: Truth, passes: str) -> tuple[Row, Callable | None, float]:
+    """The row with its errors, the call to time (None where the peer fails here) and the first call's milliseconds."""
+    row = Row(peer.name, peer.gives, peer.note, compiles=peer.compiles)
+    try:
+        call = runner(peer.load(), case, passes)
+        start = time.perf_counter()
+        outputs, grads = call()
+        first_ms = (time.perf_counter() - start) * 1e3
+    except PeerMissing as error:
+        row.failure = f"not installed: {error}"
+    except Exception as error:  # a peer that breaks is a line of the report, not its end
+        if peer.name == OURS:
+            raise
+        row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    else:
+        row.errors = truth.errors(outputs, grads)
+        return row, call, first_ms
+    return row, None, math.nan
+
+
 def columns(section: Section) -> list[str]:
     """Column heads of a section's table."""
     middle = ["GB/s", "of read"] if section.kind == "logits" else []
@@ -134,8 +158,28 @@ def title(section: Section) -> str:
     return f"{given}: {shape}, {section.dtype}, {section.passes} (read bandwidth {section.read_gb_s:.1f} GB/s{load})"
 
 
+def terminal_console(width: int = 160) -> Console:
+    """A terminal as wide as it is, or a log file, which has no width of its own."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar for each task that is added, with its count and time; gone when it is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
 def terminal(section: Section) -> Group:
     """The section for a terminal; rows with a wrong figure in red."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=title(section), title_justify="left")
     for i, name in enumerate(columns(section)):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
@@ -146,7 +190,7 @@ def terminal(section: Section) -> Group:
 
 
 def markdown(head: dict, sections: list[Section]) -> str:
-    """The whole report as Markdown. head: cpu_report.environment() and "quick"."""
+    """The whole report as Markdown. head: environment() and "quick"."""
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
     where = f"{head['cpu']}, {head['threads']} threads, Python {head['python']}"
     lines = ["# CPU report", "", f"{head['date']}, commit {head['commit']}. {where}, {versions}."]
@@ -154,11 +198,15 @@ def markdown(head: dict, sections: list[Section]) -> str:
         lines += ["", "Quick self-test: shapes too small to mean anything."]
     lines += ["", *[f"- {line}" for line in LEGEND]]
     for section in sections:
-        heads = columns(section)
-        lines += ["", f"## {title(section)}", "", _markdown_row(heads), "|" + " --- |" * len(heads)]
-        lines += [_markdown_row(cells(row, section)) for row in section.rows]
+        rows = [cells(row, section) for row in section.rows]
+        lines += ["", f"## {title(section)}", "", *markdown_table(columns(section), rows)]
         lines += ["", *[f"- {note}" for note in notes(section)]] if notes(section) else []
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    return [_markdown_row(heads), "|" + " --- |" * len(heads), *map(_markdown_row, rows)]
 
 
 def _markdown_row(texts: list[str]) -> str:
@@ -166,16 +214,17 @@ def _markdown_row(texts: list[str]) -> str:
 
 
 def as_dict(section: Section) -> dict:
-    """The section for JSON: plain numbers, NaN and infinities as text."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    found = plain(asdict(section))
+    """The section for JSON."""
+    found = finite(asdict(section))
     for row, source in zip(found["rows"], section.rows, strict=True):
         row["wrong"] = source.wrong
     return found
+
+
+def finite(value):
+    """A tree of plain values for JSON, which has no NaN and no infinities: they become text, and tuples lists."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
-"""docs/performance.md from the JSON files of benchmarks/results: `python -m benchmarks.page [--check]`.
+"""docs/performance.md and its pictures from the JSON files of benchmarks/results: `python -m benchmarks.page [--check]`.
 
 No number on the page is written by hand but the limits below; the README's figures between its two `figures` comments are
-written too. --check writes nothing and fails where either is another.
+written too. --check writes nothing and fails where either is another, or a picture is missing.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import math
 from pathlib import Path
 
 from ..gpu.page import GOALS
-from ..harness.cases import PASSES
+from ..harness.cases import HEAD_SHAPE, PASSES
 from ..harness.environment import PLOTS, RESULTS, ROOT
-from ..harness.peers import OURS
-from ..harness.tables import _markdown_row
+from ..harness.peers import EAGER, OURS
+from ..harness.tables import markdown_table
 from ..reports import demo
-from ..reports.credit import LOOP
-from ..reports.projections import HEAD_SHAPE
-from ..reports.scaling import AXES, EAGER, FILE, GEMMS, series
+from ..reports.credit import LOOP, TYPICAL
+from ..reports.scaling import AXES, FILE, GEMMS, series
+from .plots import draw, draw_demo
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: by python -m benchmarks.page -->\n", "<!-- /figures -->"
-TYPICAL = "typical, 512 sequences"
 # DESIGN.md, section 4, and the issue that set the scan's
 LIMITS = {"torch.compile": 2.5, EAGER: 12.0, "bandwidth": 0.8, "scan_ms": 15.0, "loop": 100.0, "hostile": 5.0}
 BUSY = 0.05  # other load above which times mean little (tables.LEGEND)
@@ -38,7 +37,7 @@ def held(text: str, fine: bool) -> str:
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     """Markdown lines of a table, with an empty one after it."""
-    return [_markdown_row(heads), "|" + " --- |" * len(heads), *map(_markdown_row, rows), ""]
+    return [*markdown_table(heads, rows), ""]
 
 
 def origin(found: dict) -> str:
@@ -184,6 +183,7 @@ def _table_link(name: str) -> str:
 
 
 def picture(name: str, text: str) -> list[str]:
+    """Markdown lines of one of the pictures."""
     return [f"![{text}](plots/{name}.png)", ""]
 
 
@@ -245,7 +245,8 @@ def _gpu_ranks(model: dict) -> list[str]:
     gpu, shape = model["gpu"], ", ".join(f"{a} = {b}" for a, b in zip(AXES, model["head_shape"], strict=True))
     text = (
         f"**Model, not measured** (`benchmarks/reports/projections.py`): {shape}, bfloat16; products at "
-        f"{gpu['flops'] / 1e12:g} TFLOP/s, collectives at {gpu['link'] / 1e9:g} GB/s one way, one after another. Milliseconds, a floor:"
+        f"{gpu['flops'] / 1e12:g} TFLOP/s, collectives at {gpu['link'] / 1e9:g} GB/s one way, one after another. "
+        "Milliseconds, a floor:"
     )
     return [text, "", *table(["pass", "GPUs", "products", "all-gather", "all-reduce", "sum"], rows)]
 
@@ -311,10 +312,11 @@ def _model_step(model: dict) -> list[str]:
     whole = sum(grpo.values()), sum(gear.values())
     rows.append(["sum", *(f"{x:.3g}" for x in whole), _ratio(whole[1], whole[0])])
     text = (
-        f"**Model, not measured** (`benchmarks/reports/projections.py`): Qwen3-8B, {s['gpus']} H200, "
-        f"{s['trajectories']} trajectories of {s['prompt']} + {s['response']} tokens; the teacher's prompt is {s['hint']} longer, its pass over {s['taught']:.0%} of "
-        f"them. Products at {model['gpu']['flops'] / 1e12:g} TFLOP/s, sampling at {model['gpu']['memory'] / 1e12:g} TB/s; "
-        "launches, waits and the optimizer are left out, so seconds are floors and the ratio is what to read:"
+        f"**Model, not measured** (`benchmarks/reports/projections.py`): Qwen3-8B, {s['gpus']} H200, {s['trajectories']} "
+        f"trajectories of {s['prompt']} + {s['response']} tokens; the teacher's prompt is {s['hint']} longer, its pass over "
+        f"{s['taught']:.0%} of them. Products at {model['gpu']['flops'] / 1e12:g} TFLOP/s, sampling at "
+        f"{model['gpu']['memory'] / 1e12:g} TB/s; launches, waits and the optimizer are left out, so seconds are floors and the "
+        "ratio is what to read:"
     )
     return [text, "", *table(["phase", "GRPO, s", "GEAR, s", "GEAR / GRPO"], rows)]
 
@@ -426,7 +428,9 @@ def check(path: Path = PAGE, plots: Path = PLOTS, front: Path = README) -> list[
         old = file.read_text() if file.is_file() else ""
         lines += difflib.unified_diff(old.splitlines(), text.splitlines(), "committed", "from the JSON", lineterm="", n=0)
     names = [part.split(")")[0] for part in wanted.split("](plots/")[1:]]
-    return lines + [f"{name}: no such picture; the benchmark draws it" for name in names if not (plots / name).is_file()]
+    return lines + [
+        f"{name}: no such picture; `python -m benchmarks.page` draws it" for name in names if not (plots / name).is_file()
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -439,5 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if lines else 0
     PAGE.write_text(page())
     README.write_text(readme(README.read_text()))
-    print(f"wrote {PAGE.relative_to(ROOT)} and the figures of {README.name}")
+    drawn = draw(_read(RESULTS, FILE), PLOTS) + draw_demo(_read(RESULTS, demo.FILE), PLOTS)
+    names = ", ".join(path.name for path in drawn)
+    print(f"wrote {PAGE.relative_to(ROOT)}, its pictures ({names}) and the figures of {README.name}")
     return 0

@@ -6,10 +6,10 @@ import statistics
 from pathlib import Path
 
 from ..harness.cases import PASSES
-from ..harness.peers import OURS
+from ..harness.peers import EAGER, OURS
 from ..reports import projections
 from ..reports.demo import METHODS, PHASES, typical
-from ..reports.scaling import AXES, EAGER, GEMMS, series
+from ..reports.scaling import AXES, GEMMS, series
 
 _COLORS = {OURS: "C0", EAGER: "C1", GEMMS: "0.45"}
 _AXIS_LABELS = ("N, rows (tokens)", "V, vocabulary", "D, width of hidden states")

@@ -20,11 +20,13 @@ import gear_kernels
 from gear_kernels import Gear
 from gear_kernels.methods import METHODS
 
-from ..harness.credit_inputs import Pack, inputs_of, packs
+from ..harness.credit_inputs import Pack, credit_inputs, credit_packs
 from ..harness.environment import RESULTS, environment
 from ..harness.measure import OtherLoad, elapsed_ms, interleave
+from ..harness.tables import markdown_table
 
-LOOP, REFERENCE, OURS = "Python loop", "reference back end", "gear_kernels"
+LOOP, REFERENCE = "Python loop", "reference back end"
+TYPICAL = "typical, 512 sequences"
 
 
 def python_loop(p: Pack) -> list[float]:
@@ -54,23 +56,24 @@ def python_loop(p: Pack) -> list[float]:
     return weights
 
 
-def by_reference(p: Pack):
+def by_reference(p: Pack) -> gear_kernels.Credit:
+    """A pack's credit by the reference back end."""
     with gear_kernels.backend("reference"):
         return p.credit()
 
 
 def measure(device: str, tokens: int, rounds: int, step: Callable) -> list[dict]:
     """A row for each pack and each method; ours with its quartiles, the slow ways on the typical pack alone."""
-    rows, found = [], {name: p.to(device) for name, p in packs(tokens).items()}
+    rows, found = [], {name: p.to(device) for name, p in credit_packs(tokens).items()}
     typical = next(iter(found.values()))
     calls = {name: p.credit for name, p in found.items()}
     for name, method in METHODS.items():
         if name not in ("gear", "random"):  # random draws its places in Python
-            calls[f"method {name}"] = lambda m=method: typical.credit(m, **inputs_of(m, typical))
+            calls[f"method {name}"] = lambda m=method: typical.credit(m, **credit_inputs(m, typical))
     slow = {REFERENCE: lambda: by_reference(typical), LOOP: lambda: python_loop(typical)} if device == "cpu" else {}
     first = {name: elapsed_ms(call, device) for name, call in step((calls | slow).items())}
     times = interleave(calls, first, rounds, 60.0, device=device) | interleave(slow, first, 3, 60.0, device=device)
-    base = times["typical, 512 sequences"].median_ms
+    base = times[TYPICAL].median_ms
     for name, t in times.items():
         shown = t.low_ms, t.high_ms
         rows.append({"what": name, "median_ms": t.median_ms, "quartiles_ms": shown, "to_typical": t.median_ms / base})
@@ -80,7 +83,7 @@ def measure(device: str, tokens: int, rounds: int, step: Callable) -> list[dict]
 def agreement(tokens: int) -> dict[str, float]:
     """The largest difference of the weights on small packs of every kind, to the reference and to the loop."""
     worst = {REFERENCE: 0.0, LOOP: 0.0}
-    for p in packs(tokens).values():
+    for p in credit_packs(tokens).values():
         got = p.credit().weights
         if got.numel():
             worst[REFERENCE] = max(worst[REFERENCE], (got - by_reference(p).weights).abs().max().item())
@@ -90,6 +93,8 @@ def agreement(tokens: int) -> dict[str, float]:
 
 
 def table(rows: list[dict]) -> list[list[str]]:
+    """The report's rows as cells below HEADS."""
+
     def line(r: dict) -> list[str]:
         low, high = r["quartiles_ms"]
         return [r["what"], f"{r['median_ms']:.3g}", f"{low:.3g}-{high:.3g}", f"{r['to_typical']:.2f}"]
@@ -101,17 +106,18 @@ HEADS = ["pack, method or way", "median ms", "quartiles", "time / typical"]
 
 
 def markdown(head: dict, rows: list[dict]) -> str:
+    """The whole report."""
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items() if version != "not installed")
     lines = ["# Credit report", "", f"{head['date']}, commit {head['commit']}. {head['where']}, {versions}.", ""]
     lines += [f"- {head['tokens']} tokens a pack, but where one sequence or 4096 are named; a long sequence has at most 131072."]
     lines += [f"- Other load during the timing: {head['other_load']:.0%}."]
     differences = ", ".join(f"{v:.2g} to the {k}" for k, v in head["agreement"].items())
     lines += [f"- Largest difference of the weights, small packs of every kind, float32: {differences}.", ""]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (HEADS, ["---"] * len(HEADS), *table(rows))]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *markdown_table(HEADS, table(rows))]) + "\n"
 
 
 def run(device: str, quick: bool, output: Path, console: Console | None = None) -> dict:
+    """Measure, print the table, write credit_report.json and credit_report.md to `output`; what the JSON holds."""
     console = console or Console()
     tokens = 1 << 14 if quick else 1 << 20
     same = agreement(1 << 12)

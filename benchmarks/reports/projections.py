@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from ..harness.cases import HEAD_SHAPE, PRODUCTS
+
 RANKS = (1, 2, 4, 8)
-HEAD_SHAPE = (8192, 151936, 4096)  # N, V, D of DESIGN.md's limits
-GEMMS = {"forward": 2, "forward+backward": 6}  # student and teacher; then both again, and the two gradients
 _SUMS = 12  # float64 of a row that cross the ranks (gear_kernels/parallel.py), and one word for the shard's size
 
 
@@ -25,7 +25,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Model:
-    """Qwen3-8B; weights: parameters in the layers' matrix products.  cache: bytes of keys and values a token."""
+    """Qwen3-8B by its sizes."""
 
     layers: int = 36
     width: int = 4096
@@ -36,11 +36,13 @@ class Model:
 
     @property
     def weights(self) -> int:
+        """Parameters in the layers' matrix products."""
         attention = 2 * self.width * self.heads_width + 2 * self.width * self.cache_width
         return self.layers * (attention + 3 * self.width * self.inner)
 
     @property
     def cache(self) -> int:
+        """Bytes of keys and values a token, bfloat16."""
         return self.layers * 2 * self.cache_width * 2
 
     @property
@@ -80,7 +82,7 @@ def head_ms(ranks: int, passes: str, shape: tuple[int, int, int] = HEAD_SHAPE, g
     n, v, d = shape
     gather = (ranks - 1) * (n * _SUMS + 1) * 8
     reduce = 2 * (ranks - 1) / ranks * n * d * 4 if passes == "forward+backward" else 0.0
-    products = GEMMS[passes] * 2 * n * v * d / ranks
+    products = PRODUCTS[passes] * 2 * n * v * d / ranks
     return {"products": products / gpu.flops * 1e3, "all_gather": gather / gpu.link * 1e3, "all_reduce": reduce / gpu.link * 1e3}
 
 
@@ -111,7 +113,7 @@ def step_seconds(method: str, step: Step = Step(), model: Model = Model(), gpu: 
 
 def everything() -> dict:
     """What scaling.json holds of the models: assumptions and results."""
-    heads = {p: {str(r): head_ms(r, p) for r in RANKS} for p in GEMMS}
+    heads = {p: {str(r): head_ms(r, p) for r in RANKS} for p in PRODUCTS}
     steps = {method: step_seconds(method) for method in ("grpo", "gear")}
     return {"gpu": asdict(Gpu()), "model": asdict(Model()), "step": asdict(Step()), "head_shape": HEAD_SHAPE} | {
         "head_ms": heads,

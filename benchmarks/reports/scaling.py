@@ -1,8 +1,8 @@
 """How cost grows: `python -m benchmarks.reports.scaling [--quick] [--parts points,ranks,model]`.
 
 Time and memory of linear_token_stats against rows, vocabulary and width, beside eager torch and the plain GEMMs; the same over a
-vocabulary cut between processes; and the written models of projections.py. Writes scaling.json and the plots of docs/plots; parts
-that are not run keep their old figures.
+vocabulary cut between processes; and the written models of projections.py. Writes scaling.json, from which the page is drawn;
+parts that are not run keep their old figures.
 """
 
 from __future__ import annotations
@@ -22,26 +22,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from gear_kernels import Head, linear_token_stats
 
 from ..harness.cases import OUTPUTS, PASSES, make_case, runner
-from ..harness.environment import PLOTS, RESULTS, ROOT, environment
+from ..harness.environment import RESULTS, ROOT, environment
 from ..harness.measure import OtherLoad, elapsed_ms, extra_memory, interleave
-from ..harness.peers import OURS, peers
+from ..harness.peers import EAGER, OURS, gemm_name, gemms, peers
+from ..harness.tables import progress_bar
 from . import projections
-from .cpu import gemm_name, gemms
 
 FILE = "scaling.json"
 PARTS = ("points", "ranks", "model")
-EAGER = "eager torch"
 GEMMS = gemm_name(torch.float32)
 AXES = ("N", "V", "D")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizes:
     """base: N, V, D, of which one is varied at a time.  ranks_shape: V is cut among `processes`, which have a thread each."""
 
     base: tuple[int, int, int] = (64, 32003, 512)
@@ -60,32 +59,32 @@ class Plan:
         return sorted({(*self.base[:i], x, *self.base[i + 1 :]) for i, x in varied})
 
 
-QUICK = Plan((8, 203, 16), (4, 8), (101, 203), (16, 32), (8, 204, 16), (2,), rounds=3, seconds=0.5, quick=True)
+QUICK = Sizes((8, 203, 16), (4, 8), (101, 203), (16, 32), (8, 204, 16), (2,), rounds=3, seconds=0.5, quick=True)
 
 
 # --- against N, V and D --------------------------------------------------------------------------------------------------------
 
 
-def point(shape: tuple[int, int, int], passes: str, plan: Plan) -> dict:
+def point(shape: tuple[int, int, int], passes: str, sizes: Sizes) -> dict:
     """One shape and pass: quartiles and extra memory of ours and eager torch, quartiles of the GEMMs."""
     case = make_case("hidden", torch.float32, *shape)
     entrants = {p.name: runner(p.load(), case, passes) for p in peers("hidden", compiled=False) if p.name in (OURS, EAGER)}
     calls = entrants | {GEMMS: gemms(case, torch.float32, passes)}
     first = {name: elapsed_ms(call) for name, call in calls.items()}
-    found = {name: asdict(t) for name, t in interleave(calls, first, plan.rounds, plan.seconds).items()}
+    found = {name: asdict(t) for name, t in interleave(calls, first, sizes.rounds, sizes.seconds).items()}
     for name, call in entrants.items():
         found[name]["extra_mib"] = extra_memory(call)
     return {"shape": shape, "passes": passes, "rows": found}
 
 
-def points(plan: Plan, step: Callable[[str], None]) -> dict:
+def points(sizes: Sizes, step: Callable[[str], None]) -> dict:
     """All points. `step` is told of each before it starts."""
     found, load = [], OtherLoad()  # over all of them: a small point is over before the system's clock ticks
-    for shape, passes in itertools.product(plan.shapes(), PASSES):
+    for shape, passes in itertools.product(sizes.shapes(), PASSES):
         step(f"{passes}, N, V, D = {shape}")
-        found.append(point(shape, passes, plan))
+        found.append(point(shape, passes, sizes))
         gc.collect()
-    return {"base": plan.base, "other_load": load.share(), "points": found}
+    return {"base": sizes.base, "other_load": load.share(), "points": found}
 
 
 def series(measured: dict, axis: int, passes: str) -> list[dict]:
@@ -99,12 +98,12 @@ def series(measured: dict, axis: int, passes: str) -> list[dict]:
 # --- against the number of processes -------------------------------------------------------------------------------------------
 
 
-def worker(path: Path, plan: Plan) -> None:
+def worker(path: Path, sizes: Sizes) -> None:
     """One rank, started by torchrun: rank 0 writes the timings of both passes and of their collectives alone."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    case = make_case("hidden", torch.float32, *plan.ranks_shape)
-    size = plan.ranks_shape[1] // ranks
+    case = make_case("hidden", torch.float32, *sizes.ranks_shape)
+    size = sizes.ranks_shape[1] // ranks
     part = case.weight.detach()[rank * size : (rank + 1) * size].clone().requires_grad_()
     head = Head(part, group=dist.group.WORLD) if ranks > 1 else Head(part)
 
@@ -117,9 +116,9 @@ def worker(path: Path, plan: Plan) -> None:
             return linear_token_stats(case.student, head, case.targets, case.teacher, stats=OUTPUTS)
 
     calls = {"forward": forward, "forward+backward": both}
-    calls = {name: _together(call) for name, call in (calls | _collectives(plan, ranks)).items()}
+    calls = {name: _together(call) for name, call in (calls | _collectives(sizes, ranks)).items()}
     first = {name: elapsed_ms(call) for name, call in calls.items()}
-    timings = interleave(calls, first, plan.rounds, float("inf"))  # ranks must not disagree about when to stop
+    timings = interleave(calls, first, sizes.rounds, float("inf"))  # ranks must not disagree about when to stop
     memory = {name: extra_memory(calls[name]) for name in PASSES}
     if rank == 0:
         path.write_text(json.dumps({name: asdict(t) | {"extra_mib": memory.get(name)} for name, t in timings.items()}))
@@ -136,9 +135,9 @@ def _together(call: Callable) -> Callable:
     return started
 
 
-def _collectives(plan: Plan, ranks: int) -> dict[str, Callable]:
+def _collectives(sizes: Sizes, ranks: int) -> dict[str, Callable]:
     """What crosses the ranks in the two passes, alone; and the barrier that every timing holds."""
-    n, _, d = plan.ranks_shape
+    n, _, d = sizes.ranks_shape
     sums, grads = torch.zeros(n * 12 + 1, dtype=torch.float64), torch.zeros(n, d)
     everyone = [torch.zeros_like(sums) for _ in range(ranks)]
     return {
@@ -148,20 +147,20 @@ def _collectives(plan: Plan, ranks: int) -> dict[str, Callable]:
     }
 
 
-def ranks(plan: Plan, step: Callable[[str], None]) -> dict:
+def ranks(sizes: Sizes, step: Callable[[str], None]) -> dict:
     """The timings by number of processes; one thread each, so that two have twice the cores of one."""
     found, load = {}, OtherLoad()
-    for count in plan.processes:
+    for count in sizes.processes:
         step(f"{count} processes")
-        found[str(count)] = _ranks_of(count, plan)
-    return {"shape": plan.ranks_shape, "threads_each": 1, "other_load": load.share(), "processes": found}
+        found[str(count)] = _ranks_of(count, sizes)
+    return {"shape": sizes.ranks_shape, "threads_each": 1, "other_load": load.share(), "processes": found}
 
 
-def _ranks_of(count: int, plan: Plan) -> dict:
+def _ranks_of(count: int, sizes: Sizes) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "timings.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        command = [*launch, "-m", "benchmarks.reports.scaling", "--worker", str(path), *(["--quick"] if plan.quick else [])]
+        command = [*launch, "-m", "benchmarks.reports.scaling", "--worker", str(path), *(["--quick"] if sizes.quick else [])]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{count} ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -171,9 +170,9 @@ def _ranks_of(count: int, plan: Plan) -> dict:
 # --- all of it -----------------------------------------------------------------------------------------------------------------
 
 
-def measure(plan: Plan, parts: tuple[str, ...], progress: Progress) -> dict:
+def measure(sizes: Sizes, parts: tuple[str, ...], progress: Progress) -> dict:
     """The parts asked for, each with the machine and the moment it was measured on."""
-    total = len(plan.shapes()) * len(PASSES) * ("points" in parts) + len(plan.processes) * ("ranks" in parts)
+    total = len(sizes.shapes()) * len(PASSES) * ("points" in parts) + len(sizes.processes) * ("ranks" in parts)
     task = progress.add_task("starting", total=total)
 
     def step(text: str) -> None:
@@ -184,28 +183,25 @@ def measure(plan: Plan, parts: tuple[str, ...], progress: Progress) -> dict:
     step.started = False
     found = {}
     if "points" in parts:
-        found["points"] = environment() | points(plan, step)
+        found["points"] = environment() | points(sizes, step)
     if "ranks" in parts:
-        found["ranks"] = environment() | ranks(plan, step)
+        found["ranks"] = environment() | ranks(sizes, step)
     if "model" in parts:
         found["model"] = projections.everything()
     progress.update(task, completed=total)
     return found
 
 
-def run(plan: Plan, parts: tuple[str, ...], output: Path, plots: Path, console: Console) -> dict:
-    """Measure, write scaling.json to `output` and the pictures to `plots`; what the JSON holds."""
-    from ..page import plots as pictures
-
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def run(sizes: Sizes, parts: tuple[str, ...], output: Path, console: Console) -> dict:
+    """Measure and write scaling.json to `output`; what the JSON holds."""
     path = output / FILE
     old = json.loads(path.read_text()) if path.is_file() else {}
-    with Progress(*bars, console=console, transient=True) as progress:
-        new = measure(plan, parts, progress)
-    found = json.loads(json.dumps(old | new | {"quick": plan.quick}))
+    with progress_bar(console) as progress:
+        new = measure(sizes, parts, progress)
+    found = json.loads(json.dumps(old | new | {"quick": sizes.quick}))
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"wrote {path} and " + ", ".join(p.name for p in pictures.draw(found, plots)))
+    console.print(f"wrote {path}; `python -m benchmarks.page` draws it")
     return found
 
 
@@ -215,16 +211,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a self-test of a few seconds, into a temporary folder")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; the others keep what the file holds")
     parser.add_argument("--output", type=Path, help="where scaling.json goes")
-    parser.add_argument("--plots", type=Path, help="where the pictures go")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    plan = QUICK if given.quick else Plan()
+    sizes = QUICK if given.quick else Sizes()
     if given.worker:
-        return worker(given.worker, plan)
+        return worker(given.worker, sizes)
     if unknown := set(given.parts.split(",")) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     aside = Path(tempfile.mkdtemp(prefix="scaling-")) if given.quick else None
-    run(plan, tuple(given.parts.split(",")), given.output or aside or RESULTS, given.plots or aside or PLOTS, Console())
+    run(sizes, tuple(given.parts.split(",")), given.output or aside or RESULTS, Console())
 
 
 if __name__ == "__main__":
