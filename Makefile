@@ -56,10 +56,10 @@ bench: venv
 TRITONS  := 3.6.0 3.9.0
 NUMPY    := 1.26.4
 compile-matrix: venv
-	$(BIN)/python -m benchmarks.compile_report --check
+	$(BIN)/python -m benchmarks.gates.compile_report --check
 	for v in $(TRITONS); do \
 		test -d build/triton-$$v || $(PIP) --target build/triton-$$v --no-deps triton==$$v || exit 1; \
-		$(BIN)/python -m benchmarks.compile_report --triton build/triton-$$v || exit 1; \
+		$(BIN)/python -m benchmarks.gates.compile_report --triton build/triton-$$v || exit 1; \
 	done
 	test -d build/numpy-$(NUMPY) || $(PIP) --target build/numpy-$(NUMPY) --no-deps numpy==$(NUMPY)
 	PYTHONPATH=build/numpy-$(NUMPY) $(BIN)/python -m pytest tests/test_stats.py -k "triton and (rising or half or subsets)"

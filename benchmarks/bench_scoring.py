@@ -17,10 +17,10 @@ from gear_trainer.policy.model import Policy, hidden_states
 from gear_trainer.rollout import Rollout
 
 from .bench_stats import everyone, note
-from .cases import OUTPUTS, Case, Truth
-from .cpu_report import first_call
-from .measure import extra_memory, keep_freed_blocks
-from .peers import OURS, Peer, eager_linear_stats
+from .harness.cases import OUTPUTS, Case, Truth, definition
+from .harness.measure import extra_memory, keep_freed_blocks
+from .harness.peers import OURS, Peer
+from .harness.tables import first_call
 
 ROLLOUTS, PROMPT, HINT, TURN, REPLY = 8, 48, 16, 24, 12  # tokens: two turns with a tool's reply between them
 VOCABULARY, WIDTH, LAYERS = 32003, 128, 2
@@ -28,6 +28,7 @@ VOCABULARY, WIDTH, LAYERS = 32003, 128, 2
 
 @functools.cache
 def policy() -> Policy:
+    """A small Qwen3 with random weights and a head of its own, as the trainer wraps it."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -68,7 +69,8 @@ def truth() -> Truth:
     """The whole pass in float64."""
     exact = case_of(copy.deepcopy(policy().lm).double())
     with torch.no_grad():
-        return Truth(eager_linear_stats(exact.student, exact.weight, exact.teacher, exact.targets), {}, {}, None)
+        logits = (hidden @ exact.weight.T for hidden in (exact.student, exact.teacher))
+        return Truth(definition(*logits, exact.targets), {}, {}, None)
 
 
 def trainers(_: Case) -> dict[str, torch.Tensor]:
@@ -89,6 +91,7 @@ def _entrants() -> list:
 @pytest.mark.parametrize("peer", _entrants())
 @pytest.mark.benchmark(min_rounds=5, max_time=0.3)
 def bench_scoring(benchmark, peer: Peer):
+    """The pass with one peer's head; ours must be right."""
     torch.compiler.reset()
     keep_freed_blocks()
     whole = replace(peer, load=lambda: trainers if peer.name == OURS else with_head(peer.load()))

@@ -7,11 +7,23 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from .cases import PASSES, QWEN3_VOCABULARY, QWEN3_WIDTHS, SMALL, Case, Truth, find_truth, make_case, plain
-from .cpu_report import DTYPES, TRAFFIC, first_call
-from .measure import extra_memory, keep_freed_blocks
-from .peers import OURS, PEERS, Peer
-from .projections import GEMMS
+from .harness.cases import (
+    DTYPES,
+    PASSES,
+    PRODUCTS,
+    QWEN3_VOCABULARY,
+    QWEN3_WIDTHS,
+    SMALL,
+    TRAFFIC,
+    Case,
+    Truth,
+    find_truth,
+    make_case,
+    plain,
+)
+from .harness.measure import extra_memory, keep_freed_blocks
+from .harness.peers import OURS, PEERS, Peer
+from .harness.tables import first_call
 
 
 class Given(NamedTuple):
@@ -52,6 +64,7 @@ def _entrants() -> list:
 
 @functools.lru_cache(maxsize=1)  # the widest head's float64 truth is 5 GB while it is made
 def inputs(given: Given) -> tuple[Case, Truth]:
+    """A group's inputs, and what its answers are held against."""
     case = make_case(given.kind, given.dtype, *given.shape)
     return case, find_truth(case)
 
@@ -67,6 +80,7 @@ def moved(case: Case, passes: str) -> int:
 @pytest.mark.parametrize(("given", "peer", "passes"), _entrants())
 @pytest.mark.benchmark(min_rounds=5, max_time=0.3)
 def bench_statistics(benchmark, given: Given, peer: Peer, passes: str):
+    """One peer on one group of inputs; ours must be right."""
     torch.compiler.reset()  # compiled peers start afresh, with this shape and dtype only
     keep_freed_blocks()
     case, truth = inputs(given)
@@ -76,7 +90,7 @@ def bench_statistics(benchmark, given: Given, peer: Peer, passes: str):
     assert not (row.wrong and peer.name == OURS), row.errors
     benchmark.group = f"{given.kind}, {plain(given.dtype)}, {passes}, {given.name} {list(given.shape)}"
     benchmark.pedantic(call, rounds=3) if given in FULL else benchmark(call)
-    flops = GEMMS[passes] * 2 * math.prod(given.shape) if given.kind == "hidden" else None
+    flops = PRODUCTS[passes] * 2 * math.prod(given.shape) if given.kind == "hidden" else None
     note(benchmark, peer.name, {"bytes": moved(case, passes), "flops": flops, "extra_mib": extra_memory(call)}, row.errors)
 
 

@@ -4,8 +4,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from .peers import OURS
-from .tables import is_wrong
+from .harness.peers import OURS
+from .harness.tables import is_wrong
 
 _COLUMNS = (
     "median ms",

@@ -11,7 +11,7 @@ from unittest import mock
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from benchmarks import host_time
+from benchmarks.gates import host_time
 
 
 def launches(past_triton: bool) -> tuple[list, list, dict]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cases, cpu_report, measure, peers, tables
+from benchmarks.harness import cases, environment, measure, peers, tables
+from benchmarks.reports import cpu
 from gear_kernels import token_stats
 
 OUTPUTS = set(cases.OUTPUTS)
@@ -20,7 +21,7 @@ OUTPUTS = set(cases.OUTPUTS)
 def quick(tmp_path_factory):
     """(what the run returned, the folder it wrote to, what it printed)"""
     folder, printed = tmp_path_factory.mktemp("results"), io.StringIO()
-    return cpu_report.run(cpu_report.QUICK, folder, Console(file=printed, width=160)), folder, printed.getvalue()
+    return cpu.run(cpu.QUICK, folder, Console(file=printed, width=160)), folder, printed.getvalue()
 
 
 def rows_of(report, name):
@@ -35,7 +36,7 @@ def test_quick_report_has_every_table(quick):
     assert {(s["kind"], s["dtype"], s["passes"]) for s in report["sections"]} == wanted
     assert text.count("\n## ") == len(wanted) and "Quick self-test" in text and peers.OURS in printed
     assert (
-        report["quick"] and report["threads"] == torch.get_num_threads() and set(report["versions"]) == set(cpu_report.PACKAGES)
+        report["quick"] and report["threads"] == torch.get_num_threads() and set(report["versions"]) == set(environment.PACKAGES)
     )
 
 
@@ -78,15 +79,27 @@ def test_ratios_are_to_the_row_they_name(quick):
 
 @pytest.mark.parametrize("kind", ["logits", "hidden"])
 def test_truth_is_that_of_the_package(kind):
-    """The report's float64 answer and the package's own were written apart; they must agree."""
+    """What answers are held against is the package's reference; the operators, and plain torch written apart, must agree."""
     case = cases.make_case(kind, torch.float32, 40, 97, 8)
     truth = cases.find_truth(case, chunk=16)
     student, teacher = case.student.detach().double(), case.teacher.double()
     if kind == "hidden":
         student, teacher = student @ case.weight.detach().double().T, teacher @ case.weight.detach().double().T
-    expected = token_stats(student, teacher, case.targets)
+    operators = peers.named(token_stats(student, teacher, case.targets))
+    for expected in (operators, peers.eager_stats(student, teacher, case.targets)):
+        for name in cases.OUTPUTS:
+            torch.testing.assert_close(truth.outputs[name], expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+def test_gradients_of_the_truth_are_those_of_plain_torch(kind):
+    case = cases.make_case(kind, torch.float64, 20, 97, 8)
+    truth = cases.find_truth(case, chunk=16)
+    (eager,) = (p for p in peers.peers(kind) if p.name == peers.EAGER)
     for name in cases.OUTPUTS:
-        torch.testing.assert_close(truth.outputs[name], getattr(expected, name), rtol=0, atol=1e-12)
+        outputs = {name: eager.load()(case)[name]}
+        grads = torch.autograd.grad(case.loss(outputs), case.leaves)
+        assert max(truth.errors(outputs, grads).values()) < 1e-12
 
 
 def test_a_wrong_answer_is_called_wrong():
@@ -103,7 +116,7 @@ def test_update_passes_agree():
     case = cases.make_case("hidden", torch.float32, 16, 300, 32)
     truth = cases.find_truth(case)
     for peer in (p for p in peers.UPDATE_PEERS if "cpu" in p.devices and not p.compiles):
-        row, call, _ = cpu_report.first_call(peer, case, truth, "forward+backward")
+        row, call, _ = tables.first_call(peer, case, truth, "forward+backward")
         assert not row.wrong and (call is not None or row.failure.startswith("not installed")), row
 
 
@@ -186,12 +199,12 @@ def test_compiled_peers_agree():
         case = cases.make_case(kind, torch.float32, 16, 300, 32)
         truth = cases.find_truth(case)
         for peer in (p for p in peers.peers(kind) if p.compiles):
-            row, call, _ = cpu_report.first_call(peer, case, truth, "forward+backward")
+            row, call, _ = tables.first_call(peer, case, truth, "forward+backward")
             assert not row.wrong and (call is not None or row.failure.startswith("not installed")), row
 
 
 def test_pytest_benchmarks_run():
     """Collected when asked for; ours, the scoring pass and the scan run once each, with right answers."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "-k", "gear_kernels"]
-    done = subprocess.run(command, cwd=cpu_report.RESULTS.parent.parent, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout + done.stderr

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compile_report as report
+from benchmarks.gates import compile_report as report
 
-COMMITTED = [report.Row(**row) for row in json.loads((report.RESULTS / report.TABLE).read_text())["rows"]]
+COMMITTED = [report.Kernel(**row) for row in json.loads((report.RESULTS / report.TABLE).read_text())["rows"]]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_kernel_that_no_compiled_case_has_is_seen_to_differ(tmp_path, monkeypa
 
 def test_another_case_is_seen(monkeypatch):
     table = json.loads((report.RESULTS / report.TABLE).read_text())
-    more = [*report.statistics_cases(), report.Case(report.STUDENT, columns=9)]
+    more = [*report.statistics_cases(), report.Variant(report.STUDENT, columns=9)]
     monkeypatch.setattr(report, "statistics_cases", lambda: more)
     assert len(report.stale(table)) == 1
 

@@ -15,7 +15,7 @@ import pytest
 from fake_openai import fake_openai
 from forked_ranks import DEMO, ROOT, free_port
 
-from benchmarks import split
+from benchmarks.reports import demo as demo_report
 from gear_trainer.runs.metrics import read_metrics
 from gear_trainer.runs.records import read_records, recorded_steps
 
@@ -95,8 +95,8 @@ def test_the_exported_policy_is_an_hf_model(demo, out):
 
 
 def test_scoring_is_split_by_part_from_what_a_run_kept(demo, out):
-    found = split.measure(out / "demo", rounds=2)
-    kept = read_records(out / "demo", split.STEP)
+    found = demo_report.scoring(out / "demo", rounds=2)
+    kept = read_records(out / "demo", demo_report.SCORED_STEP)
     scored = [sum(line["mask"]) for line in kept if line["advantage"] != 0]
     assert (found["trajectories"], found["policy_tokens"]) == (len(scored), sum(scored)) and len(scored) > 0
     ms = {name: part["median_ms"] for name, part in found["parts"].items()}

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import compile_report, gates
+from benchmarks.gates import compile_report
+from benchmarks.gates import figures as gates
 from gear_kernels import Head, backends, credit_weights, linear_token_stats, ops, reference, tiling, token_stats
 from gear_kernels.triton import candidates, scan, stats
 
@@ -321,7 +322,7 @@ def test_candidates_stand_for_every_target_and_are_what_a_kernel_takes(monkeypat
     from triton.runtime.driver import driver
 
     for (kind, arch, lanes), _ in compile_report.TARGETS.values():
-        monkeypatch.setattr(driver, "_active", compile_report._StubDriver(GPUTarget(kind, arch, lanes)))
+        monkeypatch.setattr(driver, "_active", compile_report.StubDriver(GPUTarget(kind, arch, lanes)))
         for kernel, configs in candidates.STATS_CANDIDATES[str(arch)].items():
             assert stats.config(kernel, 1 << 20, torch.float32) in configs, "the table's own is among them"
             for one in configs:

@@ -12,15 +12,13 @@ import pytest
 import torch
 from simulated_gpu import SimulatedGpu
 
-from benchmarks import gpu_page, gpu_run, gpu_speed, gpu_timing, gpu_tools, gpu_tune, measure
-from benchmarks import gpu_report as report
-from benchmarks.gpu_checks import correctness_items
-from benchmarks.gpu_compare import compare, compare_gradients, problem
-from benchmarks.gpu_items import F32, Item, Setting
-from benchmarks.gpu_run import Part, Phase, work
-from benchmarks.packs import Pack
-from benchmarks.peers import OURS
-from benchmarks.projections import HEAD_SHAPE
+from benchmarks.gpu import page, report, run, speed, timing, tools, tune
+from benchmarks.gpu.checks import compare, compare_gradients, correctness_items, problem
+from benchmarks.gpu.run import F32, Item, Part, Phase, Setting, Skip, work
+from benchmarks.harness import measure
+from benchmarks.harness.cases import HEAD_SHAPE
+from benchmarks.harness.credit_inputs import Pack
+from benchmarks.harness.peers import OURS
 from gear_kernels import backends
 from gear_kernels.triton import candidates
 
@@ -38,7 +36,7 @@ def made(tmp_path_factory):
     with measure.one_thread():  # on tiny inputs more of them only wait for each other
         found = report.run(SETTING, report.Plan(tuple(report.PHASES), 600), folder, tell=told.append)
     (path,) = folder.glob("gpu_*.json")
-    journal = [json.loads(line) for line in (folder / gpu_page.JOURNAL).read_text().splitlines()]
+    journal = [json.loads(line) for line in (folder / page.JOURNAL).read_text().splitlines()]
     return found, json.loads(path.read_text()), path.with_suffix(".md").read_text(), told, journal
 
 
@@ -73,7 +71,7 @@ def test_only_gpu_items_are_skipped(made):
 
 def test_ours_is_timed(made):
     found = [item for phase in ("headline", "speed") for item in items(made[0], phase) if OURS in item["name"]]
-    assert len(found) == 2 * gpu_speed.REPEATS + 2 + 2 + 4
+    assert len(found) == 2 * speed.REPEATS + 2 + 2 + 4
     for item in found:
         figures = item["figures"]
         assert 0 < figures["low_ms"] <= figures["ms"] <= figures["high_ms"] and figures["of_roofline"] > 0
@@ -93,18 +91,18 @@ sys.modules.update(dict.fromkeys(OTHERS))
 try:
     import rich
 except ImportError:
-    runpy.run_module("benchmarks.gpu_report", run_name="__main__", alter_sys=True)
+    runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
 """
 
 
 def test_torch_and_triton_are_enough(monkeypatch):
     """A phase in its own process; a bare GPU machine has nothing else that the package or the benchmarks know."""
     others = ("rich", "matplotlib", "pytest", "transformers", "deepspeed", "einops", "trl", "liger_kernel", "vllm", "yaml")
-    program, flag, module, *options = gpu_run.command("machine", SETTING, Part())
-    assert (program, flag, module) == (sys.executable, "-m", "benchmarks.gpu_report")
+    program, flag, module, *options = run.command("machine", SETTING, Part())
+    assert (program, flag, module) == (sys.executable, "-m", "benchmarks.gpu")
     script = BARE.replace("OTHERS", repr(others))
-    monkeypatch.setattr(gpu_run, "command", lambda *_: [program, "-c", script, *options])
-    found = gpu_run.run_phase("machine", report.PHASES["machine"], SETTING, 120, quiet)
+    monkeypatch.setattr(run, "command", lambda *_: [program, "-c", script, *options])
+    found = run.run_phase("machine", report.PHASES["machine"], SETTING, 120, quiet)
     assert found["missed"] == 0 and found["items"][0]["status"] == "passed" and found["items"][0]["figures"]["torch"]
 
 
@@ -115,7 +113,7 @@ def test_goals_and_floors_beside_the_times():
     headline = {"items": [{"name": "ours", "status": "passed", "figures": figures}], "missed": 0}
     card = {"items": [{"name": "GEMM", "status": "passed", "figures": {"tflop_s": 790.0}}], "missed": 0}
     for _ in range(2):  # it is done after every phase
-        gpu_page.with_floors({"self_test": False, "phases": {"card": card, "headline": headline}})
+        page.with_floors({"self_test": False, "phases": {"card": card, "headline": headline}})
     assert figures["floor_ms"] == pytest.approx(25.8, abs=0.05) and figures["of_roofline"] == pytest.approx(0.956, abs=1e-3)
     assert figures["goal_met"] and not figures["memory_met"] and figures["goal_ms"] == 28.5
 
@@ -163,32 +161,32 @@ def test_a_failing_item_is_a_line(monkeypatch, tmp_path):
 
 
 def test_R1_a_small_kernel_is_timed_and_not_its_launch(monkeypatch):
-    gpu = SimulatedGpu().install(monkeypatch, gpu_timing)
-    found = gpu_timing.timed(lambda: gpu.launch(8.0, host_us=50.0), Setting("cuda"))
+    gpu = SimulatedGpu().install(monkeypatch, timing)
+    found = timing.timed(lambda: gpu.launch(8.0, host_us=50.0), Setting("cuda"))
     assert found["ms"] == pytest.approx(0.008) and found["host_us"] == pytest.approx(50.0) and found["clock"] == "graph of 50"
-    assert gpu_timing.alone_ms(lambda: gpu.launch(8.0, host_us=50.0), Setting("cuda")) == pytest.approx(0.058)
+    assert timing.alone_ms(lambda: gpu.launch(8.0, host_us=50.0), Setting("cuda")) == pytest.approx(0.058)
 
 
 def test_R1_a_large_call_starts_behind_a_busy_device(monkeypatch):
-    gpu = SimulatedGpu().install(monkeypatch, gpu_timing)
+    gpu = SimulatedGpu().install(monkeypatch, timing)
 
     def tiles():
         for _ in range(300):
             gpu.launch(100.0, host_us=60.0)
 
     assert measure.elapsed_ms(tiles, "cuda") == pytest.approx(30.0)
-    found = gpu_timing.timed(tiles, Setting("cuda"))
+    found = timing.timed(tiles, Setting("cuda"))
     assert found["ms"] == pytest.approx(30.0) and found["host_us"] == pytest.approx(300 * 60.0) and found["clock"] == "filler"
 
 
 def test_R1_calls_take_turns_and_one_that_cannot_be_captured_is_still_timed(monkeypatch):
-    gpu, order = SimulatedGpu().install(monkeypatch, gpu_timing), []
+    gpu, order = SimulatedGpu().install(monkeypatch, timing), []
 
     def copy(name):
         order.append(name)
         gpu.launch(40.0, 200.0)
 
-    found = gpu_timing.timed([lambda n=n: copy(n) for n in "abc"], Setting("cuda"))
+    found = timing.timed([lambda n=n: copy(n) for n in "abc"], Setting("cuda"))
     graph = "".join(order[-27 - 10 :][:27])  # the capture comes last but for the ten calls of host_us
     assert graph == "abc" * 9 and found["clock"] == "graph of 27" and found["ms"] == pytest.approx(0.04)
 
@@ -198,7 +196,7 @@ def test_R1_calls_take_turns_and_one_that_cannot_be_captured_is_still_timed(monk
             raise RuntimeError("not while a stream is capturing")
         gpu.launch(40.0, 200.0)
 
-    found = gpu_timing.timed(stubborn, Setting("cuda"))
+    found = timing.timed(stubborn, Setting("cuda"))
     assert "not captured" in found["clock"] and found["ms"] == pytest.approx(0.04)
 
 
@@ -234,8 +232,8 @@ def tuned():
         gpu.launch(40.0, 200.0)
 
     with pytest.MonkeyPatch.context() as patch, OnCpu(), measure.one_thread():
-        gpu = SimulatedGpu().install(patch, gpu_timing)
-        for name in gpu_tune.KERNELS:
+        gpu = SimulatedGpu().install(patch, timing)
+        for name in tune.KERNELS:
             patch.setattr(backends.BACKENDS["reference"], name, kernel)
         patch.setattr(backends, "choose", lambda device, dtype: "reference")
         patch.setattr(Pack, "credit", scan)
@@ -288,14 +286,14 @@ def test_R4_candidates_stand_while_they_are_timed(tuned):
 
 
 def test_R4_ceilings_are_the_products_of_the_operators(monkeypatch):
-    found = {(p.rows, p.inner, p.columns, p.result, p.add, p.turned) for p in gpu_speed.products()}
+    found = {(p.rows, p.inner, p.columns, p.result, p.add, p.turned) for p in speed.products()}
     tiles = ((2048, 2048), (2048, 4096), (4096, 4096), (8192, 1024), (8192, 2048))
     assert {(rows, 4096, columns, F32, False, False) for rows, columns in tiles} <= found
     assert {(8192, columns, 4096, F32, True, False) for columns in (4096, 8192)} <= found
     assert {(columns, 8192, 4096, result, False, True) for columns in (4096, 8192) for result in (F32, torch.bfloat16)} <= found
     written, real = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: written.append(out.data_ptr()) or real(a, b, out=out))
-    gpu_speed.ceiling_items(SETTING)[0].run()
+    speed.ceiling_items(SETTING)[0].run()
     assert len(set(written)) == 3 and all(a != b for a, b in zip(written, written[1:], strict=False))
 
 
@@ -337,12 +335,12 @@ def scripted(monkeypatch, body, seconds=20, peer=""):
     """Workers in real processes that run `body` for each of eight items a ... h, without importing torch."""
     script = SCRIPT.replace("BODY", body.replace("\n", "\n    ")).replace("SECONDS", str(seconds)).replace("PEER", repr(peer))
     part = lambda phase, setting, part: [sys.executable, "-S", "-c", script, ",".join(map(str, part))]  # noqa: E731
-    monkeypatch.setattr(gpu_run, "command", part)
+    monkeypatch.setattr(run, "command", part)
 
 
 def run_phase(phase, seconds=60.0):
     noted = []
-    found = gpu_run.run_phase("correctness", phase, replace(SETTING, device="cuda"), seconds, noted.append)
+    found = run.run_phase("correctness", phase, replace(SETTING, device="cuda"), seconds, noted.append)
     assert sorted(i["name"] for i in noted) == sorted(i["name"] for i in found["items"])
     return found
 
@@ -385,7 +383,7 @@ def test_the_phases_time_ends_it(monkeypatch):
 
 
 def test_a_process_that_cannot_start_is_reported(monkeypatch):
-    monkeypatch.setattr(gpu_run, "command", lambda *_: [sys.executable, "-S", "-c", "raise SystemExit('no such option')"])
+    monkeypatch.setattr(run, "command", lambda *_: [sys.executable, "-S", "-c", "raise SystemExit('no such option')"])
     found = run_phase(planted())
     assert [i["status"] for i in found["items"]] == ["failed"] and "no such option" in found["items"][0]["reason"]
 
@@ -401,7 +399,7 @@ def test_R3_a_killed_run_keeps_its_items(monkeypatch, tmp_path):
     monkeypatch.setitem(report.PHASES, "card", planted(lambda: {"ms": 1.5}, killed))
     with pytest.raises(KeyboardInterrupt):
         report.run(SETTING, report.Plan(("card",), 60), tmp_path, tell=quiet)
-    (line,) = map(json.loads, (tmp_path / gpu_page.JOURNAL).read_text().splitlines())
+    (line,) = map(json.loads, (tmp_path / page.JOURNAL).read_text().splitlines())
     assert (line["phase"], line["name"], line["status"], line["figures"]) == ("card", "a", "passed", {"ms": 1.5})
 
 
@@ -410,10 +408,10 @@ def test_R3_files_go_to_OUT(monkeypatch, tmp_path):
     monkeypatch.setitem(report.PHASES, "card", planted(dict))
     assert report.main(["--self-test", "--phases", "card"]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert len(names) == 3 and names[-1] == gpu_page.JOURNAL and names[0].startswith("gpu_") and names[0].endswith(".json")
+    assert len(names) == 3 and names[-1] == page.JOURNAL and names[0].startswith("gpu_") and names[0].endswith(".json")
     monkeypatch.delenv("OUT")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    assert report.main(["--self-test", "--phases", "card"]) == 0 and (tmp_path / "results" / gpu_page.JOURNAL).is_file()
+    assert report.main(["--self-test", "--phases", "card"]) == 0 and (tmp_path / "results" / page.JOURNAL).is_file()
 
 
 def test_R3_a_slow_machine_does_not_end_the_report(monkeypatch, tmp_path):
@@ -473,22 +471,22 @@ NCU = """==PROF== Connected to process 7
 
 
 def test_counters_of_ncu():
-    found = gpu_tools.counted(NCU)
+    found = tools.counted(NCU)
     assert found == {"launches": 2, "us": 8.0, "dram_read_mib": 2.0, "dram_written_mib": 1.0, "l2_mib": 32.0}
-    with pytest.raises(gpu_tools.Skip, match="counted nothing"):
-        gpu_tools.counted("==WARNING== No kernels were profiled.")
+    with pytest.raises(Skip, match="counted nothing"):
+        tools.counted("==WARNING== No kernels were profiled.")
 
 
 def test_a_missing_tool_is_skipped(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(gpu_tools, "_FOLDERS", (str(tmp_path),))
-    with pytest.raises(gpu_tools.Skip, match="ncu is not installed"):
-        gpu_tools._counters("_sweep_kernel")
+    monkeypatch.setattr(tools, "_FOLDERS", (str(tmp_path),))
+    with pytest.raises(Skip, match="ncu is not installed"):
+        tools._counters("_sweep_kernel")
     (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\necho '========= Device not supported. Please refer to the list'")
     (tmp_path / "compute-sanitizer").chmod(0o755)
-    with pytest.raises(gpu_tools.Skip, match="compute-sanitizer: .* Device not supported"):
-        gpu_tools._memcheck()
+    with pytest.raises(Skip, match="compute-sanitizer: .* Device not supported"):
+        tools._memcheck()
 
 
 def test_what_the_tools_watch_runs():
-    gpu_tools.main("small", "cpu")
+    tools.main("small", "cpu")

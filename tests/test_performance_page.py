@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import demo, performance_page, plots, projections, scaling, split
-from benchmarks.peers import OURS
+from benchmarks.harness.environment import RESULTS
+from benchmarks.harness.peers import EAGER, OURS
+from benchmarks.page import performance_page, plots
+from benchmarks.reports import demo, projections, scaling
 from gear_kernels import tiling
 
 ROOT = Path(__file__).parents[1]
-COMPILED = json.loads((scaling.RESULTS / "compile_report.json").read_text())
+COMPILED = json.loads((RESULTS / "compile_report.json").read_text())
 PAGES = ("README.md", "docs/operators.md", "docs/credit.md", "docs/performance.md")
 
 
@@ -40,7 +42,7 @@ def test_links_to_files_resolve(name):
 
 def test_quicker_peers_are_all_on_the_page():
     text = performance_page.PAGE.read_text()
-    for section in json.loads((scaling.RESULTS / "cpu_report.json").read_text())["sections"]:
+    for section in json.loads((RESULTS / "cpu_report.json").read_text())["sections"]:
         rows = performance_page.timed(section)
         for row in rows.values():
             if row["gives"] and row["timing"]["median_ms"] < rows[OURS]["timing"]["median_ms"]:
@@ -107,7 +109,7 @@ def test_a_step_by_hand():
 
 
 def test_the_committed_models_are_these():
-    committed = json.loads((scaling.RESULTS / scaling.FILE).read_text())
+    committed = json.loads((RESULTS / scaling.FILE).read_text())
     assert committed["model"] == json.loads(json.dumps(projections.everything())) and not committed["quick"]
 
 
@@ -118,7 +120,7 @@ def test_the_committed_models_are_these():
 def quick(tmp_path_factory):
     """What a quick run gives, and its folder: a point each way, two processes."""
     folder = tmp_path_factory.mktemp("scaling")
-    return scaling.run(scaling.QUICK, scaling.PARTS, folder, folder, Console(file=io.StringIO(), width=160)), folder
+    return scaling.run(scaling.QUICK, scaling.PARTS, folder, Console(file=io.StringIO(), width=160)), folder
 
 
 def test_quick_scaling_has_every_point(quick):
@@ -128,21 +130,23 @@ def test_quick_scaling_has_every_point(quick):
     for axis in range(3):
         assert len(scaling.series(found["points"], axis, "forward")) == 2
     for one in found["points"]["points"]:
-        assert set(one["rows"]) == {OURS, scaling.EAGER, scaling.GEMMS}
+        assert set(one["rows"]) == {OURS, EAGER, scaling.GEMMS}
         assert all(0 < r["low_ms"] <= r["median_ms"] <= r["high_ms"] for r in one["rows"].values())
     assert set(found["ranks"]["processes"]["2"]) == {"forward", "forward+backward", "barrier", "all_gather", "all_reduce"}
-    assert all((folder / f"{name}.png").stat().st_size > 5000 for name in ("scaling_time", "scaling_memory", "ranks"))
+    drawn = plots.draw(found, folder)
+    assert [path.stem for path in drawn] == ["scaling_time", "scaling_memory", "ranks"]
+    assert all(path.stat().st_size > 5000 for path in drawn)
 
 
 def test_a_part_alone_keeps_the_others(quick, tmp_path):
     found, folder = quick
     (tmp_path / scaling.FILE).write_text((folder / scaling.FILE).read_text())
-    again = scaling.run(scaling.QUICK, ("model",), tmp_path, tmp_path, Console(file=io.StringIO()))
+    again = scaling.run(scaling.QUICK, ("model",), tmp_path, Console(file=io.StringIO()))
     assert again == found
 
 
 def test_shapes_vary_one_size_at_a_time():
-    plan = scaling.Plan()
+    plan = scaling.Sizes()
     assert plan.base in plan.shapes() and len(plan.shapes()) == len(plan.rows) + len(plan.columns) + len(plan.widths) - 2
     assert all(sum(a != b for a, b in zip(shape, plan.base, strict=True)) <= 1 for shape in plan.shapes())
     assert all(plan.ranks_shape[1] % count == 0 for count in plan.processes)
@@ -173,8 +177,8 @@ def made_up(tmp_path):
 
 
 def test_runs_become_medians_and_pictures(made_up, tmp_path, monkeypatch):
-    monkeypatch.setattr(split, "measure", lambda run: {"of": run.name})  # of a real run: test_end_to_end.py
-    found = demo.run([0, 1], made_up, tmp_path, tmp_path, Console(file=io.StringIO(), width=160), read=True)
+    monkeypatch.setattr(demo, "scoring", lambda run: {"of": run.name})  # of a real run: test_end_to_end.py
+    found = demo.run([0, 1], made_up, tmp_path, Console(file=io.StringIO(), width=160), read=True)
     assert json.loads((tmp_path / demo.FILE).read_text()) == found and found["other_load"] is None
     first = next(run for run in found["runs"] if (run["method"], run["seed"]) == ("gear", 0))
     assert first["seconds"] == dict.fromkeys(demo.PHASES, 1.0) | {"score": 4.5}
@@ -182,7 +186,8 @@ def test_runs_become_medians_and_pictures(made_up, tmp_path, monkeypatch):
     assert first["step"] == 9.5 and first["policy_tokens"] == 15 and first["steps"] == 2  # without the evaluation
     assert first["held_out"] == {"0": 0.5, "2": 0.75}
     assert demo.typical(found["runs"], "gear")["seconds"]["score"] == 9.5  # of 4.5 and 14.5
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("demo", "step_phases"))
+    drawn = plots.draw_demo(found, tmp_path)
+    assert [path.stem for path in drawn] == ["demo", "step_phases"] and all(path.stat().st_size > 5000 for path in drawn)
 
 
 def test_a_run_without_steps_is_refused(tmp_path):

@@ -1,0 +1,1 @@
+"""What must not grow, against committed tables: bytes, operators, launches, synchronisations, times; registers and spills."""
