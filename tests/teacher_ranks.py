@@ -18,7 +18,8 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from gear_trainer.config import ConfigError, load_config  # noqa: E402
+from gear_trainer.config import load_config  # noqa: E402
+from gear_trainer.errors import ConfigError  # noqa: E402
 from gear_trainer.policy import checkpoint  # noqa: E402
 from gear_trainer.policy.gather import whole_state_dict  # noqa: E402
 from gear_trainer.policy.model import build_engine  # noqa: E402

@@ -13,7 +13,8 @@ import pytest
 
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Rlsd
-from gear_trainer.config import ConfigError, changes, load_config, parse_yaml
+from gear_trainer.config import changes, load_config, parse_yaml
+from gear_trainer.errors import ConfigError
 from gear_trainer.policy.model import check_model_path, deepspeed_config, learning_rate, model_sizes
 from gear_trainer.policy.teacher import has_own_weights
 from gear_trainer.preflight.checks import check, check_launch, make_method

@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from gear_trainer import run
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
 from gear_trainer.policy.model import deepspeed_config
 from gear_trainer.rollout import vllm_colocated
 from gear_trainer.rollout.vllm_colocated import ColocatedVllm, engine_kwargs

@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
 from gear_trainer.demo.warm_start import WarmStartSpec
 from gear_trainer.policy.model import model_sizes
 from gear_trainer.preflight import memory

@@ -8,7 +8,8 @@ import pytest
 from fake_openai import fake_openai
 
 from gear_kernels.methods import METHODS
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
 from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
 from gear_trainer.hints.endpoint import connect
 from gear_trainer.hints.masking import PLACEHOLDER

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from gear_kernels import Gear
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
 from gear_trainer.preflight.checks import make_method, print_plan, warnings
 from gear_trainer.tasks import make_task
 

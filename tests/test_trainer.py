@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Gigpo, Turn
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
 from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
 from gear_trainer.policy.batching import micro_batch, padding_micro_batch, split_rows
 from gear_trainer.policy.checkpoint import MANIFEST, latest_step

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
 from gear_trainer.demo.warm_start import Demonstrable, check_demonstrations, draw_demo
 from gear_trainer.preflight.checks import check, make_method
 from gear_trainer.recipe import make_distillation
