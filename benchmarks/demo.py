@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from gear_trainer.runs.metrics import read_metrics
+from gear_trainer.runs.files import read_metrics
 
 from .cpu_report import RESULTS, environment
 from .measure import OtherLoad
