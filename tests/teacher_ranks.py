@@ -68,7 +68,7 @@ def make_rollouts():
         draw = torch.randint(1, VOCAB, (prompt + teacher + length,), generator=g).tolist()
         r = Rollout(Problem(str(k), [], [], ""), k // 2, k % 2, draw[:prompt], draw[prompt : prompt + teacher])
         r.ids, r.mask = draw[prompt + teacher :], [not (length > 8 and 3 <= i < 6) for i in range(length)]
-        r.sampler_logprobs, r.turn_ids, r.success = [-3.0] * length, [0] * length, advantage > 0
+        r.sampler_logprobs, r.turn_ids, r.success, r.reference = [-3.0] * length, [0] * length, advantage > 0, "written"
         out.append(r)
     return out
 
