@@ -15,13 +15,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-
-class ConfigError(ValueError):
-    """A run that cannot start. The message names the file and the key (or line), and says how to mend it."""
-
+from gear_trainer.errors import ConfigError
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-REFERENCED = ("sgcd",)  # methods whose teacher reads credit references, on mixed groups, unless the config says otherwise
 
 
 class Section(BaseModel):
@@ -196,20 +192,6 @@ class Config(Section):
     def prompts_per_rank(self) -> int:
         return self.rollout.prompts_per_step // self.world_size
 
-    @property
-    def gen_batches(self) -> int:
-        """Batches that a step may sample: 1 without the mixed-group filter."""
-        wanted = self.rollout.filter_groups
-        return self.rollout.max_num_gen_batches if wanted or (wanted is None and self._referenced) else 1
-
-    @property
-    def writes_references(self) -> bool:
-        return self._referenced if self.writer.enabled is None else self.writer.enabled
-
-    @property
-    def _referenced(self) -> bool:
-        return any(part.strip() in REFERENCED for part in self.credit.split("+"))
-
     @field_validator("name")
     @classmethod
     def _one_folder(cls, value: str) -> str:
@@ -262,12 +244,6 @@ class Config(Section):
             raise ValueError(
                 f"train.tokens_per_micro_batch={t.tokens_per_micro_batch} is less than one sequence of "
                 f"rollout.max_model_len={r.max_model_len}: raise it"
-            )
-        if self.credit == "grpo" and self.credit_args:
-            raise ValueError("credit=grpo takes no credit_args: drop them, or choose credit=gear")
-        if self.writer.url and not self.writes_references:
-            raise ValueError(
-                f"writer.url is set, but credit={self.credit} has no references written: drop it, or set writer.enabled=true"
             )
         return self
 

@@ -1,19 +1,28 @@
-"""What `credit` says: a credit method, a distillation loss (opsd, sdar), or both."""
+"""What `credit`, `signal`, `teacher`, `writer` and `distill` mean together: one `Recipe`, made once, which everyone else reads.
+
+Nobody else parses `credit`, compares a signal's name or asks what a credit method declares.
+"""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from gear_kernels import TokenStats
+from gear_kernels import Gear, GearKernelsError, TokenStats, credit_weights
 from gear_kernels.losses import divergence_loss, divergence_stat, sampled_distillation_loss, sdar_loss
-from gear_kernels.methods import METHODS
-from gear_trainer.config import Config, ConfigError
+from gear_kernels.methods import FLOAT_INPUTS, INPUTS, METHODS
+from gear_trainer.config import Config
+from gear_trainer.errors import ConfigError
+from gear_trainer.user_code import load_class, said
 
 LOSSES = ("opsd", "sdar")
-TEACHER_ROWS = ("teacher_entropy", "forward_kl")  # what some methods read beside the signal
+REFERENCED = ("sgcd",)  # methods whose teacher reads credit references, on mixed groups, unless the config says otherwise
+SIGNAL_STATS = {"k1": (), "reverse_kl": ("reverse_kl",)}  # what a signal takes beside both log-probs
+TEACHER_COLUMNS = ("signal", "teacher_entropy", "forward_kl")  # inputs of methods that a teacher's pass makes
+FULL_KL = "reverse_kl"
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,111 @@ class Distillation:
         return self.coefficient * loss, metrics["divergence"]
 
 
-def parse_credit(credit: str) -> tuple[str, str | None]:
+class Declared(NamedTuple):
+    """What a credit method may declare beside `needs` and `apply`, and what is meant where it does not."""
+
+    signals: tuple[str, ...] = ("k1", FULL_KL)  # what its signal may be, its own first
+    teacher_sees: str = "ground_truth"  # or sibling: a correct rollout of the group
+    outcome_in_last_turn: bool = False  # the trajectory's reward is added to that of its last turn
+    wants_references: bool = False  # its teacher reads a written credit reference
+    mixed_groups: bool = False  # groups that all succeed or all fail are sampled again
+    at: Any = None  # step -> the method of that step
+
+
+def declared(method: Any, name: str) -> Declared:
+    """The optional parts of a credit method, which `credit` names so."""
+    referenced = Declared(wants_references=name in REFERENCED)
+    found = Declared(*(getattr(method, part, default) for part, default in referenced._asdict().items()))
+    return found._replace(mixed_groups=getattr(method, "mixed_groups", found.wants_references))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run does with its rollouts; made by `resolve`, read everywhere.
+
+    teacher_weights: of a teacher with weights of its own; None where the policy itself is the teacher, or nothing reads one.
+    references: who puts something else than the ground truth into the teacher's prompt. gen_batches: batches that a step may
+    sample, 1 without the filter for mixed groups.
+    """
+
+    method: Any
+    declared: Declared
+    signal: str
+    distillation: Distillation | None
+    teacher_weights: Literal["initial", "ema", "synced"] | None
+    references: Literal["writer", "siblings"] | None
+    gen_batches: int
+
+    @property
+    def teacher_columns(self) -> tuple[str, ...]:
+        """The method's inputs that only a teacher's pass makes."""
+        return tuple(name for name in TEACHER_COLUMNS if name in self.method.needs)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the method asks for the teacher's view of the trajectories that have an advantage."""
+        return bool(self.teacher_columns)
+
+    @property
+    def teaches_all(self) -> bool:
+        """Whether the scoring pass asks the teacher about every trajectory: a distillation loss of the sampled tokens."""
+        return self.distillation is not None and not self.distillation.full
+
+    @property
+    def by_turn(self) -> bool:
+        """Whether trajectories of advantage 0 can teach too, by the rewards of their turns."""
+        return "turn_rewards" in self.method.needs
+
+    @property
+    def stats_to_update(self) -> tuple[str, ...]:
+        return ("logprobs", *(self.distillation.stats if self.distillation else ()))
+
+    @property
+    def jsd_beta(self) -> float | None:
+        return self.distillation.jsd_beta if self.distillation else None
+
+    def stats_to_score(self, teacher: bool) -> tuple[str, ...]:
+        """The statistics of a scoring pass, of the student's rows alone or beside the teacher's."""
+        if not teacher:
+            return ("logprobs", "entropy")
+        rows = tuple(name for name in self.teacher_columns if name != "signal")
+        return ("logprobs", "entropy", "teacher_logprobs", *SIGNAL_STATS[self.signal], *rows)
+
+    def signal_of(self, out: TokenStats) -> torch.Tensor:
+        """The signal [n] (nats) out of a pass with the teacher's rows."""
+        return out.reverse_kl if self.signal == FULL_KL else out.logprobs - out.teacher_logprobs
+
+    def method_at(self, step: int) -> Any:
+        """The credit method of the 1-based step."""
+        return self.declared.at(step) if self.declared.at else self.method
+
+
+def resolve(cfg: Config) -> Recipe:
+    """The recipe of a configuration. Raises ConfigError where its parts do not go together."""
+    name, loss = _parse(cfg.credit)
+    method = _make_method(name, cfg)
+    own = declared(method, name)
+    if cfg.signal is not None and cfg.signal not in own.signals:
+        raise ConfigError(f"signal={cfg.signal}: {name} reads {' or '.join(own.signals)}; leave signal out")
+    missing = [need for need in method.needs if need not in INPUTS]
+    if missing:
+        raise ConfigError(f"credit={cfg.credit} reads {', '.join(missing)}, which this trainer does not make: choose another")
+    distillation = _make_distillation(loss, cfg)
+    asks = any(column in method.needs for column in TEACHER_COLUMNS)
+    own_weights = cfg.teacher.weights != "rollout" and (asks or distillation is not None)
+    filtered = own.mixed_groups if cfg.rollout.filter_groups is None else cfg.rollout.filter_groups
+    return Recipe(
+        method=method,
+        declared=own,
+        signal=cfg.signal or own.signals[0],
+        distillation=distillation,
+        teacher_weights=cfg.teacher.weights if own_weights else None,
+        references=_references(cfg, own, asks),
+        gen_batches=cfg.rollout.max_num_gen_batches if filtered else 1,
+    )
+
+
+def _parse(credit: str) -> tuple[str, str | None]:
     """`credit` as (name of its credit method or module:Class, name of its distillation loss or None). Raises ConfigError."""
     parts = [part.strip() for part in credit.split("+")]
     for part in parts:
@@ -73,9 +186,26 @@ def parse_credit(credit: str) -> tuple[str, str | None]:
     return methods[0] if methods else "grpo", losses[0] if losses else None
 
 
-def make_distillation(cfg: Config) -> Distillation | None:
-    """None where `credit` names no distillation loss. Raises ConfigError."""
-    _, name = parse_credit(cfg.credit)
+def _make_method(name: str, cfg: Config) -> Any:
+    """The credit method, W = 1 where `credit` names a distillation loss alone. Raises ConfigError."""
+    if cfg.credit == "grpo" and cfg.credit_args:
+        raise ConfigError("credit=grpo takes no credit_args: drop them, or choose credit=gear")
+    if ":" in name:
+        return _own_method(name, cfg.credit_args)
+    method = METHODS[name]
+    fields = {field: getattr(method, field) for field in method.__dataclass_fields__}
+    unknown = sorted(set(cfg.credit_args) - set(fields))
+    if unknown:
+        raise ConfigError(f"credit_args.{unknown[0]}: unknown; {name} takes {', '.join(sorted(fields)) or 'none'}")
+    if isinstance(method, Gear) and cfg.signal == FULL_KL:
+        fields["normalizer"] = "max"  # the full KL is never negative: there is nothing below 0 to clip
+    try:
+        return type(method)(**(fields | cfg.credit_args))
+    except GearKernelsError as error:
+        raise ConfigError(f"credit_args: {error}") from None
+
+
+def _make_distillation(name: str | None, cfg: Config) -> Distillation | None:
     if name is None:
         return None
     alone = cfg.credit.strip() == "opsd"  # sdar alone is sdar+grpo, as in its paper
@@ -84,6 +214,73 @@ def make_distillation(cfg: Config) -> Distillation | None:
     return Distillation(name, d.variant, d.beta, d.coefficient if d.coefficient is not None else coefficient, alone)
 
 
-def reads_teacher(cfg: Config, method: Any) -> bool:
-    """Whether anything in the run asks for the teacher's view of a token."""
-    return make_distillation(cfg) is not None or bool({"signal", *TEACHER_ROWS} & set(method.needs))
+def _references(cfg: Config, own: Declared, asks: bool) -> Literal["writer", "siblings"] | None:
+    """Who shows the teacher something in place of the ground truth. Raises ConfigError where two would, or nobody reads it."""
+    written = own.wants_references if cfg.writer.enabled is None else cfg.writer.enabled
+    sibling = (cfg.teacher.sees or own.teacher_sees) == "sibling"
+    if cfg.writer.url and not written:
+        raise ConfigError(
+            f"writer.url is set, but credit={cfg.credit} has no references written: drop it, or set writer.enabled=true"
+        )
+    if not written:
+        return "siblings" if sibling else None
+    if not asks:
+        raise ConfigError(f"writer.enabled: credit={cfg.credit} asks no teacher, so nobody would read references: drop it")
+    if sibling:
+        raise ConfigError(f"teacher.sees=sibling: credit={cfg.credit} has references written for its teacher; drop one of them")
+    return "writer"
+
+
+# --- a method of the user's own -------------------------------------------------------------------------------------------
+
+
+def _own_method(spec: str, args: dict[str, Any]) -> Any:
+    """The credit method of the class `module:Class`, made with `credit_args` and tried on a few tokens. Raises ConfigError."""
+    try:
+        cls = load_class(spec)
+        takes = list(inspect.signature(cls).parameters)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"credit={spec}: cannot be loaded ({error}): check the module path and the class name") from None
+    unknown = sorted(set(args) - set(takes))
+    if unknown:
+        raise ConfigError(f"credit_args.{unknown[0]}: unknown; {cls.__name__} takes {', '.join(sorted(takes)) or 'none'}")
+    try:
+        method = cls(**args)
+    except Exception as error:
+        raise ConfigError(f"credit_args: {cls.__name__} cannot be made ({said(error, where=True)})") from None
+    _check_method(spec, method)
+    return method
+
+
+def _check_method(spec: str, method: Any) -> None:
+    """Raises ConfigError where `needs` or `apply` are not what credit_weights asks for (docs/credit.md)."""
+    needs, name = getattr(method, "needs", None), type(method).__name__
+    if not isinstance(needs, (tuple, list)) or not callable(getattr(method, "apply", None)):
+        raise ConfigError(
+            f"credit={spec}: {name} must have `needs`, a tuple of input names, and a method `apply` (docs/credit.md); add them"
+        )
+    if set(needs) <= set(INPUTS):  # others are named by the check of inputs
+        try:
+            _try_method(method)
+        except Exception as error:
+            raise ConfigError(f"credit={spec}: {name} fails on two made-up sequences ({said(error, where=True)})") from None
+
+
+def _try_method(method: Any) -> None:
+    """One call as the trainer makes it, on two sequences of three tokens."""
+    rows: dict[str, Any] = {name: torch.linspace(-0.1, 0.4, 6) if name in method.needs else None for name in FLOAT_INPUTS}
+    turns = torch.tensor([0, 0, 1, 0, 1, 1])
+    at = declared(method, "").at
+    credit = credit_weights(
+        rows.pop("signal"),
+        rows.pop("entropy"),
+        torch.tensor([1.0, -1.0]),
+        torch.tensor([0, 3, 6], dtype=torch.int32),
+        method=at(1) if at else method,
+        turn_ids=turns,
+        anchors=turns,
+        groups=torch.tensor([0, 0]),
+        **rows,
+    )
+    if not credit.token_advantages.isfinite().all():
+        raise ValueError("a token's advantage is not finite")

@@ -7,6 +7,7 @@ import signal
 from gear_trainer.hints.endpoint import connect
 from gear_trainer.policy import checkpoint
 from gear_trainer.train.loop import Trainer
+from gear_trainer.train.update import Updater
 
 
 def _die():
@@ -53,31 +54,31 @@ def nan_loss_on_one_rank():
     """From step 3 on rank 1's surrogate is NaN in value, with a gradient that a clip has stopped."""
     if os.environ["RANK"] != "1":
         return
-    policy_loss, step = Trainer._policy_loss, Trainer.step
+    policy_loss, update = Updater._policy_loss, Updater.__call__
 
-    def remember(self, number, files):
+    def remember(self, number, *rest):
         self.number = number
-        return step(self, number, files)
+        return update(self, number, *rest)
 
-    def broken(self, batch, logprobs, inputs, scores):
-        loss, parts = policy_loss(self, batch, logprobs, inputs, scores)
+    def broken(self, logprobs, inputs):
+        loss, parts = policy_loss(self, logprobs, inputs)
         return (loss * 0 + float("nan") if self.number >= 3 else loss), parts
 
-    Trainer.step, Trainer._policy_loss = remember, broken
+    Updater.__call__, Updater._policy_loss = remember, broken
 
 
 def error_on_one_rank():
     """Rank 1 raises in the update of step 2."""
     if os.environ["RANK"] != "1":
         return
-    update = Trainer.update
+    update = Updater.__call__
 
     def broken(self, step, *rest):
         if step == 2:
             raise ZeroDivisionError("planted")
         return update(self, step, *rest)
 
-    Trainer.update = broken
+    Updater.__call__ = broken
 
 
 def nan_weights_before_the_save():
@@ -108,12 +109,12 @@ def pushes_end():
 
 def change_writer():
     """References are the policy's own for two steps and an endpoint's (WRITER_URL) from then on."""
-    write = Trainer._write_references
+    write = Trainer.write_references
 
     def changed(self, step, rollouts, sums):
         if step == 3:
             url = os.environ["WRITER_URL"]
-            self.writer.model = connect(self.cfg.writer.model_copy(update={"url": url, "max_retries": 0}), 1024)
+            self.references.model = connect(self.cfg.writer.model_copy(update={"url": url, "max_retries": 0}), 1024)
         write(self, step, rollouts, sums)
 
-    Trainer._write_references = changed
+    Trainer.write_references = changed

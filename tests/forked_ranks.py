@@ -103,7 +103,8 @@ def _serve():
     import torch.utils.tensorboard  # noqa: F401
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
-    import gear_trainer.preflight.checks
+    import gear_trainer.build
+    import gear_trainer.preflight.memory
     import gear_trainer.report.build
     import gear_trainer.run
     import gear_trainer.train.loop  # noqa: F401

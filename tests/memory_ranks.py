@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-PHASES = {"_sample": "rollout", "score": "score", "update": "update", "step": "step", "push": "push"}
 M_MMAP_THRESHOLD = -3
 
 
@@ -23,20 +22,24 @@ def install():
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from gear_trainer.train.loop import Trainer
+    from gear_trainer.policy.forward import Forward
+    from gear_trainer.train import loop
+    from gear_trainer.train.sample import StepSampler
+    from gear_trainer.train.update import Updater
 
     tokens = {True: 0, False: 0}
-    forward = Trainer._forward
+    forward = Forward.__call__
 
     def counted(self, batch, stats):
         grad = torch.is_grad_enabled()
-        tokens[grad] = max(tokens[grad], getattr(batch, "student", batch).input_ids.numel())
+        tokens[grad] = max(tokens[grad], batch.student.input_ids.numel())
         return forward(self, batch, stats)
 
-    Trainer._forward = counted
-    for owner, names in ((Trainer, ("_sample", "score", "update", "push")), (DeepSpeedEngine, ("step",))):
-        for name in names:
-            setattr(owner, name, _watched(getattr(owner, name), PHASES[name], tokens))
+    Forward.__call__ = counted
+    watched = [(StepSampler, "__call__", "rollout"), (loop, "score", "score"), (Updater, "__call__", "update")]
+    watched += [(loop.Trainer, "push", "push"), (DeepSpeedEngine, "step", "step")]
+    for owner, name, phase in watched:
+        setattr(owner, name, _watched(getattr(owner, name), phase, tokens))
 
 
 def _watched(call, phase, tokens):
@@ -74,10 +77,12 @@ def measured(file):
 def main():
     from forked_ranks import DEMO, ROOT, Server
 
+    from gear_trainer.build import resolve_model_path
     from gear_trainer.config import load_config
-    from gear_trainer.policy.model import model_sizes, resolve_model_path
+    from gear_trainer.policy.hub import model_sizes
     from gear_trainer.preflight import memory
-    from gear_trainer.preflight.checks import check_prompts, lengths, make_method
+    from gear_trainer.preflight.checks import check_prompts, lengths
+    from gear_trainer.recipe import resolve
     from gear_trainer.rollout.chat import Chat
     from gear_trainer.tasks import make_task
 
@@ -99,10 +104,10 @@ def main():
         found, tokens = measured(peaks.with_suffix(".0"))
     from transformers import AutoTokenizer
 
-    task, method = make_task(cfg.task, cfg.seed, cfg.task_args), make_method(cfg)
+    task, recipe = make_task(cfg.task, cfg.seed, cfg.task_args), resolve(cfg)
     chat = Chat(AutoTokenizer.from_pretrained(resolve_model_path(cfg, task)), task.tools, cfg.chat_template_args)
-    prompts = check_prompts(cfg, task, method, chat)
-    planner = memory.Planner(cfg, method, model_sizes(cfg.model.path), *lengths(cfg, task, prompts))
+    prompts = check_prompts(cfg, task, recipe, chat)
+    planner = memory.Planner(cfg, recipe, model_sizes(cfg.model.path), *lengths(cfg, task, prompts))
     fewer = load_config(ROOT / args.config, [*short, f"train.tokens_per_micro_batch={max(tokens, cfg.rollout.max_model_len)}"])
     plan, as_run = (planner.plan(c, memory.card(c)) for c in (cfg, fewer))
     print(f"MiB a rank; the largest forward with gradients had {tokens} tokens, the plan takes {planner.tokens(cfg)}")

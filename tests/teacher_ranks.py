@@ -18,16 +18,19 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from gear_trainer.config import ConfigError, load_config  # noqa: E402
+from gear_trainer.config import load_config  # noqa: E402
+from gear_trainer.errors import ConfigError  # noqa: E402
 from gear_trainer.policy import checkpoint  # noqa: E402
 from gear_trainer.policy.gather import whole_state_dict  # noqa: E402
-from gear_trainer.policy.model import build_engine  # noqa: E402
-from gear_trainer.policy.teacher import Teacher, has_own_weights  # noqa: E402
-from gear_trainer.preflight.checks import make_method  # noqa: E402
+from gear_trainer.policy.teacher import Teacher  # noqa: E402
+from gear_trainer.policy.zero import build_engine  # noqa: E402
+from gear_trainer.recipe import resolve  # noqa: E402
 from gear_trainer.rollout import Rollout  # noqa: E402
 from gear_trainer.runs.metrics import Sums  # noqa: E402
 from gear_trainer.tasks.base import Problem  # noqa: E402
+from gear_trainer.train.experience import pack_with  # noqa: E402
 from gear_trainer.train.loop import Trainer  # noqa: E402
+from gear_trainer.train.schedule import schedule  # noqa: E402
 
 VOCAB, TEMPERATURE = 160, 0.8
 DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "mathapi_cpu.yaml"
@@ -53,6 +56,7 @@ POLICIES = {  # name: (dtype, overrides)
     "synced": ("float32", ["teacher.weights=synced", "teacher.sync_every=2", WHOLE]),
 }
 STEPS = 3
+SCORED = ("logprobs", "teacher_logprobs", "signal", "teacher_entropy")
 
 
 def make_rollouts():
@@ -64,7 +68,7 @@ def make_rollouts():
         draw = torch.randint(1, VOCAB, (prompt + teacher + length,), generator=g).tolist()
         r = Rollout(Problem(str(k), [], [], ""), k // 2, k % 2, draw[:prompt], draw[prompt : prompt + teacher])
         r.ids, r.mask = draw[prompt + teacher :], [not (length > 8 and 3 <= i < 6) for i in range(length)]
-        r.sampler_logprobs, r.turn_ids, r.success = [-3.0] * length, [0] * length, advantage > 0
+        r.sampler_logprobs, r.turn_ids, r.success, r.reference = [-3.0] * length, [0] * length, advantage > 0, "written"
         out.append(r)
     return out
 
@@ -77,10 +81,12 @@ def config(folder, *overrides):
 
 
 def make_trainer(cfg, teacher_path):
-    method = make_method(cfg)
+    recipe = resolve(cfg)
     engine = build_engine(cfg, cfg.model.path)
-    teacher = Teacher(cfg, engine, str(teacher_path)) if has_own_weights(cfg, method) else None
-    return Trainer(cfg, None, None, method, engine, None, teacher)
+    teacher = Teacher(cfg, engine, str(teacher_path)) if recipe.teacher_weights else None
+    trainer = Trainer(cfg, recipe, None, None, engine, None, teacher)
+    trainer.gap_checked = True  # no engine has sampled these rollouts
+    return trainer
 
 
 def mine(items):
@@ -89,14 +95,11 @@ def mine(items):
 
 
 def train_step(trainer, step, rollouts):
-    """Score, credit, update, follow; returns the scores and the mean divergence, if any."""
-    part, advantages, sums = mine(rollouts), mine(ADVANTAGES), Sums()
-    scores = trainer.score(part, advantages)
-    credit = trainer.credit(step, part, advantages, scores, sums)
-    trainer.update(step, part, credit, scores, sums)
-    if trainer.teacher:
-        trainer.teacher.follow(step)
-    return scores, sums.means(trainer.device).get("divergence")
+    """Score, credit, update, follow; returns the scored columns by rollout and the mean divergence, if any."""
+    part, sums = mine(rollouts), Sums()
+    experience = pack_with(trainer.recipe, part, mine(ADVANTAGES), trainer.device)
+    trainer.learn(step, experience, schedule(trainer.cfg, trainer.recipe, experience), sums)
+    return experience.rows(SCORED, len(part)), sums.read(trainer.device).get("divergence")
 
 
 # --- the reference: plain models, whole logits, float64 statistics -----------------------------------------------------------
@@ -196,14 +199,14 @@ def shard_gap(teacher, e):
 def score_gaps(trainer, scores, rollouts, student, teacher):
     gaps = {}
     for i, (r, a) in enumerate(zip(mine(rollouts), mine(ADVANTAGES), strict=True)):
-        assert (scores.signal[i] is None) == (a == 0)
+        assert (scores["signal"][i] is None) == (a == 0)
         if a == 0:
             continue
         with torch.no_grad():
             p, q, lp, lt = plain_rows(student, teacher, r)
         rows = {"logprobs": lp, "teacher_logprobs": lt, "signal": jsd(p, q, 1), "teacher_entropy": -(q.exp() * q).sum(-1)}
         for name, want in rows.items():
-            gaps[name] = max(gaps.get(name, 0.0), (getattr(scores, name)[i].double() - want).abs().max().item())
+            gaps[name] = max(gaps.get(name, 0.0), (scores[name][i].double() - want).abs().max().item())
     return gaps
 
 
@@ -238,8 +241,8 @@ def resume(cfg, trainer, rollouts):
     numels = [p.ds_numel - dist.get_rank() * t.numel() for p, t in zip(trainer.teacher.params, kept, strict=True)]
     same = all(torch.equal(a[: max(0, n)], b[: max(0, n)]) for a, b, n in zip(kept, fresh.teacher.kept, numels, strict=True))
     scores = [train_step(t, STEPS + 1, rollouts)[0] for t in (trainer, fresh)]
-    for name in ("logprobs", "teacher_logprobs", "signal", "teacher_entropy"):
-        same &= all(a is b is None or torch.equal(a, b) for a, b in zip(*(getattr(s, name) for s in scores), strict=True))
+    for name in SCORED:
+        same &= all(a is b is None or torch.equal(a, b) for a, b in zip(*(s[name] for s in scores), strict=True))
     for model in (lambda t: t.engine.module.lm, lambda t: t.teacher.engine.module.lm):
         same &= gap(whole_state_dict(model(trainer)), whole_state_dict(model(fresh))) == 0
     return {"resumed bitwise": bool(same), "teacher file": len(list(cfg.run_dir.glob("checkpoints/*/teacher_rank*.pt")))}

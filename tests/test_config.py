@@ -13,15 +13,17 @@ import pytest
 
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Rlsd
-from gear_trainer.config import ConfigError, changes, load_config, parse_yaml
-from gear_trainer.policy.model import check_model_path, deepspeed_config, learning_rate, model_sizes
-from gear_trainer.policy.teacher import has_own_weights
-from gear_trainer.preflight.checks import check, check_launch, make_method
+from gear_trainer.config import changes, load_config, parse_yaml
+from gear_trainer.errors import ConfigError
+from gear_trainer.policy.hub import check_model_path, model_sizes
+from gear_trainer.policy.zero import deepspeed_config
+from gear_trainer.preflight.checks import check, check_launch
 from gear_trainer.preflight.machine import check_machine, check_port, engine_arguments, kv_bytes
-from gear_trainer.recipe import make_distillation
+from gear_trainer.recipe import resolve
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
-from gear_trainer.runs.metrics import _flat
+from gear_trainer.runs.files import _flat
 from gear_trainer.tasks import TaskError, make_task
+from gear_trainer.train.update import learning_rate
 
 CONFIGS = Path(__file__).parents[1] / "gear_trainer" / "configs"
 DEMO = CONFIGS / "mathapi_cpu.yaml"
@@ -31,7 +33,7 @@ DEMO = CONFIGS / "mathapi_cpu.yaml"
 def test_shipped_configs_are_valid(path):
     cfg = load_config(path)
     assert cfg.prompts_per_rank * cfg.world_size == cfg.rollout.prompts_per_step
-    make_method(cfg)
+    resolve(cfg)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,6 @@ def test_shipped_configs_are_valid(path):
         (["train.updates_per_step=3"], r"updates_per_step=3 does not divide the 8 prompts"),
         (["rollout.max_new_tokens=2000"], r"leaves no room for a prompt .* raise max_model_len"),
         (["train.tokens_per_micro_batch=100"], r"less than one sequence .* raise it"),
-        (["credit=grpo", "credit_args={alpha: 0.1}"], r"credit=grpo takes no credit_args: drop them"),
         (["train.lr"], r"override 'train.lr': expected key=value"),
         (["name.x=1"], r"override 'name.x=1': name is a value, not a section"),
         (["train.lr={"], r"not valid YAML .*quote it"),
@@ -86,6 +87,7 @@ def test_missing_and_broken_files(tmp_path):
         (["credit=opsd+"], "'' is unknown"),
         (["credit=gear+grpo"], "give one credit method and at most one of opsd and sdar"),
         (["credit=opsd+sdar"], "give one credit method and at most one of opsd and sdar"),
+        (["credit=grpo", "credit_args={alpha: 0.1}"], r"credit=grpo takes no credit_args: drop them"),
         (["credit=opsd", "credit_args={alpha: 1}"], "credit_args.alpha: unknown; grpo takes none"),
         (
             ["teacher.weights=ema", "deepspeed={zero_optimization: {zero_hpz_partition_size: 2}}"],
@@ -116,8 +118,14 @@ def test_what_cannot_work_is_refused(overrides, message):
 def test_credit_names_a_method_a_distillation_loss_or_both():
     def made(*overrides):
         cfg = load_config(DEMO, list(overrides))
-        method, distillation = make_method(cfg), make_distillation(cfg)
-        return type(method), distillation and (distillation.name, distillation.full, distillation.coefficient, distillation.alone)
+        recipe = resolve(cfg)
+        distillation = recipe.distillation
+        return type(recipe.method), distillation and (
+            distillation.name,
+            distillation.full,
+            distillation.coefficient,
+            distillation.alone,
+        )
 
     assert made() == (Gear, None) and made("credit=grpo") == (Grpo, None)
     assert made("credit=opsd") == (Grpo, ("opsd", True, 1.0, True))
@@ -125,16 +133,15 @@ def test_credit_names_a_method_a_distillation_loss_or_both():
     assert made("credit=opsd + grpo", "distill.variant=sampled") == (Grpo, ("opsd", False, 0.1, False))
     assert made("credit=sdar") == made("credit=sdar+grpo") == (Grpo, ("sdar", False, 0.01, False))
     assert made("credit=sdar+rlsd", "distill.coefficient=0.5") == (Rlsd, ("sdar", False, 0.5, False))
-    stats = [make_distillation(load_config(DEMO, ["credit=opsd", f"distill.beta={b}"])).stats for b in (0, 0.3, 1)]
+    stats = [resolve(load_config(DEMO, ["credit=opsd", f"distill.beta={b}"])).distillation.stats for b in (0, 0.3, 1)]
     assert stats == [("forward_kl",), ("jsd",), ("reverse_kl",)]
 
 
 def test_a_second_copy_only_where_it_is_read():
     def own(*overrides):
-        cfg = load_config(DEMO, list(overrides))
-        return has_own_weights(cfg, make_method(cfg))
+        return resolve(load_config(DEMO, list(overrides))).teacher_weights
 
-    assert not own() and own("teacher.weights=ema") and own("teacher.weights=initial", "credit=opsd+grpo")
+    assert not own() and own("teacher.weights=ema") == "ema" and own("teacher.weights=initial", "credit=opsd+grpo") == "initial"
     assert not own("teacher.weights=ema", "credit=grpo")
 
 
@@ -173,17 +180,17 @@ def test_deepspeed_section_is_merged_over():
 
 
 def test_full_kl_signal_takes_the_max_normaliser():
-    assert make_method(load_config(DEMO)).normalizer == "relu_max"
-    assert make_method(load_config(DEMO, ["signal=reverse_kl"])).normalizer == "max"
-    assert make_method(load_config(DEMO, ["signal=reverse_kl", "credit_args={normalizer: minmax}"])).normalizer == "minmax"
-    assert make_method(load_config(DEMO, ["credit=rlsd", "credit_args.mix=0.25"])).mix == 0.25
+    assert resolve(load_config(DEMO)).method.normalizer == "relu_max"
+    assert resolve(load_config(DEMO, ["signal=reverse_kl"])).method.normalizer == "max"
+    assert resolve(load_config(DEMO, ["signal=reverse_kl", "credit_args={normalizer: minmax}"])).method.normalizer == "minmax"
+    assert resolve(load_config(DEMO, ["credit=rlsd", "credit_args.mix=0.25"])).method.mix == 0.25
     for arguments, message in (
         (["credit=rlsd", "signal=reverse_kl"], "signal=reverse_kl: rlsd reads k1"),
         (["credit=sgcd", "credit_args.alpha=1"], "credit_args.alpha: unknown; sgcd takes cap, gamma"),
         (["credit=sgcd", "credit_args.cap=0"], "credit_args: Sgcd.cap: given 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            make_method(load_config(DEMO, arguments))
+            resolve(load_config(DEMO, arguments))
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +258,8 @@ def _run(*args, environment=None):
 def test_turn_methods_need_a_task_with_turns(credit):
     with pytest.raises(ConfigError, match=f"credit={credit} tells turns apart, and task=sums has one"):
         check(load_config(DEMO, [f"credit={credit}", "task=sums", "model.path=builtin:smollm2"]))
-    task, method = check(load_config(DEMO, [f"credit={credit}"]))
-    assert task.turn_rewards and "turn_rewards" in method.needs
+    task, recipe = check(load_config(DEMO, [f"credit={credit}"]))
+    assert task.turn_rewards and recipe.by_turn
 
 
 # --- what use found (reference/defects.md) ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import pytest
 from forked_ranks import DEMO, ROOT, free_port
 
 from gear_trainer.policy.checkpoint import MANIFEST
-from gear_trainer.runs.metrics import read_metrics
+from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.records import read_records, records_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

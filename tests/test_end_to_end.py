@@ -16,7 +16,7 @@ from fake_openai import fake_openai
 from forked_ranks import DEMO, ROOT, free_port
 
 from benchmarks.reports import demo as demo_report
-from gear_trainer.runs.metrics import read_metrics
+from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.records import read_records, recorded_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

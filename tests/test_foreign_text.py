@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gear_kernels.methods import Turn
 from gear_trainer.config import load_config
 from gear_trainer.demo.qwen3_tokenizer import EOS, PAD, qwen3_tokenizer, subset_tokenizer
 from gear_trainer.hints.siblings import Siblings
+from gear_trainer.recipe import resolve
 from gear_trainer.rollout import Completion, Limits, groups_of, is_mixed, roll_out, troubles
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.rollout.episodes import Caller, EpisodeError, caller
@@ -27,7 +27,8 @@ from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task
 from gear_trainer.tasks.common import user
-from gear_trainer.train.loop import Scores, Trainer, _count, group_advantages
+from gear_trainer.train.credit import assign
+from gear_trainer.train.experience import count, group_advantages, pack_with
 
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 TASK = make_task("mathapi", 0)
@@ -292,10 +293,9 @@ def test_D2_a_prompt_longer_than_the_context_ends_as_length(small):
     speaker = Speaker(small)
     rollouts = play(small, Says("ok", text="7 " * 3000), length=200, size=2, speaker=speaker)
     assert all(r.truncated and not r.ids and len(r.prompt_ids) <= 200 for r in rollouts) and not speaker.requests
-    none = [torch.zeros(0)] * 2
     sums = Sums()
-    _count(sums, rollouts, [0.0, 0.0], Scores(none, none, none, [None] * 2, [None] * 2, [None] * 2, [None] * 2))
-    assert sums._sums["truncated"] == [2, 2], "a rank with nothing but such prompts still has numbers"
+    count(_scored("grpo", rollouts, [0.0, 0.0])[1], sums)
+    assert sums._means["truncated"] == [2, 2], "a rank with nothing but such prompts still has numbers"
 
 
 def test_D2_remembered_replies_are_bounded(small):
@@ -376,10 +376,18 @@ def test_D17_only_the_broken_group_is_dropped(small):
     advantages = group_advantages(rollouts, divide_by_std=True)
     assert advantages[:4] == [0.0] * 4 and all(advantages[4:])
     assert [is_mixed(group) for group in groups_of(rollouts)] == [False, True]
-    rows = [torch.zeros(len(r.policy_positions)) for r in rollouts]
     sums = Sums()
-    _count(sums, rollouts, advantages, Scores(rows, rows, rows, *[[None] * 8] * 4))
-    assert sums._sums["reward_mean"] == sums._sums["success"] == [3, 7]
+    count(_scored("grpo", rollouts, advantages)[1], sums)
+    assert sums._means["reward_mean"] == sums._means["success"] == [3, 7]
+
+
+def _scored(credit, rollouts, advantages):
+    """A recipe and its experience of rollouts whose every statistic is 1."""
+    recipe = resolve(load_config(DEMO, [f"credit={credit}", "credit_args={}"]))
+    experience = pack_with(recipe, rollouts, advantages, torch.device("cpu"))
+    for name in ("logprobs", "entropy", "loss_weights"):
+        experience.columns[name] = torch.ones(sum(experience.lengths))
+    return recipe, experience
 
 
 def test_D17_a_step_in_which_every_rollout_failed_has_a_line():
@@ -396,11 +404,10 @@ def test_D17_turn_rewards_of_a_dropped_group_teach_nobody(small):
         lambda number: boom(number) if number in (1, 5) else Outcome(0.0, False),
     )
     rollouts = play(small, task, size=2, groups=2)
-    trainer = Trainer.__new__(Trainer)
-    trainer.method, trainer.needs_teacher = Turn(std=False), False
-    rows = [torch.ones(len(r.policy_positions)) for r in rollouts]
-    credit = trainer.credit(1, rollouts, [0.0] * 4, Scores(rows, rows, rows, *[[None] * 4] * 4), Sums())
-    assert [bool(a.any()) for a in credit.advantages] == [False, False, True, True]
+    recipe, experience = _scored("turn", rollouts, [0.0] * 4)
+    assign(recipe, experience, 1, Sums())
+    found = experience.rows(("token_advantages",), 4)["token_advantages"]
+    assert [bool(a.any()) for a in found] == [False, False, True, True]
 
 
 def test_D17_an_episode_that_cannot_start_is_a_failure_too(small):

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gear_trainer import run
-from gear_trainer.config import ConfigError, load_config
-from gear_trainer.policy.model import deepspeed_config
+from gear_trainer import build
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
+from gear_trainer.policy.zero import deepspeed_config
 from gear_trainer.rollout import vllm_colocated
 from gear_trainer.rollout.vllm_colocated import ColocatedVllm, engine_kwargs
 
@@ -132,7 +133,7 @@ def test_T1_the_gpu_of_a_rank(gpus, monkeypatch):
 
 @pytest.fixture
 def started(folder, monkeypatch, tmp_path):
-    """run.py's own start with a stub for vLLM's LLM and for the ZeRO-3 engine; returns what happened, in order."""
+    """The trainer's own start with a stub for vLLM's LLM and for the ZeRO-3 engine; returns what happened, in order."""
     events = []
 
     class Engine:
@@ -161,13 +162,13 @@ def started(folder, monkeypatch, tmp_path):
 
     def start(*overrides):
         cfg = load_config(DEMO, [f"output_dir={tmp_path}", f"model.path={folder}", "world_size=1", *overrides])
-        task, method = run_check(cfg)
+        task, recipe = run_check(cfg)
         monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine))
-        monkeypatch.setattr("gear_trainer.policy.model.build_engine", build_engine)
+        monkeypatch.setattr("gear_trainer.policy.zero.build_engine", build_engine)
         monkeypatch.setattr("gear_trainer.runs.ranks.Beats.start", lambda self: None)
         monkeypatch.setattr("deepspeed.init_distributed", lambda **_: None)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        trainer, _ = run._build(cfg, task, method, str(folder), None, None, resume=False)
+        trainer, _ = build.build(cfg, task, recipe, str(folder), None, None, resume=False)
         trainer.push()
         trainer.sampler.wake()
         return events

@@ -11,13 +11,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
 from gear_trainer.demo.warm_start import WarmStartSpec
-from gear_trainer.policy.model import model_sizes
+from gear_trainer.errors import ConfigError
+from gear_trainer.policy.hub import model_sizes
 from gear_trainer.preflight import memory
-from gear_trainer.preflight.checks import lengths, make_method
+from gear_trainer.preflight.checks import lengths
 from gear_trainer.preflight.memory import GIB, MIB, Card, card, check_plan, meta_model, notes, sizes_of, table
 from gear_trainer.preflight.meter import Meter, passes
+from gear_trainer.recipe import resolve
 from gear_trainer.tasks import task_class
 
 CONFIGS = Path(__file__).parents[1] / "gear_trainer" / "configs"
@@ -28,7 +30,7 @@ SHARE = "rollout.gpu_memory_utilization"
 
 def planned(name, sold_as, *overrides, prompts=(256, 512)):
     cfg = load_config(CONFIGS / f"{name}.yaml", list(overrides))
-    planner = memory.Planner(cfg, make_method(cfg), model_sizes(cfg.model.path), *lengths(cfg, task_class(cfg.task), prompts))
+    planner = memory.Planner(cfg, resolve(cfg), model_sizes(cfg.model.path), *lengths(cfg, task_class(cfg.task), prompts))
     return cfg, planner, planner.plan(cfg, card(cfg, sold_as))
 
 
@@ -156,7 +158,7 @@ def one_thread():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_passes_without_memory_are_those_of_real_tensors(checkpointing, one_thread):
     """Five layers run for real, with the CPU's kernels, against two and three on the meta device."""
-    from gear_trainer.policy.model import checkpoint_layers
+    from gear_trainer.policy.zero import checkpoint_layers
 
     lm, rows, width = _tiny(5, "cpu"), 2, 96
     if checkpointing:

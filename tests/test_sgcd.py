@@ -7,19 +7,22 @@ from types import SimpleNamespace
 import pytest
 from fake_openai import fake_openai
 
-from gear_kernels.methods import METHODS
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
 from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
+from gear_trainer.errors import ConfigError
+from gear_trainer.evaluation import limits_of
 from gear_trainer.hints.endpoint import connect
 from gear_trainer.hints.masking import PLACEHOLDER
 from gear_trainer.hints.writer import PolicyWriter, Writer
-from gear_trainer.preflight.checks import check, check_prompts, geometry, sees_sibling
-from gear_trainer.rollout import Completion, Limits, Rollout, is_mixed, mixed_groups, roll_out
+from gear_trainer.preflight.checks import check, check_prompts
+from gear_trainer.preflight.dry_run import geometry
+from gear_trainer.recipe import resolve
+from gear_trainer.rollout import Completion, Rollout, is_mixed, mixed_groups, roll_out
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import TaskError, make_task
 from gear_trainer.tasks.base import Problem, Reply
-from gear_trainer.train.loop import Trainer
+from gear_trainer.train.sample import StepSampler
 
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 9?"}]
@@ -100,27 +103,24 @@ class Indexed:
 
 
 def trainer(solved, rank=0, *overrides):
-    t = Trainer.__new__(Trainer)
-    t.cfg = demo("rollout.group_size=4", "rollout.prompts_per_step=8", *overrides)
-    t.chat = SimpleNamespace(prompt_ids=lambda _: [1], escapes=lambda _: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
-    t.task, t.sampler, t.rank, t.world = Indexed(solved), Solver(), rank, 2
-    t.limits = Limits(4, 1.0, 8, 64)
-    return t
+    cfg = demo("rollout.group_size=4", "rollout.prompts_per_step=8", "rollout.max_new_tokens=8", *overrides)
+    chat = SimpleNamespace(prompt_ids=lambda _: [1], escapes=lambda _: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
+    return StepSampler(cfg, resolve(cfg), Indexed(solved), chat, Solver(), rank)
 
 
 def test_groups_that_do_not_differ_make_way_until_the_cap():
     sums = Sums()
     t = trainer(lambda i: 2 if i % 2 else 0)  # every other problem is mixed
-    rollouts = t._sample(1, sums)
+    rollouts = t(1, sums)
     assert [r.group for r in rollouts[::4]] == [16, 1, 18, 3], "the last of the even ones stay where they stood"
     assert [is_mixed(rollouts[k : k + 4]) for k in range(0, 16, 4)] == [False, True, False, True]
     assert t.task.asked == [0, 1, 2, 3, 8, 10, 16, 18]
-    assert sums._sums["mixed_groups"] == [2, 4] and sums._sums["resampled_groups"] == [4, 0.5]
+    assert sums._means["mixed_groups"] == [2, 4] and sums._totals["resampled_groups"] == 4
 
 
 def test_the_filter_stops_as_soon_as_every_group_is_mixed():
     t = trainer(lambda i: 4 if i == 2 else 1)
-    assert [r.group for r in t._sample(1, Sums())[::4]] == [0, 1, 10, 3] and len(t.task.asked) == 5
+    assert [r.group for r in t(1, Sums())[::4]] == [0, 1, 10, 3] and len(t.task.asked) == 5
 
 
 def test_problems_never_repeat_between_steps_batches_and_ranks():
@@ -128,7 +128,7 @@ def test_problems_never_repeat_between_steps_batches_and_ranks():
     for rank in (0, 1):
         for step in range(1, 6):
             t = trainer(lambda i: 0, rank)
-            t._sample(step, Sums())
+            t(step, Sums())
             asked += t.task.asked
     assert sorted(asked) == list(range(5 * 3 * 8))
 
@@ -136,23 +136,23 @@ def test_problems_never_repeat_between_steps_batches_and_ranks():
 def test_a_step_is_a_function_of_its_number():
     """A resumed run sees what the uninterrupted one saw: problems, seeds and tokens."""
     whole = trainer(lambda i: i % 5)
-    before = [whole._sample(step, Sums()) for step in (1, 2, 3)]
+    before = [whole(step, Sums()) for step in (1, 2, 3)]
     resumed = trainer(lambda i: i % 5)
-    again = resumed._sample(3, Sums())
+    again = resumed(3, Sums())
     assert [(r.group, r.sample, r.ids, r.reward) for r in again] == [(r.group, r.sample, r.ids, r.reward) for r in before[2]]
-    assert len(set(whole.sampler.seeds)) == len(whole.sampler.seeds)
+    assert len(set(whole.engine.seeds)) == len(whole.engine.seeds)
 
 
 def test_without_the_filter_indices_are_dense():
     t = trainer(lambda i: 0, 1, "rollout.filter_groups=false")
     sums = Sums()
-    t._sample(3, sums)
-    assert t.task.asked == [20, 21, 22, 23] and not sums._sums
+    t(3, sums)
+    assert t.task.asked == [20, 21, 22, 23] and not sums._means and "resampled_groups" not in sums._totals
 
 
 def test_one_batch_is_what_the_engine_alone_gives():
     t = trainer(lambda i: 2)
-    direct = roll_out(Solver(), t.chat, Indexed(lambda i: 2), t._problems(1, 0, [0, 1, 2, 3]), t.limits, (0, 1))
+    direct = roll_out(Solver(), t.chat, Indexed(lambda i: 2), t.problems(1, 0, [0, 1, 2, 3]), limits_of(t.cfg), (0, 1))
     rollouts, counts = mixed_groups(lambda batch, slots: direct, 4, 3)
     assert rollouts == direct and counts == {"mixed_groups": 4, "resampled_groups": 0}
 
@@ -162,7 +162,7 @@ def test_one_batch_is_what_the_engine_alone_gives():
 )
 def test_who_filters(credit, asked, batches):
     value = "null" if asked is None else str(asked).lower()
-    assert load_config(DEMO, [f"credit={credit}", f"rollout.filter_groups={value}"]).gen_batches == batches
+    assert resolve(load_config(DEMO, [f"credit={credit}", f"rollout.filter_groups={value}"])).gen_batches == batches
 
 
 # --- the writer's prompt ------------------------------------------------------------------------------------------------
@@ -365,15 +365,15 @@ class Other:
 
 def test_the_plan_knows_the_references(chat):
     cfg, task = demo(), make_task("mathapi", 0)
-    plain = check_prompts(load_config(DEMO), task, METHODS["gear"], chat)
-    student, teacher = check_prompts(cfg, task, METHODS["sgcd"], chat)
+    plain = check_prompts(load_config(DEMO), task, resolve(load_config(DEMO)), chat)
+    student, teacher = check_prompts(cfg, task, resolve(cfg), chat)
     assert student == plain[0] and teacher > plain[1] + 40 and teacher >= 96
-    rows = dict(geometry(cfg, task, (student, teacher)))
+    rows = dict(geometry(cfg, resolve(cfg), task, (student, teacher)))
     assert rows["references"] == "<= 96 tokens, by the policy itself" and "up to 3 batches" in rows["prompts x group"]
     with pytest.raises(ConfigError, match="leaves -?[0-9]+ tokens for a group's attempts"):
-        check_prompts(demo("rollout.max_model_len=220"), task, METHODS["sgcd"], chat)
+        check_prompts(demo("rollout.max_model_len=220"), task, resolve(cfg), chat)
     with pytest.raises(ConfigError, match="the teacher's prompt has .* set it to"):
-        check_prompts(demo("rollout.max_model_len=100"), task, METHODS["sgcd"], chat, writer_context=2000)
+        check_prompts(demo("rollout.max_model_len=100"), task, resolve(cfg), chat, writer_context=2000)
 
 
 def test_the_teacher_of_sc_grpo_sees_a_correct_sibling(chat):
@@ -393,8 +393,10 @@ def test_the_teacher_of_sc_grpo_sees_a_correct_sibling(chat):
 
 
 def test_who_sees_a_sibling():
-    assert sees_sibling(load_config(DEMO, ["credit=sc_grpo"]), METHODS["sc_grpo"])
-    assert not sees_sibling(load_config(DEMO, ["credit=sc_grpo", "teacher.sees=ground_truth"]), METHODS["sc_grpo"])
-    assert sees_sibling(load_config(DEMO, ["teacher.sees=sibling"]), METHODS["gear"])
+    def references(*overrides):
+        return resolve(load_config(DEMO, list(overrides))).references
+
+    assert references("credit=sc_grpo") == references("teacher.sees=sibling") == "siblings"
+    assert references("credit=sc_grpo", "teacher.sees=ground_truth") is None and references("credit=sgcd") == "writer"
     with pytest.raises(ConfigError, match="teacher.sees=sibling: credit=sgcd has references written"):
         check(demo("teacher.sees=sibling"))

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from gear_kernels import Gear
-from gear_trainer.config import ConfigError, load_config
-from gear_trainer.preflight.checks import make_method, print_plan, warnings
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
+from gear_trainer.preflight.checks import warnings
+from gear_trainer.preflight.dry_run import print_plan
+from gear_trainer.recipe import resolve
 from gear_trainer.tasks import make_task
 
 DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "mathapi_cpu.yaml"
@@ -14,15 +17,15 @@ DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "mathapi_cpu.yam
 
 def lines(*overrides):
     cfg = load_config(DEMO, list(overrides))
-    return warnings(cfg, make_method(cfg))
+    return warnings(cfg, resolve(cfg))
 
 
 def test_D10_credit_args_reach_the_method():
-    assert make_method(load_config(DEMO, ["credit_args.signal_floor=0.001"])) == Gear(signal_floor=1e-3)
-    assert make_method(load_config(DEMO, ["credit=fixed", "credit_args.signal_floor=1.0e-3"])).signal_floor == 1e-3
-    assert make_method(load_config(DEMO, ["signal=reverse_kl", "credit_args.signal_floor=2"])).normalizer == "max"
+    assert resolve(load_config(DEMO, ["credit_args.signal_floor=0.001"])).method == Gear(signal_floor=1e-3)
+    assert resolve(load_config(DEMO, ["credit=fixed", "credit_args.signal_floor=1.0e-3"])).method.signal_floor == 1e-3
+    assert resolve(load_config(DEMO, ["signal=reverse_kl", "credit_args.signal_floor=2"])).method.normalizer == "max"
     with pytest.raises(ConfigError, match="credit_args: Gear.signal_floor: given -1; expected a finite number of nats"):
-        make_method(load_config(DEMO, ["credit_args.signal_floor=-1"]))
+        resolve(load_config(DEMO, ["credit_args.signal_floor=-1"]))
 
 
 @pytest.mark.parametrize("credit", ["gear", "token", "opsd+gear"])
@@ -47,6 +50,6 @@ def test_D10_no_warning_where_nothing_is_stretched(overrides):
 
 def test_D10_the_dry_run_ends_with_the_warning(capsys):
     cfg = load_config(DEMO, ["model.dtype=bfloat16"])
-    print_plan(cfg, make_task(cfg.task, cfg.seed, cfg.task_args), make_method(cfg))
+    print_plan(cfg, make_task(cfg.task, cfg.seed, cfg.task_args), resolve(cfg))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"warning: {lines('model.dtype=bfloat16')[0]}"

@@ -8,24 +8,30 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gear_kernels import Gear, Grpo
-from gear_kernels.methods import Gigpo, Turn
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
 from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
+from gear_trainer.errors import ConfigError
 from gear_trainer.policy.batching import micro_batch, padding_micro_batch, split_rows
 from gear_trainer.policy.checkpoint import MANIFEST, latest_step
+from gear_trainer.policy.forward import Forward
 from gear_trainer.policy.gather import buckets, gathered_weights, tied_head
 from gear_trainer.policy.model import Policy
+from gear_trainer.recipe import resolve
 from gear_trainer.report.build import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.rollout.chat import Chat
-from gear_trainer.runs.files import next_free
-from gear_trainer.runs.metrics import Phases, RunFiles, Sums, read_metrics
+from gear_trainer.runs.files import RunFiles, next_free, read_metrics
+from gear_trainer.runs.metrics import Phases, Sums
 from gear_trainer.runs.records import Records
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Problem
-from gear_trainer.train.loop import Scores, Trainer, group_advantages
+from gear_trainer.train.credit import assign
+from gear_trainer.train.experience import group_advantages, pack_with
+from gear_trainer.train.loop import Trainer
+from gear_trainer.train.schedule import schedule
+from gear_trainer.train.score import score
 
+DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 PROBLEM = Problem("p", [], [], "1")
 
 
@@ -87,20 +93,39 @@ def test_T4_scoring_does_not_pad_students_to_the_teachers_width(alone):
     """What reaches the model in a scoring pass: each side as wide as its own longest row, and nobody's numbers change."""
     lengths = [(4, 24, (7, 8, 9, 10)), (3, 20, (5, 6)), (4, 24, (3, 2, 1)), (2, 22, (11,))]
     rollouts = [_rollout(prompt, teacher, ids, [1] * len(ids)) for prompt, teacher, ids in lengths]
-    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", ["rollout.max_model_len=60", "train.tokens_per_micro_batch=64"])
+    cfg = load_config(DEMO, ["rollout.max_model_len=60", "train.tokens_per_micro_batch=64"])
     policy, shapes = Policy(_tiny(False, 70).eval()), []
     policy.lm.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    policy.device = torch.device("cpu")
-    scores = Trainer(cfg, None, None, Gear(), policy, None).score(rollouts, [1.0, -1.0, 0.0, 1.0])
+    recipe = resolve(cfg)
+    experience = pack_with(recipe, rollouts, [1.0, -1.0, 0.0, 1.0], torch.device("cpu"))
+    score(recipe, experience, schedule(cfg, recipe, experience).score, Forward(policy, None, 1.0))
     assert sorted(shapes) == [(1, 5), (1, 7), (1, 22), (2, 8), (2, 28)], (
         "64 tokens a forward hold two of 28; A = 0 has no teacher"
     )
-    for r, logprobs, teacher in zip(rollouts, scores.logprobs, scores.teacher_logprobs, strict=True):
+    found = experience.rows(("logprobs", "teacher_logprobs"), 4)
+    assert [x is None for x in found["teacher_logprobs"]] == [False, False, True, False]
+    for r, logprobs, teacher in zip(rollouts, found["logprobs"], found["teacher_logprobs"], strict=True):
         assert logprobs.tolist() == pytest.approx(_alone(policy.lm, r.prompt_ids, r.ids), abs=1e-5)
         if teacher is not None:
             assert teacher.tolist() == pytest.approx(_alone(policy.lm, r.teacher_prompt_ids, r.ids), abs=1e-5)
+
+
+def credit_of(overrides, rollouts, advantages, sums=None):
+    """What credit makes of rollouts whose every statistic is 1, by column for each rollout."""
+    recipe = resolve(load_config(DEMO, overrides))
+    experience = pack_with(recipe, rollouts, advantages, torch.device("cpu"))
+    for name in ("logprobs", "entropy", "loss_weights"):
+        experience.columns[name] = torch.ones(sum(experience.lengths))
+    assign(recipe, experience, 1, sums or Sums())
+    return experience.rows(("token_advantages", "weights"), len(rollouts))
+
+
+def policy_engine(policy):
+    """A policy in a ZeRO-3 engine's place."""
+    policy.device, policy.optimizer = torch.device("cpu"), None
+    return policy
 
 
 def _alone(lm, prompt, ids):
@@ -198,14 +223,10 @@ def test_turns_are_rewarded_and_anchored(chat):
     assert right.anchors[0] == wrong.anchors[0] and right.anchors[1] != wrong.anchors[1]
     lengths = [len(r.policy_positions) for r in (right, wrong)]
     split = [sum(r.turn_ids[p] == 0 for p in r.policy_positions) for r in (right, wrong)]
-    trainer = Trainer.__new__(Trainer)
-    trainer.needs_teacher = False
-    rows = [torch.ones(n) for n in lengths]
-    none = [None] * 2
-    for method, first in ((Turn(std=False), 0.5), (Gigpo(gamma=1.0), 1.0)):
-        trainer.method = method
-        credit = trainer.credit(1, [right, wrong], [0.7, -0.7], Scores(rows, rows, rows, *[none] * 4), Sums())
-        for own, n, cut, sign in zip(credit.advantages, lengths, split, (1, -1), strict=True):
+    for method, first in (("turn", 0.5), ("gigpo", 1.0)):
+        own_args = {"turn": "std: false", "gigpo": "gamma: 1.0"}[method]
+        credited = credit_of([f"credit={method}", f"credit_args={{{own_args}}}"], [right, wrong], [0.7, -0.7])
+        for own, n, cut, sign in zip(credited["token_advantages"], lengths, split, (1, -1), strict=True):
             want = [sign * (0.7 + first)] * cut + [sign * 0.7] * (n - cut)
             assert own.tolist() == pytest.approx(want, abs=1e-6), method
 
@@ -240,7 +261,7 @@ def test_buckets_are_whole_layers_in_order():
 
 
 def test_metrics_file_is_cut_at_the_resumed_step(tmp_path):
-    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", [f"output_dir={tmp_path}"])
+    cfg = load_config(DEMO, [f"output_dir={tmp_path}"])
     files = RunFiles(cfg, 0)
     for step in range(1, 5):
         files.metrics({"step": step, "reward_mean": step / 10, "seconds": {"rollout": 1.0}})
@@ -265,12 +286,11 @@ def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_p
     """Of 160 rollouts 128 are kept, as lines that rank 0 only writes; a token's text is looked up once, not where it stands."""
     chat, task = chat
     shape = ["world_size=1", "rollout.prompts_per_step=20", "eval.every=0", "max_logprob_gap=1000", f"output_dir={tmp_path}"]
-    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", shape)
+    cfg = load_config(DEMO, shape)
     policy = Policy(_tiny(False, len(chat.tokenizer)).eval())
-    policy.device = torch.device("cpu")
-    trainer = Trainer(cfg, task, chat, Gear(), policy, Quiet(chat, "the answer is 12, or 12, or 12"))
-    for phase in ("update", "push"):
-        monkeypatch.setattr(trainer, phase, lambda *_: None)
+    trainer = Trainer(cfg, resolve(cfg), task, chat, policy_engine(policy), Quiet(chat, "the answer is 12, or 12, or 12"))
+    monkeypatch.setattr(trainer, "push", lambda: None)
+    monkeypatch.setattr(trainer, "update", lambda step, experience, passes, sums: sums.mean("updates_skipped", 0, 1))
     gathered, gather, pieces, decode = [], dist.gather_object, [], chat.tokenizer.decode
     monkeypatch.setattr(dist, "gather_object", lambda mine, *more: gathered.append(mine) or gather(mine, *more))
     monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, **more: pieces.append(len(ids)) or decode(ids, **more))
@@ -290,23 +310,20 @@ def test_T3_a_rank_keeps_whole_groups(records, share):
     assert Records(cfg, None).share == share, "of 128 rollouts a rank, on eight ranks"
 
 
-@pytest.mark.parametrize("method", [Gear(), Grpo()])
+@pytest.mark.parametrize("method", ["gear", "grpo"])
 def test_a_rank_without_a_teaching_trajectory_counts_for_nothing(method):
-    trainer = Trainer.__new__(Trainer)
-    trainer.method, trainer.needs_teacher = method, "signal" in method.needs
-    none = [None] * 2
-    ones = [torch.ones(3), torch.ones(2)]
     sums = Sums()
-    credit = trainer.credit(1, [_rollout(), _rollout()], [0.0, 0.0], Scores(ones, ones, ones, *[none] * 4), sums)
-    assert [x.tolist() for x in credit.weights] == [[1.0] * 3, [1.0] * 2] and not any(x.any() for x in credit.advantages)
-    assert len(sums._sums) == 9 and all(total == count == 0 for total, count in sums._sums.values())
+    credited = credit_of([f"credit={method}"], [_rollout(), _rollout(ids=(7, 8), mask=(1, 1))], [0.0, 0.0], sums)
+    assert [x.tolist() for x in credited["weights"]] == [[1.0] * 3, [1.0] * 2]
+    assert not any(x.any() for x in credited["token_advantages"])
+    assert len(sums._means) == 9 and all(total == count == 0 for total, count in sums._means.values())
 
 
-def test_D15_a_peak_of_nan_is_not_hidden():
+def test_D15_a_peak_of_nan_is_not_hidden(alone):
     sums = Sums()
     for value in (1.0, math.nan, 2.0):
         sums.peak("gap", value)
-    assert math.isnan(sums._peaks["gap"])
+    assert math.isnan(sums.read(torch.device("cpu"))["gap"])
 
 
 def test_an_older_run_is_moved_not_overwritten(tmp_path):
@@ -344,7 +361,7 @@ def test_report_escapes_model_text_and_marks_credit(tmp_path):
 
 def test_D1_a_kill_in_the_first_save_leaves_a_checkpoint_or_none(tmp_path):
     """Before `latest` was ever written, a finished folder is what a resume goes on from; of two, somebody took the pointer."""
-    cfg = load_config("gear_trainer/configs/mathapi_cpu.yaml", [f"output_dir={tmp_path}", "name=run"])
+    cfg = load_config(DEMO, [f"output_dir={tmp_path}", "name=run"])
     root = tmp_path / "run" / "checkpoints"
     (root / "step-7").mkdir(parents=True)
     assert latest_step(cfg) == 0, "its manifest was not written"

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gear_trainer.config import ConfigError, load_config
+from gear_trainer.config import load_config
 from gear_trainer.demo.warm_start import Demonstrable, check_demonstrations, draw_demo
-from gear_trainer.preflight.checks import check, make_method
-from gear_trainer.recipe import make_distillation
+from gear_trainer.errors import ConfigError
+from gear_trainer.preflight.checks import check
+from gear_trainer.recipe import resolve
 from gear_trainer.tasks import TaskError, make_task
 
 ROOT = Path(__file__).parents[1]
@@ -124,9 +125,9 @@ def test_D11_what_a_warm_start_demands_is_checked_before_it(here, kind, tmp_path
 def test_D11_own_credit_methods_by_name(here):
     here("surprise_a", "import torch\n" + METHOD)
     cfg = load_config(DEMO, ["credit=surprise_a:Surprise", "credit_args.gain=0.5"])
-    assert check(cfg)[1].gain == 0.5 and make_distillation(cfg) is None
+    assert check(cfg)[1].method.gain == 0.5 and check(cfg)[1].distillation is None
     cfg = load_config(DEMO, ["credit=surprise_a:Surprise+opsd"])
-    assert type(make_method(cfg)).__name__ == "Surprise" and make_distillation(cfg).coefficient == 0.1
+    assert type(resolve(cfg).method).__name__ == "Surprise" and resolve(cfg).distillation.coefficient == 0.1
 
 
 BROKEN_METHODS = {

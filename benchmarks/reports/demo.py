@@ -26,7 +26,7 @@ from gear_trainer.policy.batching import MicroBatch, micro_batch, split_rows
 from gear_trainer.policy.model import hidden_states
 from gear_trainer.rollout import Rollout
 from gear_trainer.rollout.chat import Chat
-from gear_trainer.runs.metrics import read_metrics
+from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.records import read_records
 from gear_trainer.tasks import make_task
 

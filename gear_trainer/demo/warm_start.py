@@ -209,17 +209,6 @@ def build_model(tokenizer: Any, spec: WarmStartSpec) -> Any:
     return Qwen3ForCausalLM(config)
 
 
-def sizes() -> dict[str, Any]:
-    """What of the model's config.json is known before it is built: all but the vocabulary."""
-    s = WarmStartSpec()
-    return {
-        "num_hidden_layers": s.layers,
-        "num_key_value_heads": s.kv_heads,
-        "head_dim": s.head_dim,
-        "max_position_embeddings": s.max_length,
-    }
-
-
 def demo_logprobs(model: Any, demos: list[Demo]) -> list[torch.Tensor]:
     """Log-probs of each demonstration's policy tokens. Right padding needs no attention mask in a causal model."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(d.ids) for d in demos], batch_first=True)

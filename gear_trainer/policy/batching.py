@@ -21,7 +21,7 @@ class Rows:
     index: torch.Tensor
 
     def to(self, device: torch.device) -> Rows:
-        return Rows(self.input_ids.to(device), self.index.to(device))
+        return Rows(on_device(self.input_ids, device), on_device(self.index, device))
 
 
 @dataclass
@@ -38,7 +38,12 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         teacher = self.teacher and self.teacher.to(device)
-        return MicroBatch(self.student.to(device), teacher, self.targets.to(device), self.rows)
+        return MicroBatch(self.student.to(device), teacher, on_device(self.targets, device), self.rows)
+
+
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host's tensor on the device. A GPU's copy is made behind its queue: from pages that may move it would be waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _longest(rollout: Rollout, teacher: bool) -> int:

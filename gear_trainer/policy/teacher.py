@@ -10,34 +10,12 @@ import torch
 from torch import nn
 
 from gear_kernels import Head
-from gear_trainer.config import Config, ConfigError
+from gear_trainer.config import Config
+from gear_trainer.errors import ConfigError
 from gear_trainer.policy.batching import Rows
 from gear_trainer.policy.gather import gathered
-from gear_trainer.policy.model import deepspeed_config, hidden_states, load_partitioned
-from gear_trainer.recipe import reads_teacher
-
-# Where a parameter is not just one shard a rank in memory; a copy that follows the policy shard by shard would go stale.
-_UNFOLLOWED = {"zero_hpz_partition_size": 1, "zero_quantized_nontrainable_weights": False, "mics_shard_size": -1}  # and off
-
-
-def has_own_weights(cfg: Config, method: Any) -> bool:
-    """Whether the run keeps a second copy of the model for its teacher."""
-    return cfg.teacher.weights != "rollout" and reads_teacher(cfg, method)
-
-
-def check_teacher(cfg: Config) -> None:
-    """Raises ConfigError where a teacher that follows the policy does not go with the run's DeepSpeed options."""
-    if cfg.teacher.weights not in ("ema", "synced"):
-        return
-    zero = deepspeed_config(cfg)["zero_optimization"]
-    found = [name for name, off in _UNFOLLOWED.items() if zero.get(name, off) != off]
-    if (zero.get("offload_param") or {}).get("device") == "nvme":
-        found.append("offload_param.device=nvme")
-    if found:
-        raise ConfigError(
-            f"teacher.weights={cfg.teacher.weights}: does not go with deepspeed.zero_optimization.{found[0]}; "
-            "leave it out, or use teacher.weights=rollout or initial"
-        )
+from gear_trainer.policy.model import hidden_states
+from gear_trainer.policy.zero import deepspeed_config, load_partitioned
 
 
 class _Backbone(nn.Module):

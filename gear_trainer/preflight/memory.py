@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from gear_kernels import tiling
-from gear_trainer.config import Config, ConfigError
-from gear_trainer.policy.model import choose_accelerator, deepspeed_config, known_config
-from gear_trainer.policy.teacher import has_own_weights
+from gear_trainer.config import Config
+from gear_trainer.errors import ConfigError
+from gear_trainer.policy.hub import known_config, model_sizes
+from gear_trainer.policy.zero import choose_accelerator, deepspeed_config
 from gear_trainer.preflight.machine import kv_bytes
 from gear_trainer.preflight.meter import Passes, passes
-from gear_trainer.recipe import make_distillation
+from gear_trainer.recipe import Recipe
+from gear_trainer.user_code import said
 
 GIB, MIB = 2**30, 2**20
 
@@ -147,12 +149,47 @@ class Cache(NamedTuple):
     wanted: int
 
 
+class Uncounted(RuntimeError):
+    """A model whose code does not run on meta tensors: what it holds cannot be counted."""
+
+
+def planned(cfg: Config, recipe: Recipe, longest: tuple[tuple[int, int], int], on: Card) -> tuple[Planner, Plan] | None:
+    """A planner and its plan for this configuration; None where the model's sizes are not at hand. Raises Uncounted.
+
+    longest: prompts of student and teacher, and a response over all turns, in tokens.
+    """
+    sizes = known_config(cfg.model.path) and model_sizes(cfg.model.path)
+    if not sizes:
+        return None
+    try:
+        planner = Planner(cfg, recipe, sizes, *longest)
+        return planner, planner.plan(cfg, on)
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise Uncounted(said(error)) from error
+
+
+def check_start(cfg: Config, recipe: Recipe, longest: tuple[tuple[int, int], int]) -> None:
+    """Raises ConfigError where a run that is about to start cannot fit on the card that it is on.
+
+    Nothing is said where the card is not known, or what the model holds.
+    """
+    on = card(cfg)
+    if on.assumed:
+        return
+    try:
+        found = planned(cfg, recipe, longest, on)
+    except Uncounted:
+        return
+    if found:
+        check_plan(*found, cfg)
+
+
 class Planner:
     """Plans of one model for any configuration of it: the model and its passes are looked at once."""
 
-    def __init__(self, cfg: Config, method: Any, sizes: dict[str, Any], prompts: tuple[int, int], response: int):
+    def __init__(self, cfg: Config, recipe: Recipe, sizes: dict[str, Any], prompts: tuple[int, int], response: int):
         """sizes: the fields of the model's config.json. prompts: longest of student and teacher; response: longest, all turns."""
-        self.method, self.fields = method, sizes
+        self.recipe, self.fields = recipe, sizes
         self.student, self.teacher = prompts
         self.response = response
         self.lm = meta_model(cfg.model.path, cfg.model.dtype, cfg.model.attn_implementation)
@@ -195,7 +232,7 @@ class _Rank:
         self.accumulated = 4 if accumulates in ("fp32", "float32") else self.item
         self.share = self.s.total / self.world
         self.passes, self.tokens = planner.passes(cfg), planner.tokens(cfg)
-        self.own = has_own_weights(cfg, planner.method)
+        self.own = planner.recipe.teacher_weights
         self.offloaded = self._device(self.zero.offload_optimizer) != "none"
         self.asleep = card.gpu and cfg.rollout.sleep_level > 0
 
@@ -233,7 +270,7 @@ class _Rank:
             held["gradients"] = self.share * self.accumulated
             held["float32 masters and moments"] = self.share * (12 if moments else 4)
         if self.own:
-            shadow = 4 if self.cfg.teacher.weights == "ema" and self.item == 2 else 0
+            shadow = 4 if self.own == "ema" and self.item == 2 else 0
             held["teacher's weights"] = self.share * (self.item + shadow)
         return held
 
@@ -341,7 +378,7 @@ class _Rank:
     def _update_head(self) -> dict[str, float]:
         held = self._trainer() | self._awake()
         states = self.tokens * self.s.hidden
-        distillation = make_distillation(self.cfg)
+        distillation = self.planner.recipe.distillation
         rows = 2 if distillation and distillation.full else 1
         held["activations kept"] = self.passes.kept
         # hidden states and their gradient, which is summed in float32

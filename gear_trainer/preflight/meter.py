@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gear_trainer.policy.model import checkpoint_layers
+from gear_trainer.policy.zero import checkpoint_layers
 
 
 class Passes(NamedTuple):

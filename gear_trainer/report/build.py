@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from gear_trainer.runs.metrics import read_metrics
+from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.records import read_records, recorded_steps
 
 _CURVES = ("success", "segments_per_trajectory", "share_above_threshold", "entropy")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from gear_trainer.config import Config, ConfigError
+from gear_trainer.errors import RunError
 from gear_trainer.rollout import Completion, Request
-from gear_trainer.runs import RunError
 
 
 class PlacementError(RunError):

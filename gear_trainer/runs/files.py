@@ -1,14 +1,18 @@
-"""The run's folder: one run at a time in it, and nothing in it is overwritten that was not moved aside."""
+"""The run's folder: one run at a time in it, nothing overwritten that was not moved aside, and what a step writes there."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gear_trainer.config import Config, ConfigError, changes
+from gear_trainer.config import Config, changes
+from gear_trainer.errors import ConfigError
+from gear_trainer.runs.records import recorded_steps, records_path
 
 
 def next_free(path: Path) -> Path:
@@ -105,3 +109,65 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# --- what a step writes -----------------------------------------------------------------------------------------------------
+
+
+class RunFiles:
+    """Rank 0's writer: metrics.jsonl, TensorBoard, each step's rollouts. What is past a resumed step is moved aside first."""
+
+    def __init__(self, cfg: Config, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.dir = cfg.run_dir
+        (self.dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        self.metrics_path = self.dir / "metrics.jsonl"
+        _keep_until(self.dir, resume_step)
+        self.board = SummaryWriter(str(self.dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """One object a step, flushed to the disk: a killed run loses no finished step."""
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in _flat(values):
+            self.board.add_scalar(name, value, values["step"])
+        self.board.flush()
+
+    def records(self, step: int, lines: str) -> None:
+        write_whole(records_path(self.dir, step), lines)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics.jsonl; a last line that a kill cut short is left out."""
+    steps = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            steps.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return steps
+
+
+def _keep_until(run_dir: Path, step: int) -> None:
+    """Leave the steps that a resumed run goes on from; those past them will be made again, and move to a folder of their own."""
+    metrics = run_dir / "metrics.jsonl"
+    steps = read_metrics(metrics)
+    files = [records_path(run_dir, n) for n in recorded_steps(run_dir) if n > step]
+    past = [m for m in steps if m["step"] > step]
+    if past or files:
+        moved = aside(run_dir, step)
+        write_whole(moved / metrics.name, "".join(json.dumps(m) + "\n" for m in past))
+        for path in files:
+            path.rename(moved / path.name)
+    write_whole(metrics, "".join(json.dumps(m) + "\n" for m in steps if m["step"] <= step))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and prefix + name != "step":  # seconds/step is one of them
+            yield prefix + name, value

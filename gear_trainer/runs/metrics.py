@@ -1,128 +1,131 @@
-"""Numbers of a step: weighted sums that add up over ranks, phase timers, and the files that they go to."""
+"""Numbers of a step: sums that add up over ranks, and phase timers. Both are read once a step; until then nobody waits."""
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gear_trainer.config import Config
-from gear_trainer.runs.files import aside, write_whole
-from gear_trainer.runs.records import recorded_steps, records_path
+Number = float | torch.Tensor  # a tensor of one element stays on its device until it is read
 
 
 class Sums:
-    """Means over all ranks: `add` on each rank, then `means` (collective; every rank must have added the same names)."""
+    """A step's numbers by name, over all ranks: means, totals and peaks. `read` is collective; every rank must name the same."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-        self._peaks: dict[str, float] = {}
+        self._means: dict[str, list[Number]] = {}  # total and count
+        self._totals: dict[str, Number] = {}
+        self._peaks: dict[str, list[Number]] = {}
 
-    def add(self, name: str, total: float, count: float = 1.0) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] += float(total)
-        entry[1] += float(count)
+    def mean(self, name: str, total: Number, count: Number) -> None:
+        """Add to a mean: what `count` items sum up to, on this rank. Without any item on any rank it reads None."""
+        entry = self._means.setdefault(name, [0.0, 0.0])
+        entry[0] = entry[0] + _wide(total)
+        entry[1] = entry[1] + _wide(count)
 
     def mean_of(self, name: str, values: torch.Tensor) -> None:
-        self.add(name, values.double().sum().item(), values.numel())
+        """Add all elements to a mean."""
+        self.mean(name, values.double().sum(), values.numel())
 
-    def peak(self, name: str, value: float) -> None:
-        before, value = self._peaks.get(name, 0.0), float(value)
-        self._peaks[name] = value if value != value else max(before, value)  # a NaN stays: max(0, nan) would hide it
+    def total(self, name: str, value: Number) -> None:
+        """Add to a total over all ranks."""
+        self._totals[name] = self._totals.get(name, 0.0) + _wide(value)
 
-    def means(self, device: torch.device) -> dict[str, float | None]:
-        """Mean of each name over ranks (None where nothing was counted) and the largest of each peak."""
-        sums = torch.tensor([v for k in sorted(self._sums) for v in self._sums[k]], dtype=torch.float64, device=device)
-        peaks = torch.tensor([self._peaks[k] for k in sorted(self._peaks)], dtype=torch.float64, device=device)
-        dist.all_reduce(sums)
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        pairs = sums.view(-1, 2).tolist()
-        out: dict[str, float | None] = {k: s / n if n else None for k, (s, n) in zip(sorted(self._sums), pairs, strict=True)}
-        return out | dict(zip(sorted(self._peaks), peaks.tolist(), strict=True))
+    def declare(self, *names: str) -> None:
+        """Name means to which this rank may have nothing to add."""
+        for name in names:
+            self.mean(name, 0.0, 0.0)
+
+    def peak(self, name: str, value: Number) -> None:
+        """Add to a maximum, which is at least 0; a NaN stays: max(0, nan) would hide it."""
+        self._peaks.setdefault(name, [0.0]).append(_wide(value))
+
+    def read(self, device: torch.device) -> dict[str, float | None]:
+        """What every name is over all ranks, by name, peaks last. Collective."""
+        means, totals, peaks = sorted(self._means), sorted(self._totals), sorted(self._peaks)
+        summed = _stacked([x for name in means for x in self._means[name]] + [self._totals[name] for name in totals], device)
+        largest = [_stacked(self._peaks[name], device).amax() for name in peaks]
+        most = torch.stack(largest) if largest else summed.new_zeros(0)
+        dist.all_reduce(summed)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        flat = summed.tolist()
+        pairs = zip(means, flat[: 2 * len(means) : 2], flat[1 : 2 * len(means) : 2], strict=True)
+        out: dict[str, float | None] = {name: s / n if n else None for name, s, n in pairs}
+        out |= dict(zip(totals, flat[2 * len(means) :], strict=True))
+        return dict(sorted(out.items())) | dict(zip(peaks, most.tolist(), strict=True))
+
+
+def _wide(value: Number) -> Number:
+    return value.detach().double() if isinstance(value, torch.Tensor) else float(value)
+
+
+def _stacked(values: list[Number], device: torch.device) -> torch.Tensor:
+    """float64 on the device, without a look at those that are there."""
+    known = torch.tensor([0.0 if isinstance(x, torch.Tensor) else x for x in values], dtype=torch.float64, device=device)
+    held = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
+    if held:
+        known[torch.tensor([i for i, _ in held], device=device)] = torch.stack([x.to(device) for _, x in held])
+    return known
 
 
 class Phases:
-    """Seconds by phase of one step; `split()` returns and forgets them."""
+    """Seconds by phase of one step; `split()` returns and forgets them.
+
+    On a GPU a phase lasts until its kernels are done: marks are events in the stream, which nobody waits for before `split`.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self._marks: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = _mark()
         try:
             yield
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # otherwise a phase's kernels would be billed to the next one
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._marks.append((name, start, _mark()))
 
     def split(self) -> dict[str, float]:
-        seconds, self._seconds = self._seconds, {}
+        """Seconds by phase, in the order of their first use."""
+        seconds: dict[str, float] = {}
+        for name, start, end in self._marks:
+            seconds[name] = seconds.get(name, 0.0) + _between(start, end)
+        self._marks = []
         return {name: round(value, 3) for name, value in seconds.items()}
 
 
-class RunFiles:
-    """Rank 0's writer: metrics.jsonl, TensorBoard, each step's rollouts. What is past a resumed step is moved aside first."""
-
-    def __init__(self, cfg: Config, resume_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.dir = cfg.run_dir
-        (self.dir / "rollouts").mkdir(parents=True, exist_ok=True)
-        self.metrics_path = self.dir / "metrics.jsonl"
-        _keep_until(self.dir, resume_step)
-        self.board = SummaryWriter(str(self.dir / "tensorboard"), purge_step=resume_step + 1)
-
-    def metrics(self, values: dict[str, Any]) -> None:
-        """One object a step, flushed to the disk: a killed run loses no finished step."""
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for name, value in _flat(values):
-            self.board.add_scalar(name, value, values["step"])
-        self.board.flush()
-
-    def records(self, step: int, lines: str) -> None:
-        write_whole(records_path(self.dir, step), lines)
+def _mark() -> Any:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a metrics.jsonl; a last line that a kill cut short is left out."""
-    steps = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return steps
+def _between(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
-def _keep_until(run_dir: Path, step: int) -> None:
-    """Leave the steps that a resumed run goes on from; those past them will be made again, and move to a folder of their own."""
-    metrics = run_dir / "metrics.jsonl"
-    steps = read_metrics(metrics)
-    files = [records_path(run_dir, n) for n in recorded_steps(run_dir) if n > step]
-    past = [m for m in steps if m["step"] > step]
-    if past or files:
-        moved = aside(run_dir, step)
-        write_whole(moved / metrics.name, "".join(json.dumps(m) + "\n" for m in past))
-        for path in files:
-            path.rename(moved / path.name)
-    write_whole(metrics, "".join(json.dumps(m) + "\n" for m in steps if m["step"] <= step))
+def step_values(
+    step: int, values: dict[str, float | None], seconds: dict[str, float], rate: float, held_out: float | None
+) -> dict[str, Any]:
+    """A step's line of metrics.jsonl: what `Sums.read` and `Phases.split` say, and the learning rate."""
+    tokens, total = values.pop("policy_tokens"), sum(seconds.values())
+    out = {"step": step} | {name: _six_digits(value) for name, value in values.items()}
+    out |= {"lr": rate, "policy_tokens": tokens}
+    if held_out is not None:
+        out["held_out_success"] = held_out
+    return out | {"tokens_per_second": round(tokens / total, 1), "seconds": seconds | {"step": round(total, 3)}}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and prefix + name != "step":  # seconds/step is one of them
-            yield prefix + name, value
+def _six_digits(value: float | None) -> float | None:
+    """None for what was not counted or is not finite, which JSON cannot say."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from gear_trainer.config import Config
 from gear_trainer.rollout import Rollout
 from gear_trainer.rollout.chat import Chat
 
 Columns = dict[str, list[torch.Tensor | None]]  # by name, for each rollout the values of its policy tokens, or None
+COLUMNS = {  # a record's key: the column of the step's experience
+    "logprobs": "logprobs", "teacher_logprobs": "teacher_logprobs", "entropy": "entropy", "signal": "normalised",
+    "segment": "segments", "weight": "weights",
+}  # fmt: skip
 
 
 class Records:
@@ -33,6 +38,12 @@ class Records:
         """The first of this rank's groups, which are as good a sample as any: problems come in no order."""
         kept = list(zip(rollouts, advantages, strict=True))[: self.share]
         return "".join(json.dumps(self._record(r, a, columns, i)) + "\n" for i, (r, a) in enumerate(kept))
+
+    def gathered(self, rollouts: list[Rollout], advantages: list[float], columns: Columns) -> str:
+        """All ranks' lines on rank 0, nothing on the others. Collective."""
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(self.lines(rollouts, advantages, columns), parts)
+        return "".join(parts or [])
 
     def _record(self, r: Rollout, advantage: float, columns: Columns, i: int) -> dict[str, Any]:
         """A rollout as one JSON object; the token lists run over `ids`, None (or -1) on tool replies."""
@@ -59,7 +70,7 @@ class Records:
             "tokens": [self.piece(t) for t in r.ids],
             "mask": [int(m) for m in r.mask],
             "sampler_logprobs": [round(x, 6) if m else None for x, m in zip(r.sampler_logprobs, r.mask, strict=True)],
-            **{name: _over_ids(values[i], r.mask) for name, values in columns.items()},
+            **{key: _over_ids(columns[name][i], r.mask) for key, name in COLUMNS.items()},
         }
 
 

@@ -1,0 +1,168 @@
+"""A run put together in the one order that works: process group, rollout engine, ZeRO-3 engine, teacher, trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from gear_trainer.config import Config
+from gear_trainer.errors import ConfigError
+from gear_trainer.policy.hub import check_model_path
+from gear_trainer.recipe import Recipe
+from gear_trainer.runs.interrupts import Interrupts
+from gear_trainer.tasks.base import Task
+
+
+def resolve_model_path(cfg: Config, task: Task) -> str:
+    """A local directory or hub name for `model.path`; builtin: models are made on first use and cached. Raises ConfigError."""
+    spec = cfg.model.path
+    if spec == "builtin:tiny-qwen3":
+        from gear_trainer.demo.warm_start import ensure_warm_start
+
+        return str(ensure_warm_start(task, cfg.seed, Path(cfg.cache_dir)))
+    if spec == "builtin:smollm2":
+        from gear_trainer.demo.smollm2 import ensure_smollm2
+
+        try:
+            return str(ensure_smollm2(Path(cfg.cache_dir)))
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"model.path={spec}: {error}") from None
+    check_model_path(spec)
+    return spec
+
+
+def set_environment() -> None:
+    """Settle the process' GPU and what vLLM, DeepSpeed and tokenizers read of the environment, before they are imported."""
+    from gear_trainer.policy.zero import choose_accelerator
+    from gear_trainer.rollout import vllm_colocated
+
+    vllm_colocated.set_environment()
+    vllm_colocated.take_device()
+    choose_accelerator()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def alone() -> None:
+    """Make this process the only rank, as vLLM's launcher wants to read it. Raises ConfigError under a launcher of several."""
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ConfigError(f"evaluate is one process, but {launched} were launched: start it without a launcher")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        os.environ.setdefault(name, str(value))
+
+
+def build(
+    cfg: Config, task: Task, recipe: Recipe, model_path: str, endpoint: Any, interrupts: Interrupts | None, resume: bool
+) -> tuple[Any, int]:
+    """The trainer, and the step that it goes on from. Collective.
+
+    endpoint: the connected writer of references, None where the policy writes or nobody does. Raises ConfigError where the run
+    cannot work with what is seen only now: the tokenizer's lengths, the card's memory, the checkpoint.
+    """
+    import torch.distributed as dist
+
+    from gear_trainer.policy import checkpoint
+    from gear_trainer.policy.teacher import Teacher
+    from gear_trainer.policy.zero import build_engine
+    from gear_trainer.rollout.vllm_colocated import ColocatedVllm
+    from gear_trainer.train.loop import Trainer
+
+    _meet(cfg)
+    chat = _chat(cfg, task, recipe, model_path, endpoint)
+    start = checkpoint.latest_step(cfg) if resume else 0
+    if start:
+        checkpoint.check(cfg, start)
+    if dist.get_rank() == 0:
+        _announce(cfg, recipe, resume, start)
+    dist.barrier()
+    sampler = ColocatedVllm(cfg, model_path)
+    sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
+    dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
+    engine = build_engine(cfg, model_path)
+    teacher = Teacher(cfg, engine, model_path) if recipe.teacher_weights else None
+    if start:
+        checkpoint.load(engine, cfg, start, teacher)
+    references = _references(cfg, recipe, chat, endpoint, sampler)
+    return Trainer(cfg, recipe, task, chat, engine, sampler, teacher, references, interrupts), start
+
+
+def _meet(cfg: Config) -> None:
+    """The process group, before vLLM: it would make a group of its own. Collective."""
+    import deepspeed
+    import deepspeed.ops
+    import torch
+    import torch.distributed as dist
+    from transformers.utils import logging as transformers_logging
+
+    from gear_trainer.runs.ranks import Beats
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        # init_distributed would compile a C++ op (100 CPU seconds); a killed build leaves a lock that hangs every later run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    Beats(cfg.run_dir, dist.get_rank(), cfg.world_size, cfg.rank_timeout).start()
+
+
+def _chat(cfg: Config, task: Task, recipe: Recipe, model_path: str, endpoint: Any) -> Any:
+    """The model's chat, once its prompts fit into the context and the run into the card. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    from gear_trainer.preflight.checks import check_prompts, lengths
+    from gear_trainer.preflight.memory import check_start
+    from gear_trainer.rollout.chat import Chat
+
+    chat = Chat(AutoTokenizer.from_pretrained(model_path), task.tools, cfg.chat_template_args)
+    prompts = check_prompts(cfg, task, recipe, chat, endpoint and endpoint.context)
+    check_start(cfg, recipe, lengths(cfg, task, prompts))
+    return chat
+
+
+def _announce(cfg: Config, recipe: Recipe, resume: bool, start: int) -> None:
+    """Make the run's folder and say what starts; rank 0's."""
+    from gear_trainer.preflight.checks import warnings
+    from gear_trainer.runs.files import prepare_run_dir
+
+    prepare_run_dir(cfg, resume, start)
+    print(*(f"warning: {line}\n" for line in warnings(cfg, recipe)), sep="", end="")
+    print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
+
+
+def _references(cfg: Config, recipe: Recipe, chat: Any, endpoint: Any, sampler: Any) -> Any:
+    """Who shows the teacher something in place of the ground truth, or None."""
+    from gear_trainer.hints.siblings import Siblings
+    from gear_trainer.hints.writer import PolicyWriter, Writer
+
+    if recipe.references == "siblings":
+        return Siblings(chat)
+    if recipe.references is None:
+        return None
+    model = endpoint or PolicyWriter(cfg, chat, sampler)
+    return Writer(cfg, chat, model, model.context)
+
+
+def finish(cfg: Config, trainer: Any, done: int) -> int:
+    """Export and report a run that ended after step `done`. Returns the exit code. Collective."""
+    import torch.distributed as dist
+
+    from gear_trainer.policy import checkpoint
+    from gear_trainer.report.build import write_report
+    from gear_trainer.runs.ranks import Beats
+
+    finished = done == cfg.train.steps
+    if finished and cfg.checkpoint.export:
+        checkpoint.export(trainer.engine, cfg, trainer.chat.tokenizer)
+    if dist.get_rank() == 0:
+        if finished:
+            print(write_report(cfg.run_dir), flush=True)
+        else:
+            why = f" ({trainer.interrupts.why})" if trainer.interrupts.why else ""
+            print(f"stopped after step {done}{why}; --resume goes on from there", flush=True)
+    Beats.running.stop()  # from here on a rank that ends is not lost
+    dist.barrier()  # vLLM's own shutdown at exit takes the process groups down
+    return 0 if finished else 130

@@ -1,0 +1,229 @@
+"""Commands and exit codes: train, plan, evaluate, report. 0 is done, 2 what the user can mend, 130 stopped, 1 anything else.
+
+`python -m gear_trainer train --config FILE [key=value ...]` under a launcher is what `gear_trainer/run.py` is by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from gear_trainer.config import Config, load_config
+from gear_trainer.errors import ConfigError, RunError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`gear-trainer COMMAND ...`. Returns the exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    if not given or given[0] not in COMMANDS:
+        about = "\n".join(f"  {name:10}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items())
+        print(f"usage: gear-trainer COMMAND ...\n\n{about}", file=sys.stdout if given in (["-h"], ["--help"]) else sys.stderr)
+        return 0 if given in (["-h"], ["--help"]) else 2
+    return COMMANDS[given[0]](given[1:])
+
+
+def launched(argv: list[str] | None = None) -> int:
+    """What gear_trainer/run.py does with its arguments: a run, or with --dry-run its plan. Returns the exit code."""
+    args = parse(argv)
+    return _guarded(lambda: _plan(_config(args), args.card) if args.dry_run else _train(_config(args), args.resume))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of gear_trainer/run.py."""
+    parser = _parser("gear_trainer", "Train an LLM agent with GRPO and token-level credit.")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved run, start nothing")
+    parser.add_argument("--card", type=float, metavar="GB", help="of a dry run: plan memory for GPUs sold as 80, 141, ... GB")
+    return parser.parse_intermixed_args(argv)
+
+
+def _parser(prog: str, description: str, config: bool = True) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", required=config, help="YAML file, see gear_trainer/configs")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example train.lr=1e-5")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> Config:
+    return load_config(args.config, args.overrides)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------------
+
+
+def train(argv: list[str]) -> int:
+    """Train a policy; start it by a launcher, one process a rank."""
+    parser = _parser("gear-trainer train", train.__doc__)
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    args = parser.parse_intermixed_args(argv)
+    return _guarded(lambda: _train(_config(args), args.resume))
+
+
+def plan(argv: list[str]) -> int:
+    """Check everything, print the resolved run and its memory, start nothing."""
+    parser = _parser("gear-trainer plan", plan.__doc__)
+    parser.add_argument("--card", type=float, metavar="GB", help="plan memory for GPUs sold as 80, 141, ... GB")
+    args = parser.parse_intermixed_args(argv)
+    return _guarded(lambda: _plan(_config(args), args.card))
+
+
+def evaluate(argv: list[str]) -> int:
+    """Solve the held-out problems with a finished run's model, or another, on an engine in this process."""
+    parser = _parser("gear-trainer evaluate", evaluate.__doc__, config=False)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="a finished run, as runs/NAME: its configuration and its model")
+    parser.add_argument("--model", metavar="PATH", help="an HF directory or hub name in place of the run's or the config's")
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="rollouts of each problem")
+    args = parser.parse_intermixed_args(argv)
+    if (args.run is None) == (args.config is None):
+        parser.error("give --run DIR or --config FILE")
+    if args.samples < 1:
+        parser.error("--samples K: at least 1")
+    return _guarded(lambda: _evaluate(args))
+
+
+def report(argv: list[str]) -> int:
+    """Write a run's page and curve, or with --compare the curve of several runs."""
+    parser = argparse.ArgumentParser(prog="gear-trainer report", description=report.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, as runs/NAME")
+    parser.add_argument("--compare", type=Path, metavar="FILE.png", help="held-out success of all runs, one colour a method")
+    args = parser.parse_intermixed_args(argv)
+    return _guarded(lambda: _report(args.runs, args.compare))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "plan": plan, "evaluate": evaluate, "report": report}
+
+
+def _plan(cfg: Config, sold_as: float | None) -> int:
+    from gear_trainer.preflight.dry_run import dry_run
+
+    dry_run(cfg, sold_as)
+    return 0
+
+
+def _train(cfg: Config, resume: bool) -> int:
+    from gear_trainer.build import build, finish, resolve_model_path, set_environment
+    from gear_trainer.preflight.checks import check, check_launch
+    from gear_trainer.runs.files import lock_run
+    from gear_trainer.runs.interrupts import Interrupts
+
+    check_launch(cfg)
+    task, recipe = check(cfg)
+    interrupts = Interrupts()
+    lock = lock_run(cfg) if int(os.environ["RANK"]) == 0 else None  # before anything that takes time, or that is written
+    set_environment()
+    from gear_trainer.hints.endpoint import connect
+    from gear_trainer.policy.hub import check_hub_model
+
+    check_hub_model(cfg.model.path)
+    # every rank asks for itself, as it will during the run
+    endpoint = connect(cfg.writer, cfg.rollout.max_model_len) if recipe.references == "writer" and cfg.writer.url else None
+    model_path = resolve_model_path(cfg, task)  # before the process group: a warm start outlasts a collective's patience
+    trainer, start = build(cfg, task, recipe, model_path, endpoint, interrupts, resume)
+    code = finish(cfg, trainer, trainer.train(start))
+    if lock:
+        lock.release()
+    return code
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from gear_trainer import evaluation
+    from gear_trainer.build import alone, resolve_model_path, set_environment
+    from gear_trainer.tasks import make_task
+
+    cfg = load_config(args.run / "config.json" if args.run else args.config, args.overrides)
+    path = args.model or (str(args.run / "model") if args.run else cfg.model.path)
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": path})})
+    alone()
+    set_environment()
+    task = make_task(cfg.task, cfg.seed, cfg.task_args)
+    print(evaluation.evaluate(cfg, task, resolve_model_path(cfg, task), args.samples), flush=True)
+    return 0
+
+
+def _report(runs: list[Path], compare: Path | None) -> int:
+    from gear_trainer.report.build import draw_comparison, write_report
+
+    for folder in runs:
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder}: no run there (config.json is missing); give a run's folder, as runs/NAME")
+    if compare:
+        draw_comparison(runs, compare)
+    else:
+        print(*(write_report(folder) for folder in runs), sep="\n")
+    return 0
+
+
+# --- how a command ends -----------------------------------------------------------------------------------------------------
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """The command's exit code; 130 where it was interrupted, else what its error means."""
+    _share_cores()
+    _quiet()
+    try:
+        return command()
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("gear_trainer: interrupted before training began", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        return _tell(error)
+
+
+def _tell(error: Exception) -> int:
+    """Say once, on one of the ranks, why the run ends; what the user can mend is one line. Returns the exit code."""
+    from gear_kernels import GearKernelsError
+    from gear_trainer.runs.ranks import Beats
+    from gear_trainer.tasks.base import TaskError
+
+    beats, rank = Beats.running, int(os.environ.get("RANK", 0))
+    line = beats.blame(error) if beats else None
+    if line:
+        beats.leave(line)
+    if beats:
+        beats.fail(error)
+    mendable = isinstance(error, (ConfigError, TaskError, GearKernelsError))
+    if mendable or isinstance(error, RunError):
+        said = f"gear_trainer: {error}\n"
+    elif getattr(error, "errno", None) == errno.ENOSPC:
+        said = f"gear_trainer: the disk is full ({error.filename or 'a file of the run'}): make room, then --resume goes on\n"
+    else:
+        said = "".join(traceback.format_exception(error))
+    if not rank or _speaks(beats, error, mendable):
+        print((f"[rank {rank}] " if rank else "") + said, end="", file=sys.stderr, flush=True)
+    return 2 if mendable else 1
+
+
+def _speaks(beats, error: Exception, mendable: bool) -> bool:
+    """Whether a rank other than 0 has something to say that rank 0 does not: the same error is most often raised on all."""
+    import torch.distributed as dist
+
+    time.sleep(3)  # a launcher kills all ranks once one has exited: let rank 0 print first
+    if not dist.is_initialized():
+        return not mendable  # what is checked by then is the same on all ranks; a surprise is not
+    return beats is None or not beats.said_by(0, error)
+
+
+def _share_cores() -> None:
+    """Each rank its share of the cores, before torch makes its thread pool (the deepspeed launcher leaves it to us)."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+
+
+def _quiet() -> None:
+    """Leave the terminal to the run: other libraries' deprecations and loading bars are 30 lines a rank."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|vllm\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)

@@ -1,0 +1,29 @@
+"""The one call of every pass: a micro-batch's statistics by the policy, its teacher rows under the teacher's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gear_kernels import TokenStats
+from gear_trainer.policy.batching import MicroBatch
+from gear_trainer.policy.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The policy's engine and its teacher. teacher: None where the policy itself is the teacher, or where nothing reads one."""
+
+    engine: Any
+    teacher: Teacher | None
+    temperature: float
+    jsd_beta: float | None = None  # where a statistic is the Jensen-Shannon divergence
+
+    def __call__(self, batch: MicroBatch, stats: tuple[str, ...]) -> TokenStats:
+        """Statistics of a micro-batch's n policy tokens, each [n] float32 (None where not asked for). Collective."""
+        options = {} if self.jsd_beta is None else {"jsd_beta": self.jsd_beta}
+        if self.teacher is None or batch.teacher is None:
+            return self.engine(batch, self.temperature, stats, **options)
+        hidden = self.teacher.hidden(batch.teacher)
+        with self.teacher.head() as head:
+            return self.engine(replace(batch, teacher=None), self.temperature, stats, (hidden, head), **options)

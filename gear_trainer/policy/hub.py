@@ -1,0 +1,99 @@
+"""A model's directory or hub name: whether it can be had, and its sizes, without its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gear_trainer.config import parse_yaml
+from gear_trainer.errors import ConfigError
+from gear_trainer.user_code import said
+
+
+def check_model_path(spec: str) -> None:
+    """Fail early, before any engine: a directory without a model, or a hub name that cannot be had."""
+    if spec.startswith("builtin:"):
+        if spec not in ("builtin:tiny-qwen3", "builtin:smollm2"):
+            raise ConfigError(f"model.path={spec}: known are builtin:tiny-qwen3 and builtin:smollm2")
+        return
+    path = Path(spec)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.path={spec}: the directory has no config.json; point at a model saved in HF format")
+        return
+    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise ConfigError(f"model.path={spec}: no such directory; give a local HF directory or a hub name like Qwen/Qwen3-8B")
+
+
+def check_hub_model(spec: str) -> None:
+    """A hub name whose configuration is neither cached nor reachable. Network: only for names that are no directory."""
+    if spec.startswith("builtin:") or Path(spec).is_dir():
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(spec)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path={spec}: not a local directory, and the hub's copy cannot be had ({reason}); "
+            "download the model and give its path"
+        ) from None
+
+
+def offline_without_hub() -> None:
+    """Where the hub cannot be reached, say so to its clients before they are imported: each would try for half a minute."""
+    if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def model_sizes(spec: str) -> dict[str, Any] | None:
+    """The fields of the model's config.json, without weights, network or transformers; None where it is not at hand.
+
+    From its directory; from the sizes that ship in configs/models, under the model's name with -- for / and :; or from the hub's
+    cache. Raises ConfigError where a directory's cannot be read.
+    """
+    if shipped := _shipped_sizes(spec):
+        return shipped
+    file = Path(spec) / "config.json" if Path(spec).is_dir() else _cached_config(spec)
+    try:
+        fields = json.loads(file.read_text()) if file else None
+        return fields and fields | fields.get("text_config", {})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"model.path={spec}: {file} cannot be read ({said(error)}): mend it") from None
+
+
+def known_config(spec: str) -> Any | None:
+    """transformers' configuration of a directory or hub name, without the network; None where it is not at hand."""
+    from transformers import AutoConfig
+
+    if shipped := _shipped_sizes(spec):
+        return AutoConfig.for_model(**shipped)
+    try:
+        return AutoConfig.from_pretrained(spec, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if Path(spec).is_dir():
+            raise ConfigError(f"model.path={spec}: its config.json cannot be read ({said(error)}): mend it") from None
+        return None
+
+
+def _shipped_sizes(spec: str) -> dict[str, Any] | None:
+    file = Path(__file__).parents[1] / "configs" / "models" / f"{re.sub('[/:]', '--', spec)}.yaml"
+    return parse_yaml(file.read_text()) if file.is_file() and not Path(spec).is_dir() else None
+
+
+def _cached_config(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None

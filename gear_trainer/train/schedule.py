@@ -1,0 +1,88 @@
+"""What each pass of a step runs over, laid out by the host and agreed by all ranks before the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from gear_kernels.losses import aggregation_weights
+from gear_trainer.config import Config
+from gear_trainer.policy.batching import MicroBatch, micro_batch, on_device, padding_micro_batch, split_rows
+from gear_trainer.recipe import Recipe
+from gear_trainer.train.experience import Experience
+
+
+@dataclass(frozen=True)
+class Pass:
+    """This rank's micro-batches, by rollouts, and how many any rank has at most: every engine call is a collective."""
+
+    split: list[list[int]]
+    teacher: bool  # with the teacher's rows
+    count: int
+
+    def micro_batches(self, experience: Experience) -> Iterator[MicroBatch]:
+        """On the device, padded to the largest count of any rank."""
+        for k in range(self.count):
+            short = k >= len(self.split)
+            batch = padding_micro_batch(self.teacher) if short else micro_batch(experience.rollouts, self.split[k], self.teacher)
+            yield batch.to(experience.device)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The passes of scoring, and one for each optimizer step."""
+
+    score: list[Pass]
+    update: list[Pass]
+
+
+def schedule(cfg: Config, recipe: Recipe, experience: Experience) -> Schedule:
+    """Lay out a step's passes, and give the experience its `loss_weights`. Collective.
+
+    Two collectives and one look at each are all that ranks have to agree on: counts of micro-batches, of tokens and rollouts.
+    """
+    share = len(experience.rollouts) // cfg.train.updates_per_step
+    parts = [range(first, first + share) for first in range(0, len(experience.rollouts), share)]
+    scored = (True, False) if recipe.needs_teacher or recipe.teaches_all else (False,)
+    rows = [[i for i, taught in enumerate(experience.taught) if taught == teacher] for teacher in scored]
+    rows += [[i for i in part if _learns(recipe, experience, i)] for part in parts]
+    whole = bool(recipe.distillation and recipe.distillation.full)
+    teachers = [*scored, *(whole for _ in parts)]
+    splits = [
+        split_rows(experience.rollouts, own, cfg.train.tokens_per_micro_batch, teacher)
+        for own, teacher in zip(rows, teachers, strict=True)
+    ]
+    lengths = [[experience.lengths[i] for i in part] for part in parts]
+    counts, tokens = _agreed([len(s) for s in splits], [n for own in lengths for n in (sum(own), len(own))], experience.device)
+    weights = [
+        aggregation_weights(
+            own,
+            cfg.train.aggregation,
+            n_tokens_global=tokens[2 * k],
+            n_seqs_global=tokens[2 * k + 1],
+            max_len=cfg.rollout.max_model_len,
+        )
+        for k, own in enumerate(lengths)
+    ]
+    experience.columns["loss_weights"] = on_device(torch.cat(weights), experience.device)
+    passes = [Pass(*given) for given in zip(splits, teachers, counts, strict=True)]
+    return Schedule(passes[: len(scored)], passes[len(scored) :])
+
+
+def _learns(recipe: Recipe, experience: Experience, i: int) -> bool:
+    """Whether a rollout can have a gradient; the means count the others too."""
+    dropped, length = experience.rollouts[i].dropped, experience.lengths[i]
+    if recipe.distillation and not dropped:
+        return True
+    return length > 0 and (experience.advantages[i] != 0 or (recipe.by_turn and not dropped))
+
+
+def _agreed(largest: list[int], summed: list[int], device: torch.device) -> tuple[list[int], list[int]]:
+    """The largest of each number over all ranks, and the sum of each."""
+    most, total = (torch.tensor(given, dtype=torch.int64, device=device) for given in (largest, summed))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    dist.all_reduce(total)
+    return most.tolist(), total.tolist()
