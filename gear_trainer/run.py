@@ -111,7 +111,7 @@ def _train(cfg: Config, resume: bool) -> int:
     task, method = check(cfg)
     interrupts = Interrupts()
     lock = lock_run(cfg) if int(os.environ["RANK"]) == 0 else None  # before anything that takes time, or that is written
-    _set_environment()
+    _set_environment(cfg)
     from gear_trainer.hints.endpoint import connect
     from gear_trainer.policy.model import check_hub_model, resolve_model_path
 
@@ -127,12 +127,11 @@ def _train(cfg: Config, resume: bool) -> int:
     return code
 
 
-def _set_environment() -> None:
+def _set_environment(cfg: Config) -> None:
     from gear_trainer.policy.model import choose_accelerator
-    from gear_trainer.rollout.vllm_colocated import set_environment, take_device
+    from gear_trainer.rollout.engine import engine_class
 
-    set_environment()
-    take_device()
+    engine_class(cfg).prepare(cfg)
     choose_accelerator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -155,7 +154,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
     from gear_trainer.policy.teacher import Teacher, has_own_weights
     from gear_trainer.preflight.checks import check_prompts, sees_sibling, warnings
     from gear_trainer.rollout.chat import Chat
-    from gear_trainer.rollout.vllm_colocated import ColocatedVllm
+    from gear_trainer.rollout.engine import make_engine
     from gear_trainer.runs.files import prepare_run_dir
     from gear_trainer.runs.ranks import Beats
     from gear_trainer.train.loop import Trainer
@@ -177,7 +176,7 @@ def _build(cfg: Config, task, method, model_path: str, endpoint, interrupts, res
         print(*(f"warning: {line}\n" for line in warnings(cfg, method)), sep="", end="")
         print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
     dist.barrier()
-    sampler = ColocatedVllm(cfg, model_path)
+    sampler = make_engine(cfg, model_path)
     sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
     engine = build_engine(cfg, model_path)

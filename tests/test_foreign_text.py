@@ -22,7 +22,7 @@ from gear_trainer.demo.qwen3_tokenizer import EOS, PAD, qwen3_tokenizer, subset_
 from gear_trainer.hints.siblings import Siblings
 from gear_trainer.rollout import Completion, Limits, groups_of, is_mixed, roll_out, troubles
 from gear_trainer.rollout.chat import Chat
-from gear_trainer.rollout.episodes import Caller, EpisodeError, caller
+from gear_trainer.rollout.guard import Caller, EpisodeError, caller
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task
@@ -213,7 +213,7 @@ class Speaker:
     def __init__(self, chat, text="go"):
         self.said, self.requests = [*chat.encode(text), chat.tokenizer.eos_token_id], []
 
-    def generate(self, requests, temperature):
+    def generate(self, requests):
         self.requests += requests
         ids = [self.said[: q.max_tokens] for q in requests]
         return [Completion(i, [-1.0] * len(i), len(i) == len(self.said)) for i in ids]

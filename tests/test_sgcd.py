@@ -72,7 +72,7 @@ class Solver:
     def __init__(self):
         self.seeds = []
 
-    def generate(self, requests, temperature):
+    def generate(self, requests):
         self.seeds += [q.seed for q in requests]
         return [Completion([q.seed % 100, 1], [-1.0, -1.0], True) for q in requests]
 
@@ -213,16 +213,16 @@ def test_the_policy_writes_through_the_rollout_engine(chat):
     asked = []
 
     class Engine:
-        def generate(self, requests, temperature):
-            asked.append((requests, temperature))
+        def generate(self, requests):
+            asked.append(requests)
             return [Completion([*chat.encode("add 3"), chat.tokenizer.eos_token_id], [], True) for _ in requests]
 
     cfg = demo("writer.temperature=0.5")
     model = PolicyWriter(cfg, chat, Engine())
     rollouts = group(chat, [("a", True), ("b", False)])
     Writer(cfg, chat, model, model.context).write(rollouts, (0, 1))
-    ((request,), temperature) = asked[0]
-    assert temperature == 0.5 and request.max_tokens == 96 and rollouts[0].reference == "add 3"
+    (request,) = asked[0]
+    assert request.temperature == 0.5 and request.max_tokens == 96 and rollouts[0].reference == "add 3"
     text = chat.tokenizer.decode(request.prompt_ids)
     assert text.startswith("<|im_start|>user\nTask:") and text.endswith("<|im_start|>assistant\n"), "no tools"
 

@@ -133,7 +133,7 @@ class Scripted:
     def __init__(self, chat, turns):
         self.chat, self.turns, self.requests = chat, turns, []
 
-    def generate(self, requests, temperature):
+    def generate(self, requests):
         self.requests.append(requests)
         out = []
         for q in requests:

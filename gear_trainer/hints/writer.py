@@ -10,7 +10,7 @@ from typing import Protocol
 from gear_trainer.config import Config, ConfigError, WriterConfig
 from gear_trainer.hints import TEMPLATES
 from gear_trainer.hints.masking import PLACEHOLDER, mask
-from gear_trainer.rollout import Request, Rollout, Sampler, groups_of, is_mixed, seed_of
+from gear_trainer.rollout import Engine, Request, Rollout, groups_of, is_mixed, seed_of
 from gear_trainer.rollout.chat import Chat, fitted, level
 from gear_trainer.tasks.base import Problem
 from gear_trainer.tasks.common import fill, load_template, user
@@ -29,16 +29,16 @@ class WriterModel(Protocol):
 class PolicyWriter:
     """The policy itself, through the rank's rollout engine."""
 
-    def __init__(self, cfg: Config, chat: Chat, sampler: Sampler):
-        self.context, self.writer, self.sampler = cfg.rollout.max_model_len, cfg.writer, sampler
+    def __init__(self, cfg: Config, chat: Chat, engine: Engine):
+        self.context, self.writer, self.engine = cfg.rollout.max_model_len, cfg.writer, engine
         self.chat = Chat(chat.tokenizer, None, chat.kwargs)  # a reference is text: no tools
 
     def complete(self, prompts: list[str], seeds: list[int]) -> list[str | None]:
         if not prompts:
             return []
         ids = [self.chat.prompt_ids(user(prompt)) for prompt in prompts]
-        requests = [Request(prompt, self.writer.max_tokens, seed) for prompt, seed in zip(ids, seeds, strict=True)]
-        completions = self.sampler.generate(requests, self.writer.temperature)
+        w = self.writer
+        completions = self.engine.generate([Request(p, w.max_tokens, s, w.temperature) for p, s in zip(ids, seeds, strict=True)])
         return [self.chat.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
 
 

@@ -19,7 +19,7 @@ from gear_trainer.preflight import memory
 from gear_trainer.preflight.machine import check_machine, check_port
 from gear_trainer.recipe import make_distillation, parse_credit
 from gear_trainer.rollout.chat import Chat
-from gear_trainer.rollout.vllm_colocated import engine_kwargs
+from gear_trainer.rollout.engine import engine_class
 from gear_trainer.tasks import make_task, task_class
 from gear_trainer.tasks.base import DataAway, Task
 from gear_trainer.user_code import own_method, said
@@ -232,7 +232,7 @@ def print_plan(cfg: Config, task: Task, method: Any, sold_as: float | None = Non
     out.print(shape)
     planned = _planned(out, cfg, method, lengths(cfg, task, prompts), sold_as)
     out.print(yaml.safe_dump({"deepspeed": deepspeed_config(cfg)}, sort_keys=False), markup=False)
-    out.print(yaml.safe_dump({"vllm": engine_kwargs(cfg, cfg.model.path)}, sort_keys=False), markup=False)
+    out.print(engine_class(cfg).describe(cfg), markup=False)
     for line in warnings(cfg, method):
         out.print(f"warning: {line}", markup=False, soft_wrap=True)
     if planned:

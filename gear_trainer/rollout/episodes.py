@@ -1,132 +1,125 @@
-"""A task's episodes behind a guard: what raises, hangs or answers nonsense ends its rollout as an error, never the run.
-
-A task's code runs in a thread beside the trainer's, one call at a time, in the order in which it would run without. A call that
-takes longer than the limit is left alone in its thread (Python cannot stop one) and the next call gets a fresh thread. What only
-works in the main thread, as signal handlers, needs rollout.turn_timeout=null: then calls are made directly, without a limit.
-"""
+"""Episodes from their prompts to their outcomes: all of a turn's requests in one batch."""
 
 from __future__ import annotations
 
-import contextvars
-import logging
-import math
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from functools import lru_cache, partial
-from queue import SimpleQueue
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task, TaskError
-
-_LONGEST = 300  # characters of an error's message that are kept
-_log = logging.getLogger(__name__)
-_told: set[tuple[str, str, str]] = set()
-
-
-class EpisodeError(Exception):
-    """An environment that is dead: what its rollout earned is unknown, which is not a reward of 0."""
+from gear_trainer.rollout.chat import Chat
+from gear_trainer.rollout.engine import Engine
+from gear_trainer.rollout.guard import Environment, EpisodeError
+from gear_trainer.rollout.types import Completion, Limits, Request, Rollout, Status, seed_of
+from gear_trainer.tasks.base import Episode, Problem, Task
 
 
-class Caller:
-    """Makes calls within a limit of seconds (None: directly). `abandoned` counts the threads that were left behind."""
+def roll_out(
+    engine: Engine, chat: Chat, task: Task, problems: Iterable[tuple[int, Problem]], limits: Limits, key: tuple[object, ...]
+) -> list[Rollout]:
+    """Sample `limits.group_size` episodes for each (group index, problem), all of a turn's requests in one batch.
 
-    def __init__(self, limit_s: float | None):
-        self.limit_s, self.abandoned = limit_s, 0
-        self._jobs: SimpleQueue | None = None
-
-    def __call__(self, call: Callable[..., Any], *args: Any) -> Any:
-        """What the call returns; raises what it raises, and EpisodeError where it takes too long."""
-        if self.limit_s is None:
-            return call(*args)
-        answer: Future[Any] = Future()
-        self._jobs = self._jobs or _start()
-        self._jobs.put((answer, partial(contextvars.copy_context().run, call, *args)))  # as a decimal context of the caller's
-        try:
-            return answer.result(self.limit_s)
-        except TimeoutError:
-            if answer.done():
-                raise  # the task's own
-            self._jobs.put(None)  # should the call ever return, its thread ends
-            self._jobs, self.abandoned = None, self.abandoned + 1
-            raise EpisodeError(f"no answer within {self.limit_s:g} s (rollout.turn_timeout)") from None
-
-
-def _start() -> SimpleQueue:
-    """A thread that serves a queue of calls; it does not keep the process from ending."""
-    jobs: SimpleQueue = SimpleQueue()
-    threading.Thread(target=_serve, args=(jobs,), name="episodes", daemon=True).start()
-    return jobs
+    A rollout whose environment breaks off is tried once more from its prompt, under other seeds. Where that fails too it is
+    `failed`, without reward or success, and its whole group `dropped`.
+    """
+    rollouts = [
+        Rollout(p, group, k, prompt, teacher, escaped=escaped)
+        for group, p in problems
+        for prompt, teacher, escaped in [_prompts(chat, p, limits)]
+        for k in range(limits.group_size)
+    ]
+    _play(engine, chat, task, rollouts, limits, key)
+    if broken := [i for i, r in enumerate(rollouts) if r.failed]:
+        again = [_fresh(rollouts[i]) for i in broken]
+        _play(engine, chat, task, again, limits, (*key, "again"))
+        for i, rollout in zip(broken, again, strict=True):
+            rollouts[i] = rollout
+        lost = {r.group for r in rollouts if r.failed}
+        for rollout in rollouts:
+            rollout.dropped = rollout.group in lost
+    return rollouts
 
 
-def _serve(jobs: SimpleQueue) -> None:
-    while (job := jobs.get()) is not None:
-        answer, call = job
-        try:
-            answer.set_result(call())
-        except BaseException as error:  # also a tool's sys.exit(): it is the rollout's error
-            answer.set_exception(error)
+def _prompts(chat: Chat, problem: Problem, limits: Limits) -> tuple[list[int], list[int], int]:
+    """Both prompts, and how many texts were escaped in them. One that leaves no room for a turn is cut to the context: it ends as
+    `length`, and nothing is sampled behind it."""
+    student, teacher = chat.prompt_ids(problem.messages), chat.prompt_ids(problem.teacher_messages)
+    if len(student) >= limits.max_model_len:
+        student, teacher = student[: limits.max_model_len], teacher[: limits.max_model_len]
+    return student, teacher, chat.escapes(problem.messages) + chat.escapes(problem.teacher_messages)
 
 
-@lru_cache
-def caller(limit_s: float | None) -> Caller:
-    """The caller that all rollouts of this process share for a given limit."""
-    return Caller(limit_s)
+def _fresh(r: Rollout) -> Rollout:
+    """The same rollout at its start; what was counted of its first try stays."""
+    again = Rollout(r.problem, r.group, r.sample, r.prompt_ids, r.teacher_prompt_ids)
+    again.escaped, again.cut, again.failures = r.escaped, r.cut, r.failures
+    return again
 
 
-class Environment:
-    """One task's episodes. Every method raises EpisodeError, in one line, for whatever the task's code does."""
-
-    def __init__(self, task: Task, limit_s: float | None):
-        self.task, self._caller = task, caller(limit_s)
-
-    def start(self, problem: Problem) -> Episode:
-        return self._guarded("episode", problem, lambda episode: episode, self.task.episode, problem)
-
-    def step(self, problem: Problem, episode: Episode, text: str) -> Reply:
-        return self._guarded("step", problem, _checked_reply, episode.step, text)
-
-    def outcome(self, problem: Problem, episode: Episode) -> Outcome:
-        return self._guarded("outcome", problem, _checked_outcome, episode.outcome)
-
-    def _guarded(self, what: str, problem: Problem, check: Callable[[Any], Any], call: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return check(self._caller(call, *args))
-        except (Exception, SystemExit) as error:
-            line = " ".join(f"{what}: {_named(error)}".split())[:_LONGEST]
-            self._tell(what, problem, error, line)
-            raise EpisodeError(line) from error
-
-    def _tell(self, what: str, problem: Problem, error: BaseException, line: str) -> None:
-        """One line for every kind of failure; the metrics count all."""
-        task = type(self.task).__name__
-        if (kind := (task, what, type(error).__name__)) not in _told:
-            _told.add(kind)
-            _log.warning(
-                "task %s, problem %s: %s; such a rollout gets a fresh try, then its group is dropped (said once)",
-                task, problem.id, line,
-            )  # fmt: skip
+def _play(engine: Engine, chat: Chat, task: Task, rollouts: list[Rollout], limits: Limits, key: tuple[object, ...]) -> None:
+    """One try of every rollout, from its prompt to its outcome."""
+    world = Environment(task, limits.turn_timeout)
+    episodes = [_unless_broken(r, world.start, r.problem) for r in rollouts]
+    for rollout in rollouts:
+        if not rollout.failed and limits.room(rollout) <= 0:  # the prompt fills the context
+            rollout.status = Status.LENGTH
+    active = [(r, e) for r, e in zip(rollouts, episodes, strict=True) if not (r.failed or r.truncated)]
+    for turn in range(task.max_turns):
+        if not active:
+            break
+        requests = [
+            Request(r.prompt_ids + r.ids, limits.room(r), seed_of(*key, r.group, r.sample, turn), limits.temperature)
+            for r, _ in active
+        ]
+        completions = engine.generate(requests)
+        last = turn + 1 == task.max_turns
+        active = [
+            (r, e)
+            for (r, e), c in zip(active, completions, strict=True)
+            if _unless_broken(r, _take_turn, r, e, c, chat, world, limits, last)
+        ]
+    for rollout, episode in zip(rollouts, episodes, strict=True):
+        if not rollout.failed and (outcome := _unless_broken(rollout, world.outcome, rollout.problem, episode)):
+            rollout.reward, rollout.success = outcome.reward, outcome.success
 
 
-def _named(error: BaseException) -> str:
-    return str(error) if isinstance(error, (EpisodeError, TaskError)) else f"{type(error).__name__}: {error}"
+def _unless_broken(rollout: Rollout, call: Callable[..., Any], *args: Any) -> Any:
+    """What the call returns; None, and the rollout `failed`, where the environment broke off."""
+    try:
+        return call(*args)
+    except EpisodeError as error:
+        rollout.failures = [*rollout.failures, str(error)]
+        rollout.status = Status.ERROR
+        return None
 
 
-def _checked_reply(reply: Reply) -> Reply:
-    texts = reply.observations
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise TaskError(f"the reply's observations are {texts!r:.60}, must be a list of str")
-    if not (isinstance(reply.calls, int) and isinstance(reply.errors, int)):
-        raise TaskError(f"the reply's calls and errors are {reply.calls!r:.60} and {reply.errors!r:.60}, must be int")
-    _finite("the turn's reward", reply.reward)
-    return reply
+def _take_turn(
+    rollout: Rollout, episode: Episode, completion: Completion, chat: Chat, world: Environment, limits: Limits, last_turn: bool
+) -> bool:
+    """Append one sampled turn and the environment's answer; True if the model is to speak again."""
+    rollout.append(completion.ids, completion.logprobs)
+    rollout.versions.append(completion.version)
+    rollout.turn_rewards.append(0.0)
+    if not completion.ended:
+        rollout.status = Status.LENGTH
+        return False
+    reply = world.step(rollout.problem, episode, chat.tokenizer.decode(completion.ids[:-1]))
+    rollout.turn_rewards[-1] = reply.reward
+    rollout.calls += reply.calls
+    rollout.errors += reply.errors
+    rollout.turns += 1
+    if reply.observations and last_turn:
+        rollout.status = Status.TURNS
+    return bool(reply.observations) and not last_turn and _answer(rollout, reply.observations, chat, limits)
 
 
-def _checked_outcome(outcome: Outcome) -> Outcome:
-    return Outcome(_finite("the reward", outcome.reward), bool(outcome.success))
-
-
-def _finite(name: str, value: Any) -> float:
-    if not math.isfinite(value):
-        raise TaskError(f"{name} is {value}, must be a finite number")
-    return float(value)
+def _answer(rollout: Rollout, replies: list[str], chat: Chat, limits: Limits) -> bool:
+    """Append the replies, cut where they do not fit with a turn behind them; False, and the end, where even that is too much."""
+    left = limits.left(rollout)
+    observation = chat.observe(replies, left - 1, reserve=min(limits.max_new_tokens, left // 2))
+    if observation is None:
+        rollout.status = Status.LENGTH
+        return False
+    rollout.escaped += observation.escaped
+    rollout.cut += observation.cut
+    rollout.append(observation.ids, None)
+    rollout.anchors.append(seed_of(observation.ids))
+    return True

@@ -21,7 +21,7 @@ from gear_trainer.policy.gather import gathered_weights
 from gear_trainer.policy.model import learning_rate
 from gear_trainer.policy.teacher import Teacher
 from gear_trainer.recipe import TEACHER_ROWS, make_distillation
-from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, mixed_groups, roll_out, troubles
+from gear_trainer.rollout import Engine, Limits, Rollout, groups_of, mixed_groups, roll_out, troubles
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs import RunError
 from gear_trainer.runs.console import Console
@@ -86,7 +86,7 @@ class Trainer:
         chat: Chat,
         method: Any,
         engine: Any,
-        sampler: Sampler,
+        sampler: Engine,
         teacher: Teacher | None = None,
         writer: Writer | Siblings | None = None,
         interrupts: Interrupts | None = None,
@@ -98,8 +98,7 @@ class Trainer:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), engine.device
         self.phases, self.interrupts, self.gap_checked = Phases(), interrupts or Interrupts(), False
         self.records = Records(cfg, chat)
-        r = cfg.rollout
-        self.limits = Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len, r.turn_timeout)
+        self.limits = Limits.of(cfg.rollout)
         self.needs_teacher = bool({"signal", *TEACHER_ROWS} & set(method.needs))
         self.signal = cfg.signal or signals_of(method)[0]
         self.distill = make_distillation(cfg)
