@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     """Say once, on one of the ranks, why the run ends; what the user can mend is one line. Returns the exit code."""
     from gear_kernels import GearKernelsError
-    from gear_trainer.runs import RunError
+    from gear_trainer.errors import RunError
     from gear_trainer.runs.ranks import Beats
     from gear_trainer.tasks.base import TaskError
 

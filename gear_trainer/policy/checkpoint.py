@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from gear_trainer.config import Config, ConfigError
+from gear_trainer.errors import RunError
 from gear_trainer.policy.gather import whole_state_dict
 from gear_trainer.policy.teacher import Teacher
-from gear_trainer.runs import RunError
 from gear_trainer.runs.files import aside, sync, write_whole
 
 MANIFEST = "manifest.json"

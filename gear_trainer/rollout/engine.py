@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gear_trainer.config import Config, ConfigError
+from gear_trainer.config import Config
+from gear_trainer.errors import ConfigError
 from gear_trainer.rollout.types import Completion, Request
 from gear_trainer.user_code import load_class
 

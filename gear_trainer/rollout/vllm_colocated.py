@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import yaml
 
-from gear_trainer.config import Config, ConfigError, near
+from gear_trainer.config import Config, near
+from gear_trainer.errors import ConfigError, RunError
 from gear_trainer.rollout.engine import Engine, take_device
 from gear_trainer.rollout.types import Completion, Request
-from gear_trainer.runs import RunError
 
 
 class PlacementError(RunError):
@@ -190,7 +190,7 @@ def kv_bytes(cfg: Config, sizes: dict[str, Any]) -> int | None:
     """Bytes of keys and values a token, None for models that keep another cache (latent, windows, states)."""
     more = cfg.rollout.vllm.engine_args
     plain = set(sizes.get("layer_types") or ["full_attention"]) == {"full_attention"} and "kv_lora_rank" not in sizes
-    if not plain or not {"num_hidden_layers", "num_key_value_heads"} <= sizes.keys() or "tensor_parallel_size" in more:
+    if not plain or not {"num_hidden_layers", "num_key_value_heads"} <= sizes.keys():
         return None
     width = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
     each = 1 if "fp8" in str(more.get("kv_cache_dtype")) else 2 if cfg.model.dtype == "bfloat16" else 4
@@ -202,7 +202,12 @@ def _block_size() -> int:
 
 
 def check_engine_args(cfg: Config) -> None:
-    """Refuse what vLLM's LLM(...) does not take. Raises ConfigError; silent where vLLM is not installed."""
+    """Refuse what vLLM's LLM(...) does not take, or what would hang. Raises ConfigError; unknown names pass without vLLM."""
+    if (parallel := cfg.rollout.vllm.engine_args.get("tensor_parallel_size", 1)) != 1:
+        raise ConfigError(
+            f"rollout.vllm.engine_args.tensor_parallel_size={parallel}: every rank has an engine of its own on its one GPU, and "
+            "this one would wait for GPUs of other ranks: leave it out"
+        )
     known = engine_arguments()
     for name in cfg.rollout.vllm.engine_args:
         if known and name not in known:

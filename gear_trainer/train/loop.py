@@ -13,6 +13,7 @@ from gear_kernels import credit_weights
 from gear_kernels.losses import aggregation_weights, policy_gradient_loss
 from gear_kernels.methods import signals_of
 from gear_trainer.config import Config
+from gear_trainer.errors import RunError
 from gear_trainer.hints.siblings import Siblings
 from gear_trainer.hints.writer import Writer
 from gear_trainer.policy import checkpoint
@@ -23,7 +24,6 @@ from gear_trainer.policy.teacher import Teacher
 from gear_trainer.recipe import TEACHER_ROWS, make_distillation
 from gear_trainer.rollout import Engine, Limits, Rollout, groups_of, mixed_groups, roll_out, troubles
 from gear_trainer.rollout.chat import Chat
-from gear_trainer.runs import RunError
 from gear_trainer.runs.console import Console
 from gear_trainer.runs.interrupts import Interrupts
 from gear_trainer.runs.metrics import Phases, RunFiles, Sums
