@@ -18,7 +18,7 @@ from gear_trainer.rollout import Completion, Limits, Rollout, is_mixed, mixed_gr
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import TaskError, make_task
-from gear_trainer.tasks.base import Problem, Reply
+from gear_trainer.tasks.base import Outcome, Problem, Reply
 from gear_trainer.train.loop import Trainer
 
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
@@ -83,7 +83,7 @@ class Solver:
 class Indexed:
     """A task whose problem i is solved by the first `solved(i)` samples of its group."""
 
-    max_turns = 1
+    max_turns = concurrency = 1
 
     def __init__(self, solved, size=4):
         self.solved, self.size, self.asked, self.seen = solved, size, [], {}
@@ -96,13 +96,14 @@ class Indexed:
         sample = self.seen[problem.id] = self.seen.get(problem.id, -1) + 1
         success = sample % self.size < self.solved(int(problem.id))
         reply = Reply()
-        return SimpleNamespace(step=lambda _: reply, outcome=lambda: SimpleNamespace(reward=float(success), success=success))
+        outcome = Outcome(float(success), success)
+        return SimpleNamespace(step=lambda _: reply, outcome=lambda _: outcome, close=lambda: None)
 
 
 def trainer(solved, rank=0, *overrides):
     t = Trainer.__new__(Trainer)
     t.cfg = demo("rollout.group_size=4", "rollout.prompts_per_step=8", *overrides)
-    t.chat = SimpleNamespace(prompt_ids=lambda _: [1], escapes=lambda _: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
+    t.chat = SimpleNamespace(prompt_ids=lambda *_: [1], escapes=lambda _: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
     t.task, t.sampler, t.rank, t.world = Indexed(solved), Solver(), rank, 2
     t.limits = Limits(4, 1.0, 8, 64)
     return t

@@ -23,7 +23,7 @@ from gear_trainer.runs.files import next_free
 from gear_trainer.runs.metrics import Phases, RunFiles, Sums, read_metrics
 from gear_trainer.runs.records import Records
 from gear_trainer.tasks import make_task
-from gear_trainer.tasks.base import Problem
+from gear_trainer.tasks.base import Message, Problem
 from gear_trainer.train.loop import Scores, Trainer, group_advantages
 
 PROBLEM = Problem("p", [], [], "1")
@@ -120,9 +120,8 @@ def chat(tmp_path_factory):
 def test_observation_is_the_template_text_between_two_turns(chat):
     chat, task = chat
     messages = task.train_problem(0).messages
-    ids = (
-        chat.prompt_ids(messages) + chat.encode("call") + [chat.tokenizer.eos_token_id] + chat.observation_ids(['{"result": 3}'])
-    )
+    reply = chat.observation_ids([Message("tool", '{"result": 3}')])
+    ids = chat.prompt_ids(messages) + chat.encode("call") + [chat.tokenizer.eos_token_id] + reply
     whole = [*messages, {"role": "assistant", "content": "call"}, {"role": "tool", "content": '{"result": 3}'}]
     assert chat.tokenizer.decode(ids) == chat.render(whole)
 

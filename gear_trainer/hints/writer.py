@@ -80,12 +80,13 @@ class Writer:
         """Tokens that the writer's prompt leaves for attempts."""
         return self.room - self._count(fill(self.template, question=_question(problem), attempts=""))
 
-    def teacher_messages(self, problem: Problem, reference: str) -> list[dict[str, str]]:
-        return with_reference(self.teacher_template, problem, reference)
+    def teacher_prompt(self, problem: Problem, reference: str) -> list[int]:
+        """The teacher's prompt with a reference in place of the ground truth, as tokens."""
+        return self.chat.prompt_ids(with_reference(self.teacher_template, problem, reference), problem.tools)
 
     def longest_teacher_prompt(self, problem: Problem) -> int:
         """Tokens, at most. A reference gives way where the prompt and a rollout would pass max_model_len."""
-        bare = len(self.chat.prompt_ids(self.teacher_messages(problem, "")))
+        bare = len(self.teacher_prompt(problem, ""))
         return min(bare + self.max_tokens, self.max_model_len)
 
     def _splice(self, group: list[Rollout], text: str) -> str | None:
@@ -98,12 +99,12 @@ class Writer:
             return self._decode(ids[:budget]).strip()
 
         def count(reference: str) -> int:
-            return len(self.chat.prompt_ids(self.teacher_messages(problem, reference)))
+            return len(self.teacher_prompt(problem, reference))
 
         reference = fitted(render, count, self.max_tokens, self.max_model_len - max(len(r.ids) for r in group))
         if not reference:
             return None
-        prompt = self.chat.prompt_ids(self.teacher_messages(problem, reference))
+        prompt = self.teacher_prompt(problem, reference)
         for rollout in group:
             rollout.reference, rollout.teacher_prompt_ids = reference, prompt
         return reference
@@ -159,7 +160,7 @@ def check_room(writer: Writer, problem: Problem, max_new_tokens: int) -> None:
             f"rollout.max_model_len (with a url, writer.max_model_len) by {2 * LEAST - room}, or lower "
             f"writer.max_tokens={writer.max_tokens}"
         )
-    bare = len(writer.chat.prompt_ids(writer.teacher_messages(problem, "")))
+    bare = len(writer.teacher_prompt(problem, ""))
     least = bare + LEAST + max_new_tokens
     if least > writer.max_model_len:
         raise ConfigError(

@@ -1,24 +1,33 @@
-"""Episodes from their prompts to their outcomes: all of a turn's requests in one batch."""
+"""Episodes from their prompts to their outcomes, lock-step or continuously.
+
+A rollout's way is written once, as a generator (`Course`) that hands out what it waits for: a turn of the engine, or a call of
+its environment. Two drivers bring what was asked for. Lock-step takes all rollouts to their next turn and samples these in one
+batch. Continuous keeps the engine at work: what ended in a step goes to its environment, and once that has answered, the next
+request joins the running batch. A turn's seed is that of its (group, sample, turn), so that an engine that honours seeds samples
+the same tokens either way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.rollout.engine import Engine
-from gear_trainer.rollout.guard import Environment, EpisodeError
+from gear_trainer.rollout.guard import Ask, Environment, EpisodeError, Overdue
 from gear_trainer.rollout.types import Completion, Limits, Request, Rollout, Status, seed_of
-from gear_trainer.tasks.base import Episode, Problem, Task
+from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task
 
 
 def roll_out(
     engine: Engine, chat: Chat, task: Task, problems: Iterable[tuple[int, Problem]], limits: Limits, key: tuple[object, ...]
 ) -> list[Rollout]:
-    """Sample `limits.group_size` episodes for each (group index, problem), all of a turn's requests in one batch.
+    """Sample `limits.group_size` episodes for each (group index, problem), as `limits.schedule` says.
 
     A rollout whose environment breaks off is tried once more from its prompt, under other seeds. Where that fails too it is
-    `failed`, without reward or success, and its whole group `dropped`.
+    `failed`, without reward or success, and its whole group `dropped`. Every episode is closed, also where the engine raises.
     """
     rollouts = [
         Rollout(p, group, k, prompt, teacher, escaped=escaped)
@@ -41,7 +50,7 @@ def roll_out(
 def _prompts(chat: Chat, problem: Problem, limits: Limits) -> tuple[list[int], list[int], int]:
     """Both prompts, and how many texts were escaped in them. One that leaves no room for a turn is cut to the context: it ends as
     `length`, and nothing is sampled behind it."""
-    student, teacher = chat.prompt_ids(problem.messages), chat.prompt_ids(problem.teacher_messages)
+    student, teacher = (chat.prompt_ids(m, problem.tools) for m in (problem.messages, problem.teacher_messages))
     if len(student) >= limits.max_model_len:
         student, teacher = student[: limits.max_model_len], teacher[: limits.max_model_len]
     return student, teacher, chat.escapes(problem.messages) + chat.escapes(problem.teacher_messages)
@@ -57,69 +66,173 @@ def _fresh(r: Rollout) -> Rollout:
 def _play(engine: Engine, chat: Chat, task: Task, rollouts: list[Rollout], limits: Limits, key: tuple[object, ...]) -> None:
     """One try of every rollout, from its prompt to its outcome."""
     world = Environment(task, limits.turn_timeout)
-    episodes = [_unless_broken(r, world.start, r.problem) for r in rollouts]
-    for rollout in rollouts:
-        if not rollout.failed and limits.room(rollout) <= 0:  # the prompt fills the context
-            rollout.status = Status.LENGTH
-    active = [(r, e) for r, e in zip(rollouts, episodes, strict=True) if not (r.failed or r.truncated)]
-    for turn in range(task.max_turns):
-        if not active:
-            break
-        requests = [
-            Request(r.prompt_ids + r.ids, limits.room(r), seed_of(*key, r.group, r.sample, turn), limits.temperature)
-            for r, _ in active
-        ]
-        completions = engine.generate(requests)
-        last = turn + 1 == task.max_turns
-        active = [
-            (r, e)
-            for (r, e), c in zip(active, completions, strict=True)
-            if _unless_broken(r, _take_turn, r, e, c, chat, world, limits, last)
-        ]
-    for rollout, episode in zip(rollouts, episodes, strict=True):
-        if not rollout.failed and (outcome := _unless_broken(rollout, world.outcome, rollout.problem, episode)):
-            rollout.reward, rollout.success = outcome.reward, outcome.success
-
-
-def _unless_broken(rollout: Rollout, call: Callable[..., Any], *args: Any) -> Any:
-    """What the call returns; None, and the rollout `failed`, where the environment broke off."""
+    courses = [Course(r, chat, world, limits, key) for r in rollouts]
     try:
-        return call(*args)
-    except EpisodeError as error:
-        rollout.failures = [*rollout.failures, str(error)]
-        rollout.status = Status.ERROR
-        return None
+        (continuous if limits.schedule == "continuous" else lockstep)(engine, courses, world)
+    finally:
+        for course in courses:
+            course.abandon()
 
 
-def _take_turn(
-    rollout: Rollout, episode: Episode, completion: Completion, chat: Chat, world: Environment, limits: Limits, last_turn: bool
-) -> bool:
-    """Append one sampled turn and the environment's answer; True if the model is to speak again."""
-    rollout.append(completion.ids, completion.logprobs)
-    rollout.versions.append(completion.version)
-    rollout.turn_rewards.append(0.0)
-    if not completion.ended:
-        rollout.status = Status.LENGTH
-        return False
-    reply = world.step(rollout.problem, episode, chat.tokenizer.decode(completion.ids[:-1]))
-    rollout.turn_rewards[-1] = reply.reward
-    rollout.calls += reply.calls
-    rollout.errors += reply.errors
-    rollout.turns += 1
-    if reply.observations and last_turn:
-        rollout.status = Status.TURNS
-    return bool(reply.observations) and not last_turn and _answer(rollout, reply.observations, chat, limits)
+# --- one rollout --------------------------------------------------------------------------------------------------------
 
 
-def _answer(rollout: Rollout, replies: list[str], chat: Chat, limits: Limits) -> bool:
-    """Append the replies, cut where they do not fit with a turn behind them; False, and the end, where even that is too much."""
-    left = limits.left(rollout)
-    observation = chat.observe(replies, left - 1, reserve=min(limits.max_new_tokens, left // 2))
-    if observation is None:
-        rollout.status = Status.LENGTH
-        return False
-    rollout.escaped += observation.escaped
-    rollout.cut += observation.cut
-    rollout.append(observation.ids, None)
-    rollout.anchors.append(seed_of(observation.ids))
-    return True
+class Course:
+    """One try of a rollout. `waits_for`: the turn or the call that it cannot go on without; None at its end."""
+
+    def __init__(self, rollout: Rollout, chat: Chat, world: Environment, limits: Limits, key: tuple[object, ...]):
+        self.rollout, self.chat, self.world, self.limits, self.key = rollout, chat, world, limits, key
+        self.episode: Episode | None = None  # while it is open
+        self._way = self._whole()
+        self.waits_for: Request | Ask | None = next(self._way)
+
+    def call(self) -> Future[Any]:
+        """Start the call that is waited for."""
+        if self.waits_for.what == "close":
+            self.episode = None
+        return self.world.begin(self.waits_for)
+
+    def take(self, answer: Future[Any]) -> None:
+        """Go on with what that call came to."""
+        try:
+            value = self.world.result(self.waits_for, answer)
+        except EpisodeError as error:
+            self._advance(self._way.throw, error)
+        else:
+            self.go_on(value)
+
+    def go_on(self, value: Any) -> None:
+        """Take what was waited for."""
+        self._advance(self._way.send, value)
+
+    def abandon(self) -> None:
+        """Close the episode where a driver was broken off before its end."""
+        self._way.close()
+        if self.episode is not None:
+            with suppress(EpisodeError):
+                self.world.ask(self.world.close(self.rollout.problem, self.episode))
+
+    def _advance(self, move: Callable[[Any], Request | Ask], value: Any) -> None:
+        try:
+            self.waits_for = move(value)
+        except StopIteration:
+            self.waits_for = None
+
+    def _whole(self) -> Generator[Request | Ask, Any, None]:
+        r, world = self.rollout, self.world
+        try:
+            self.episode = yield world.start(r.problem)
+            yield from self._scored(self.episode)
+        except EpisodeError as error:
+            self._broken(error)
+        if self.episode is not None:
+            with suppress(EpisodeError):  # the guard has said it; what the rollout earned is known
+                yield world.close(r.problem, self.episode)
+
+    def _scored(self, episode: Episode) -> Generator[Request | Ask, Any, None]:
+        r = self.rollout
+        try:
+            r.status = yield from self._turns(episode)
+        except Overdue:
+            raise  # the call goes on: no other is made beside it
+        except EpisodeError as error:
+            self._broken(error)
+        try:
+            earned: Outcome = yield self.world.outcome(r.problem, episode, r.status.value)
+        except EpisodeError:
+            if not r.failed:
+                raise
+            return
+        r.metrics = earned.metrics
+        if not r.failed:
+            r.reward, r.success = earned.reward, earned.success
+
+    def _broken(self, error: EpisodeError) -> None:
+        self.rollout.failures = [*self.rollout.failures, str(error)]
+        self.rollout.status = Status.ERROR
+
+    def _turns(self, episode: Episode) -> Generator[Request | Ask, Any, Status]:
+        """Sample turns and have them answered, until one side ends it."""
+        r, limits = self.rollout, self.limits
+        for turn in range(self.world.task.max_turns):
+            if limits.room(r) <= 0:  # the prompt fills the context
+                return Status.LENGTH
+            seed = seed_of(*self.key, r.group, r.sample, turn)
+            completion: Completion = yield Request(r.prompt_ids + r.ids, limits.room(r), seed, limits.temperature)
+            r.append(completion.ids, completion.logprobs)
+            r.versions.append(completion.version)
+            r.turn_rewards.append(0.0)
+            if not completion.ended:
+                return Status.LENGTH
+            reply: Reply = yield self.world.step(r.problem, episode, self.chat.tokenizer.decode(completion.ids[:-1]))
+            r.turn_rewards[-1] = reply.reward
+            r.calls += reply.calls
+            r.errors += reply.errors
+            r.turns += 1
+            if not reply.messages:
+                return Status.DONE
+            if turn + 1 < self.world.task.max_turns and not self._answer(reply):
+                return Status.LENGTH
+        return Status.TURNS
+
+    def _answer(self, reply: Reply) -> bool:
+        """Append a reply, cut where it does not fit with a turn behind it; False where even that is too much."""
+        r, limits = self.rollout, self.limits
+        left = limits.left(r)
+        reserve = min(limits.max_new_tokens, left // 2)
+        observation = self.chat.observe(reply.messages, left - 1, reserve, r.problem.tools)
+        if observation is None:
+            return False
+        r.escaped += observation.escaped
+        r.cut += observation.cut
+        r.append(observation.ids, None)
+        r.anchors.append(seed_of(observation.ids))
+        return True
+
+
+# --- drivers ------------------------------------------------------------------------------------------------------------
+
+
+def lockstep(engine: Engine, courses: list[Course], world: Environment) -> None:
+    """Every turn of all rollouts in one batch: an environment that takes its time holds up the others' next turn."""
+    calls: dict[Future[Any], Course] = {}
+    while True:
+        while _call(courses, calls):
+            _take_answers(calls, world, block=True)
+        asking = [course for course in courses if isinstance(course.waits_for, Request)]
+        if not asking:
+            return
+        completions = engine.generate([course.waits_for for course in asking])
+        for course, completion in zip(asking, completions, strict=True):
+            course.go_on(completion)
+
+
+def continuous(engine: Engine, courses: list[Course], world: Environment) -> None:
+    """A finished turn's next request joins the running batch as soon as its environment has answered."""
+    calls: dict[Future[Any], Course] = {}
+    sampling: dict[int, Course] = {}
+    while _call(courses, calls) or any(course.waits_for for course in courses):
+        for ticket, course in enumerate(courses):
+            if isinstance(course.waits_for, Request) and ticket not in sampling:
+                engine.submit(ticket, course.waits_for)
+                sampling[ticket] = course
+        for ticket, completion in engine.collect() if sampling else []:
+            sampling.pop(ticket).go_on(completion)
+        _call(courses, calls)
+        _take_answers(calls, world, block=not sampling)
+
+
+def _call(courses: list[Course], calls: dict[Future[Any], Course]) -> bool:
+    """Start the calls that courses wait for, in their order; whether any is under way."""
+    begun = {id(course) for course in calls.values()}
+    for course in courses:
+        if isinstance(course.waits_for, Ask) and id(course) not in begun:
+            calls[course.call()] = course
+    return bool(calls)
+
+
+def _take_answers(calls: dict[Future[Any], Course], world: Environment, block: bool) -> None:
+    """Hand courses what their calls came to; `block`: wait for one at least."""
+    world.callers.wait(calls, block and bool(calls))
+    for answer in [answer for answer in calls if answer.done()]:
+        calls.pop(answer).take(answer)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import groupby
 
-from gear_trainer.rollout.types import Rollout
+from gear_trainer.errors import RunError
+from gear_trainer.rollout.types import Limits, Rollout
 
 
 def groups_of(rollouts: list[Rollout]) -> list[list[Rollout]]:
@@ -23,6 +24,18 @@ def troubles(rollouts: list[Rollout]) -> dict[str, int]:
         "rollouts_failed": sum(r.failed for r in rollouts),
         "groups_dropped": len({r.group for r in rollouts if r.failed}),
     }
+
+
+def check_failures(rollouts: list[Rollout], limits: Limits) -> None:
+    """Raise RunError where environments broke more of a step's rollouts than `limits.max_failed_share`: a service is down, or the
+    task broken, and each step would cost its time for next to nothing."""
+    failed = [r for r in rollouts if r.failed]
+    if len(failed) > limits.max_failed_share * len(rollouts):
+        raise RunError(
+            f"{len(failed)} of {len(rollouts)} rollouts failed twice, more than rollout.max_failed_share="
+            f"{limits.max_failed_share:g}, the first as {failed[0].failures[-1]!r}: mend the task or its services, "
+            "then --resume goes on from the last checkpoint"
+        )
 
 
 def is_mixed(group: list[Rollout]) -> bool:

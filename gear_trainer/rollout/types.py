@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
+
+import torch
 
 from gear_trainer.config import RolloutConfig
 from gear_trainer.tasks.base import Problem
@@ -61,6 +64,7 @@ class Rollout:
     status: Status = Status.DONE
     reward: float = 0.0
     success: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)  # the outcome's, beside its reward
     turn_rewards: list[float] = field(default_factory=list)  # the environment's, of each turn by itself
     anchors: list[int] = field(default_factory=list)  # names what each turn answers: the prompt, then the last reply
     versions: list[int] = field(default_factory=list)  # of the weights that sampled each turn
@@ -105,11 +109,15 @@ class Limits:
     max_new_tokens: int
     max_model_len: int
     turn_timeout: float | None = None  # seconds of one call of the environment
+    schedule: Literal["lockstep", "continuous"] = "lockstep"
+    max_failed_share: float = 1.0  # of a step's rollouts; see groups.check_failures
 
     @classmethod
     def of(cls, cfg: RolloutConfig) -> Limits:
         """The limits that a configuration sets for training."""
-        return cls(cfg.group_size, cfg.temperature, cfg.max_new_tokens, cfg.max_model_len, cfg.turn_timeout)
+        schedule = cfg.schedule or ("continuous" if torch.cuda.is_available() else "lockstep")
+        sizes = cfg.group_size, cfg.temperature, cfg.max_new_tokens, cfg.max_model_len
+        return cls(*sizes, cfg.turn_timeout, schedule, cfg.max_failed_share)
 
     def room(self, rollout: Rollout) -> int:
         """Tokens that its next turn may have."""

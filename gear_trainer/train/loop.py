@@ -22,7 +22,7 @@ from gear_trainer.policy.gather import gathered_weights
 from gear_trainer.policy.model import learning_rate
 from gear_trainer.policy.teacher import Teacher
 from gear_trainer.recipe import TEACHER_ROWS, make_distillation
-from gear_trainer.rollout import Engine, Limits, Rollout, groups_of, mixed_groups, roll_out, troubles
+from gear_trainer.rollout import Engine, Limits, Rollout, check_failures, groups_of, mixed_groups, roll_out, troubles
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.console import Console
 from gear_trainer.runs.interrupts import Interrupts
@@ -178,6 +178,7 @@ class Trainer:
         if cfg.gen_batches > 1:
             sums.add("mixed_groups", counts["mixed_groups"], cfg.prompts_per_rank)
             sums.add("resampled_groups", counts["resampled_groups"], 1 / self.world)
+        check_failures(rollouts, self.limits)
         return rollouts
 
     def _problems(self, step: int, batch: int, slots: list[int]) -> list[tuple[int, Problem]]:
