@@ -34,13 +34,12 @@ def resolve_model_path(cfg: Config, task: Task) -> str:
     return spec
 
 
-def set_environment() -> None:
-    """Settle the process' GPU and what vLLM, DeepSpeed and tokenizers read of the environment, before they are imported."""
+def set_environment(cfg: Config) -> None:
+    """Settle the process' GPU and what the engines and tokenizers read of the environment, before they are imported."""
     from gear_trainer.policy.zero import choose_accelerator
-    from gear_trainer.rollout import vllm_colocated
+    from gear_trainer.rollout.engine import engine_class
 
-    vllm_colocated.set_environment()
-    vllm_colocated.take_device()
+    engine_class(cfg).prepare(cfg)
     choose_accelerator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -68,7 +67,7 @@ def build(
     from gear_trainer.policy import checkpoint
     from gear_trainer.policy.teacher import Teacher
     from gear_trainer.policy.zero import build_engine
-    from gear_trainer.rollout.vllm_colocated import ColocatedVllm
+    from gear_trainer.rollout.engine import make_engine
     from gear_trainer.train.loop import Trainer
 
     _meet(cfg)
@@ -79,7 +78,7 @@ def build(
     if dist.get_rank() == 0:
         _announce(cfg, recipe, resume, start)
     dist.barrier()
-    sampler = ColocatedVllm(cfg, model_path)
+    sampler = make_engine(cfg, model_path)
     sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
     engine = build_engine(cfg, model_path)

@@ -117,7 +117,7 @@ def _train(cfg: Config, resume: bool) -> int:
     task, recipe = check(cfg)
     interrupts = Interrupts()
     lock = lock_run(cfg) if int(os.environ["RANK"]) == 0 else None  # before anything that takes time, or that is written
-    set_environment()
+    set_environment(cfg)
     from gear_trainer.hints.endpoint import connect
     from gear_trainer.policy.hub import check_hub_model
 
@@ -141,7 +141,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     path = args.model or (str(args.run / "model") if args.run else cfg.model.path)
     cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": path})})
     alone()
-    set_environment()
+    set_environment(cfg)
     task = make_task(cfg.task, cfg.seed, cfg.task_args)
     print(evaluation.evaluate(cfg, task, resolve_model_path(cfg, task), args.samples), flush=True)
     return 0

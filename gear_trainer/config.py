@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from gear_trainer.errors import ConfigError
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+MOVED = {
+    f"rollout.{key}": f"rollout.vllm.{key}"
+    for key in ("max_num_seqs", "gpu_memory_utilization", "kv_cache_mib", "sleep_level", "engine_args")
+}
 
 
 class Section(BaseModel):
@@ -40,6 +44,14 @@ class ModelConfig(Section):
         return value
 
 
+class VllmConfig(Section):
+    max_num_seqs: int = Field(64, ge=1, description="sequences that one engine decodes at a time")
+    gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache)")
+    kv_cache_mib: int | None = Field(None, ge=1, description="size of the KV cache instead of a share; needed on a CPU")
+    sleep_level: Literal[0, 1, 2] = Field(0, description="GPU: 1 offloads, 2 drops vLLM's weights while the trainer works")
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="anything else for vLLM's LLM(...)")
+
+
 class RolloutConfig(Section):
     prompts_per_step: int = Field(8, ge=1, description="over all ranks; each rank takes an equal share of whole groups")
     group_size: int = Field(8, ge=2, description="rollouts per prompt (G): the group that advantages are relative to")
@@ -49,11 +61,17 @@ class RolloutConfig(Section):
     turn_timeout: float | None = Field(
         60.0, gt=0, description="seconds that the task's environment may take for a turn; null: no limit, in the main thread"
     )
-    max_num_seqs: int = Field(64, ge=1, description="sequences that one engine decodes at a time")
-    gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache)")
-    kv_cache_mib: int | None = Field(None, ge=1, description="size of the KV cache instead of a share; needed on a CPU")
-    sleep_level: Literal[0, 1, 2] = Field(0, description="GPU: 1 offloads, 2 drops vLLM's weights while the trainer works")
-    engine_args: dict[str, Any] = Field(default_factory=dict, description="anything else for vLLM's LLM(...)")
+    schedule: Literal["lockstep", "continuous"] | None = Field(
+        None,
+        description="lockstep: every turn of all rollouts in one batch; continuous: a finished turn's next request joins the "
+        "running batch at once; null: lockstep on a CPU, where a resumed run is exact, continuous on a GPU",
+    )
+    max_failed_share: float = Field(
+        0.5, ge=0, le=1, description="of a step's rollouts on a rank: where environments break more of them, the run ends"
+    )
+    engine: str = Field("vllm_colocated", description="vllm_colocated: in each rank's process; or module:Class")
+    engine_options: dict[str, Any] = Field(default_factory=dict, description="arguments of an engine of your own")
+    vllm: VllmConfig = VllmConfig()
     filter_groups: bool | None = Field(
         None, description="sample again for groups that all succeed or all fail (DAPO); null is the method's own (on for sgcd)"
     )
@@ -348,6 +366,8 @@ def _override(data: dict[str, Any], item: str) -> None:
 def _explain(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
+        if key in MOVED:
+            return f"unknown key {key}: it is {MOVED[key]} now"
         known = _fields_at(error["loc"][:-1])
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "known keys here: " + ", ".join(known)
@@ -356,6 +376,12 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key} is missing: give it in the file or as {key}=VALUE"
     message = error["msg"].removeprefix("Value error, ")
     return message if key == "config" else f"{key}={error['input']!r}: {message}"
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name: what was likely meant."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else ": leave it out"
 
 
 def _fields_at(loc: tuple[Any, ...]) -> list[str]:

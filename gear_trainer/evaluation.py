@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gear_trainer.config import Config
-from gear_trainer.rollout import Limits, Rollout, Sampler, groups_of, roll_out
+from gear_trainer.rollout import Engine, Limits, Rollout, groups_of, make_engine, roll_out
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.tasks.base import Task
 
 
-def limits_of(cfg: Config) -> Limits:
-    """The limits of a training step's rollouts."""
-    r = cfg.rollout
-    return Limits(r.group_size, r.temperature, r.max_new_tokens, r.max_model_len, r.turn_timeout)
-
-
 def held_out(
-    cfg: Config, engine: Sampler, chat: Chat, task: Task, part: tuple[int, int] = (0, 1), samples: int = 1
+    cfg: Config, engine: Engine, chat: Chat, task: Task, part: tuple[int, int] = (0, 1), samples: int = 1
 ) -> list[Rollout]:
     """Rollouts of the held-out problems `i % part[1] == part[0]`, under the same seeds every time. The engine is left awake."""
     rank, world = part
     problems = [(i, p) for i, p in enumerate(task.held_out(cfg.eval.prompts)) if i % world == rank]
     engine.wake()  # and stays so: the next step samples from these weights
-    limits = replace(limits_of(cfg), group_size=samples, temperature=cfg.eval.temperature)
+    limits = replace(Limits.of(cfg.rollout), group_size=samples, temperature=cfg.eval.temperature)
     return roll_out(engine, chat, task, problems, limits, (cfg.seed, "held-out"))
 
 
@@ -65,8 +58,5 @@ def evaluate(cfg: Config, task: Task, model_path: str, samples: int = 1) -> Resu
     """The result of a model directory or hub name on an engine in this process, without DeepSpeed."""
     from transformers import AutoTokenizer
 
-    from gear_trainer.rollout.vllm_colocated import ColocatedVllm
-
     chat = Chat(AutoTokenizer.from_pretrained(model_path), task.tools, cfg.chat_template_args)
-    engine: Any = ColocatedVllm(cfg, model_path)
-    return summarize(held_out(cfg, engine, chat, task, samples=samples))
+    return summarize(held_out(cfg, make_engine(cfg, model_path), chat, task, samples=samples))

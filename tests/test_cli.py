@@ -159,9 +159,9 @@ def test_an_engine_over_several_gpus_is_refused():
     with pytest.raises(
         ConfigError, match=r"engine_args.tensor_parallel_size=2: every rank has an engine.*leave it out"
     ) as caught:
-        check(load_config(DEMO, ["rollout.engine_args={tensor_parallel_size: 2}"]))
+        check(load_config(DEMO, ["rollout.vllm.engine_args={tensor_parallel_size: 2}"]))
     assert "\n" not in str(caught.value)
-    check(load_config(DEMO, ["rollout.engine_args={tensor_parallel_size: 1}"]))
+    check(load_config(DEMO, ["rollout.vllm.engine_args={tensor_parallel_size: 1}"]))
 
 
 CARDS = {"qwen3_4b_1gpu": (141, 80), "qwen3_8b": (80, 40), "qwen3_8b_1gpu": (80, 40), "qwen3_8b_2nodes": (80, 40)}

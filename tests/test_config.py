@@ -18,9 +18,9 @@ from gear_trainer.errors import ConfigError
 from gear_trainer.policy.hub import check_model_path, model_sizes
 from gear_trainer.policy.zero import deepspeed_config
 from gear_trainer.preflight.checks import check, check_launch
-from gear_trainer.preflight.machine import check_machine, check_port, engine_arguments, kv_bytes
+from gear_trainer.preflight.machine import check_machine, check_port
 from gear_trainer.recipe import resolve
-from gear_trainer.rollout.vllm_colocated import engine_kwargs
+from gear_trainer.rollout.vllm_colocated import engine_arguments, engine_kwargs, kv_bytes
 from gear_trainer.runs.files import _flat
 from gear_trainer.tasks import TaskError, make_task
 from gear_trainer.train.update import learning_rate
@@ -43,6 +43,8 @@ def test_shipped_configs_are_valid(path):
         (["nonsense=3"], r"unknown key nonsense: known keys here: .*world_size"),
         (["train.lr=fast"], r"train.lr='fast': .*number"),
         (["train.lr=-1"], r"train.lr=-1: .*greater than 0"),
+        (["rollout.kv_cache_mib=9"], r"^[^;]*unknown key rollout.kv_cache_mib: it is rollout.vllm.kv_cache_mib now$"),
+        (["rollout.engine_args.seed=9"], r"unknown key rollout.engine_args: it is rollout.vllm.engine_args now"),
         (["rollout.group_size=1"], r"rollout.group_size=1: .*greater than or equal to 2"),
         (["teacher.weights=best"], r"teacher.weights='best': .*'rollout', 'initial', 'ema' or 'synced'"),
         (["teacher.ema_rate=0"], r"teacher.ema_rate=0: .*greater than 0"),
@@ -457,15 +459,15 @@ def test_D18_values_that_cannot_work_are_refused(override, message):
     "override, message",
     [
         (
-            "rollout.kv_cache_mib=1",
-            r"rollout.kv_cache_mib=1: one sequence of rollout.max_model_len=1024 takes 2 MiB .*raise it to 2",
+            "rollout.vllm.kv_cache_mib=1",
+            r"rollout.vllm.kv_cache_mib=1: one sequence of rollout.max_model_len=1024 takes 2 MiB .*raise it to 2",
         ),
         (
             "rollout.max_model_len=1025",
             r"rollout.max_model_len=1025: the model builtin:tiny-qwen3 has 1024 positions; set it to 1024",
         ),
         (
-            "rollout.engine_args={max_num_batched_tokenz: 1}",
+            "rollout.vllm.engine_args={max_num_batched_tokenz: 1}",
             r"max_num_batched_tokenz: vLLM takes .*did you mean 'max_num_batched_tokens'",
         ),
         (
@@ -486,9 +488,9 @@ def test_D18_what_machine_and_model_refuse_is_said_first(override, message):
 
 
 def test_D18_what_works_is_let_through(tmp_path):
-    check_machine(load_config(DEMO, ["rollout.kv_cache_mib=2", f"output_dir={tmp_path}/a/b", f"cache_dir={tmp_path}"]))
+    check_machine(load_config(DEMO, ["rollout.vllm.kv_cache_mib=2", f"output_dir={tmp_path}/a/b", f"cache_dir={tmp_path}"]))
     assert not list(tmp_path.iterdir()), "a look leaves nothing behind"
-    check_machine(load_config(DEMO, ["rollout.engine_args={block_size: 16, enable_prefix_caching: true}"]))
+    check_machine(load_config(DEMO, ["rollout.vllm.engine_args={block_size: 16, enable_prefix_caching: true}"]))
     same = "{train_micro_batch_size_per_gpu: 1, bf16: {enabled: false}, zero_optimization: {stage: 3}"
     more = "flops_profiler: {enabled: false}, aio: {}, wandb: {enabled: false}, activation_checkpointing: {}, autotuning: {}}"
     check_machine(load_config(DEMO, [f"deepspeed={same}, communication_data_type: fp32, {more}"]))
@@ -501,7 +503,9 @@ def test_D18_a_cache_holds_one_sequence_of_the_model(tmp_path, qwen3_8b):
     blocks = math.ceil(4096 / 128) + 1
     with pytest.raises(ConfigError, match=f"takes {math.ceil(blocks * 128 * 147456 / 2**20)} MiB"):
         check_machine(
-            load_config(CONFIGS / "qwen3_8b.yaml", [*qwen3_8b, "rollout.kv_cache_mib=500", "rollout.engine_args.block_size=128"])
+            load_config(
+                CONFIGS / "qwen3_8b.yaml", [*qwen3_8b, "rollout.vllm.kv_cache_mib=500", "rollout.vllm.engine_args.block_size=128"]
+            )
         )
     with pytest.raises(ConfigError, match="has 40960 positions"):
         check_machine(

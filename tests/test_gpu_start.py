@@ -22,7 +22,7 @@ from gear_trainer import build
 from gear_trainer.config import load_config
 from gear_trainer.errors import ConfigError
 from gear_trainer.policy.zero import deepspeed_config
-from gear_trainer.rollout import vllm_colocated
+from gear_trainer.rollout import engine, vllm_colocated
 from gear_trainer.rollout.vllm_colocated import ColocatedVllm, engine_kwargs
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,8 @@ def gpus(monkeypatch):
     """Eight GPUs, as the trainer's vLLM module sees them; `current` is the one that it made the process' own."""
     cuda = SimpleNamespace(is_available=lambda: True, device_count=lambda: 8, current=None)
     cuda.set_device = lambda index: setattr(cuda, "current", index)
-    monkeypatch.setattr(vllm_colocated, "torch", SimpleNamespace(cuda=cuda, device=torch.device, Tensor=torch.Tensor))
+    for module in (engine, vllm_colocated):
+        monkeypatch.setattr(module, "torch", SimpleNamespace(cuda=cuda, device=torch.device, Tensor=torch.Tensor))
     return cuda
 
 
@@ -116,15 +117,15 @@ def test_T1_the_gpu_of_a_rank(gpus, monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    assert vllm_colocated.take_device() == torch.device("cuda", 5) and gpus.current == 5
+    assert engine.take_device() == torch.device("cuda", 5) and gpus.current == 5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1b2c,GPU-77aa")
     gpus.device_count = lambda: 2
     with pytest.raises(ConfigError, match="LOCAL_RANK=5, but 2 GPUs are visible .*GPU-1b2c,GPU-77aa.*start one rank a GPU"):
-        vllm_colocated.take_device()
+        engine.take_device()
     gpus.device_count = lambda: 1  # of a scheduler that shows every rank its own
-    assert vllm_colocated.take_device() == torch.device("cuda", 0) and os.environ["LOCAL_RANK"] == "0", "DeepSpeed reads it too"
+    assert engine.take_device() == torch.device("cuda", 0) and os.environ["LOCAL_RANK"] == "0", "DeepSpeed reads it too"
     gpus.is_available = lambda: False
-    assert vllm_colocated.take_device() == torch.device("cpu")
+    assert engine.take_device() == torch.device("cpu")
     assert "distributed_executor_backend" not in engine_kwargs(load_config(DEMO), "model"), "one process on a CPU as before"
 
 
@@ -181,7 +182,7 @@ def started(folder, monkeypatch, tmp_path):
 
 def test_T2_the_engine_sleeps_while_deepspeed_builds(started, gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    events = started("rollout.sleep_level=2")
+    events = started("rollout.vllm.sleep_level=2")
     pushed = next(e for e in events if e.endswith("pushed"))
     assert events == [
         "vLLM starts", "sleep {'level': 2}", "DeepSpeed builds", "wake_up {'tags': ['weights']}", pushed, "reset_prefix_cache",
@@ -190,7 +191,7 @@ def test_T2_the_engine_sleeps_while_deepspeed_builds(started, gpus, monkeypatch)
 
 
 def test_T2_nothing_sleeps_on_a_cpu(started):
-    events = started("rollout.sleep_level=2")
+    events = started("rollout.vllm.sleep_level=2")
     assert [e for e in events if "sleep" in e or "wake" in e] == [] and events[:2] == ["vLLM starts", "DeepSpeed builds"]
 
 

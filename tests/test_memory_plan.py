@@ -25,7 +25,7 @@ from gear_trainer.tasks import task_class
 CONFIGS = Path(__file__).parents[1] / "gear_trainer" / "configs"
 QWEN3 = {"8B": 8_190_735_360, "4B": 4_022_468_096, "1.7B": 1_720_574_976, "0.6B": 596_049_920}
 OFFLOADED = "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"
-SHARE = "rollout.gpu_memory_utilization"
+SHARE = "rollout.vllm.gpu_memory_utilization"
 
 
 def planned(name, sold_as, *overrides, prompts=(256, 512)):
@@ -97,7 +97,7 @@ def test_zero3_states_are_bytes_a_parameter_over_the_ranks(world, overrides, wei
 
 def test_the_8b_plan_meets_the_arithmetic_of_its_configuration():
     """16384 tokens, 36 layers of 4096: checkpoints 36 x 134 MB, a head of 1.24 GB, 147,456 bytes of cache a token."""
-    cfg, planner, plan = planned("qwen3_8b", 80, "rollout.gpu_memory_utilization=0.5", "rollout.max_new_tokens=2048")
+    cfg, planner, plan = planned("qwen3_8b", 80, "rollout.vllm.gpu_memory_utilization=0.5", "rollout.max_new_tokens=2048")
     update = plan.phases["update"]
     assert plan.moments["update"] == "layers"
     # the rest is the last norm's, in float32
@@ -111,7 +111,7 @@ def test_the_8b_plan_meets_the_arithmetic_of_its_configuration():
     assert 60 < cache.own < 72 and cache.wanted == 128
     share = 0.5 * plan.card.total
     assert sum(v for k, v in plan.phases["rollout"].items() if k.startswith("vLLM")) == pytest.approx(share)
-    assert "more for rollout.gpu_memory_utilization" in " ".join(notes(plan, cfg))
+    assert "more for rollout.vllm.gpu_memory_utilization" in " ".join(notes(plan, cfg))
 
 
 def test_more_ranks_more_tokens_and_a_second_model_change_their_rows_alone():
@@ -206,9 +206,9 @@ def test_the_meter_counts_what_is_made_and_let_go():
         (["world_size=1", OFFLOADED, f"{SHARE}=0.85"], "rollout", rf"set {SHARE}=0\.\d"),
         (["model.gradient_checkpointing=false"], "update", "set model.gradient_checkpointing=true"),
         (["train.tokens_per_micro_batch=262144"], "update", r"set train.tokens_per_micro_batch=\d+"),
-        (["rollout.sleep_level=0", f"{SHARE}=0.7"], "", "set rollout.sleep_level=2"),
+        (["rollout.vllm.sleep_level=0", f"{SHARE}=0.7"], "", "set rollout.vllm.sleep_level=2"),
         ([f"{SHARE}=0.2"], "KV cache", rf"less than one sequence .*set {SHARE}=0\.\d"),
-        (["model.gradient_checkpointing=false", "rollout.sleep_level=0", f"{SHARE}=0.8"], "", "set .+=.+ and .+=.+"),
+        (["model.gradient_checkpointing=false", "rollout.vllm.sleep_level=0", f"{SHARE}=0.8"], "", "set .+=.+ and .+=.+"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_key_that_mends_it(overrides, phase, mend):
@@ -233,8 +233,8 @@ def test_nothing_mends_a_model_that_no_card_holds():
 
 def test_a_cpu_is_refused_by_its_memory(monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2 * GIB // 4096}.get)
-    cfg, planner, plan = planned("mathapi_cpu", None, "rollout.kv_cache_mib=512", prompts=(120, 150))
-    with pytest.raises(ConfigError, match=r"this machine's 2.0 GiB over 2 rank.*set rollout.kv_cache_mib=\d+"):
+    cfg, planner, plan = planned("mathapi_cpu", None, "rollout.vllm.kv_cache_mib=512", prompts=(120, 150))
+    with pytest.raises(ConfigError, match=r"this machine's 2.0 GiB over 2 rank.*set rollout.vllm.kv_cache_mib=\d+"):
         check_plan(planner, plan, cfg)
 
 

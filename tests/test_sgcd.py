@@ -21,7 +21,7 @@ from gear_trainer.rollout import Completion, Rollout, is_mixed, mixed_groups, ro
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import TaskError, make_task
-from gear_trainer.tasks.base import Problem, Reply
+from gear_trainer.tasks.base import Outcome, Problem, Reply
 from gear_trainer.train.sample import StepSampler
 
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
@@ -75,7 +75,7 @@ class Solver:
     def __init__(self):
         self.seeds = []
 
-    def generate(self, requests, temperature):
+    def generate(self, requests):
         self.seeds += [q.seed for q in requests]
         return [Completion([q.seed % 100, 1], [-1.0, -1.0], True) for q in requests]
 
@@ -86,7 +86,7 @@ class Solver:
 class Indexed:
     """A task whose problem i is solved by the first `solved(i)` samples of its group."""
 
-    max_turns = 1
+    max_turns = concurrency = 1
 
     def __init__(self, solved, size=4):
         self.solved, self.size, self.asked, self.seen = solved, size, [], {}
@@ -99,12 +99,13 @@ class Indexed:
         sample = self.seen[problem.id] = self.seen.get(problem.id, -1) + 1
         success = sample % self.size < self.solved(int(problem.id))
         reply = Reply()
-        return SimpleNamespace(step=lambda _: reply, outcome=lambda: SimpleNamespace(reward=float(success), success=success))
+        outcome = Outcome(float(success), success)
+        return SimpleNamespace(step=lambda _: reply, outcome=lambda _: outcome, close=lambda: None)
 
 
 def trainer(solved, rank=0, *overrides):
     cfg = demo("rollout.group_size=4", "rollout.prompts_per_step=8", "rollout.max_new_tokens=8", *overrides)
-    chat = SimpleNamespace(prompt_ids=lambda _: [1], escapes=lambda _: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
+    chat = SimpleNamespace(prompt_ids=lambda *_: [1], escapes=lambda _: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
     return StepSampler(cfg, resolve(cfg), Indexed(solved), chat, Solver(), rank)
 
 
@@ -213,16 +214,16 @@ def test_the_policy_writes_through_the_rollout_engine(chat):
     asked = []
 
     class Engine:
-        def generate(self, requests, temperature):
-            asked.append((requests, temperature))
+        def generate(self, requests):
+            asked.append(requests)
             return [Completion([*chat.encode("add 3"), chat.tokenizer.eos_token_id], [], True) for _ in requests]
 
     cfg = demo("writer.temperature=0.5")
     model = PolicyWriter(cfg, chat, Engine())
     rollouts = group(chat, [("a", True), ("b", False)])
     Writer(cfg, chat, model, model.context).write(rollouts, (0, 1))
-    ((request,), temperature) = asked[0]
-    assert temperature == 0.5 and request.max_tokens == 96 and rollouts[0].reference == "add 3"
+    (request,) = asked[0]
+    assert request.temperature == 0.5 and request.max_tokens == 96 and rollouts[0].reference == "add 3"
     text = chat.tokenizer.decode(request.prompt_ids)
     assert text.startswith("<|im_start|>user\nTask:") and text.endswith("<|im_start|>assistant\n"), "no tools"
 

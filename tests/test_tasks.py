@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from gear_trainer.tasks import TASKS, TaskError, make_task
+from gear_trainer.tasks import TASKS, TaskError, make_task, tool_calls
 from gear_trainer.tasks.common import fill, last_number
-from gear_trainer.tasks.math_answer import final_answer
-from gear_trainer.tasks.math_check import answer_checker
-from gear_trainer.tasks.math_words import gsm8k_row, last_boxed, math_row
-from gear_trainer.tasks.mathapi import LIMIT, MAX_CALLS, call_turn
+from gear_trainer.tasks.math.answer import final_answer
+from gear_trainer.tasks.math.checker import answer_checker
+from gear_trainer.tasks.math.words import gsm8k_row, last_boxed, math_row
+from gear_trainer.tasks.mathapi.task import LIMIT, MAX_CALLS
 
 DATA = os.environ.get("GEAR_DATA")
 
@@ -25,6 +25,15 @@ def call(text: str) -> str:
 
 def named(name: object, arguments: object) -> str:
     return call(json.dumps({"name": name, "arguments": arguments}))
+
+
+def call_turn(tool: str, a: int, b: int) -> str:
+    return tool_calls.call_turn(tool, {"a": a, "b": b})
+
+
+def texts(reply) -> list[str]:
+    assert all(message.role == "tool" for message in reply.messages)
+    return [message.content for message in reply.messages]
 
 
 BAD_CALLS = {
@@ -65,23 +74,23 @@ def mathapi():
 def test_bad_call_is_a_counted_tool_error(mathapi, kind):
     episode = mathapi.episode(mathapi.train_problem(0))
     reply = episode.step(BAD_CALLS[kind])
-    assert (reply.calls, reply.errors, len(reply.observations)) == (1, 1, 1)
-    assert list(json.loads(reply.observations[0])) == ["error"]
-    assert len(reply.observations[0]) < 80  # fixed texts: an error never echoes what the model wrote
-    assert episode.outcome().reward == 0.0
+    assert (reply.calls, reply.errors, len(reply.messages)) == (1, 1, 1)
+    assert list(json.loads(texts(reply)[0])) == ["error"]
+    assert len(texts(reply)[0]) < 80  # fixed texts: an error never echoes what the model wrote
+    assert episode.outcome("done").reward == 0.0
 
 
 def test_good_calls_run_on_the_tool(mathapi):
     episode = mathapi.episode(mathapi.train_problem(0))
     two = call_turn("multiply", 12, 34) + "\n" + named("add", {"a": 0.1, "b": 0.2})
     reply = episode.step(two)
-    assert reply.observations == ['{"result": 408}', '{"result": 0.3}'] and (reply.calls, reply.errors) == (2, 0)
-    assert episode.step(named("subtract", {"a": 1.5, "b": 4.5})).observations == ['{"result": -3}']
+    assert texts(reply) == ['{"result": 408}', '{"result": 0.3}'] and (reply.calls, reply.errors) == (2, 0)
+    assert texts(episode.step(named("subtract", {"a": 1.5, "b": 4.5}))) == ['{"result": -3}']
 
 
 def test_a_runaway_list_of_calls_is_bounded(mathapi):
     reply = mathapi.episode(mathapi.train_problem(0)).step(call_turn("add", 1, 2) * 500)
-    assert (len(reply.observations), reply.calls, reply.errors) == (MAX_CALLS + 1, 500, 500 - MAX_CALLS)
+    assert (len(reply.messages), reply.calls, reply.errors) == (MAX_CALLS + 1, 500, 500 - MAX_CALLS)
 
 
 def test_reward_is_the_last_number_of_an_ended_answer(mathapi):
@@ -98,7 +107,7 @@ def test_reward_is_the_last_number_of_an_ended_answer(mathapi):
         episode = mathapi.episode(problem)
         for turn in turns:
             episode.step(turn)
-        assert episode.outcome().reward == reward, turns
+        assert episode.outcome("done").reward == reward, turns
 
 
 def test_demonstrations_score_as_named(mathapi):
@@ -111,7 +120,7 @@ def test_demonstrations_score_as_named(mathapi):
             episode = mathapi.episode(problem)
             for turn in mathapi.demonstrate(problem, kind, rng):
                 assert episode.step(turn).errors == 0
-            assert episode.outcome().success is success
+            assert episode.outcome("done").success is success
 
 
 @pytest.mark.parametrize("name", ["mathapi", "sums"])
@@ -132,9 +141,9 @@ def test_sums_episode():
     problem = task.train_problem(0)
     for text, reward in ((f"{problem.answer}", 1.0), (f" The answer is {problem.answer}.", 1.0), ("99", 0.0), ("", 0.0)):
         episode = task.episode(problem)
-        assert episode.step(text).observations == []
-        assert episode.outcome().reward == reward
-    assert task.episode(problem).outcome().reward == 0.0
+        assert not episode.step(text).messages
+        assert episode.outcome("done").reward == reward
+    assert task.episode(problem).outcome("done").reward == 0.0
 
 
 def test_numbers():
@@ -256,8 +265,8 @@ def test_math_teacher_prompt_and_answers(gsm8k):
     for text, reward in (("\\boxed{2}", 1), ("so \\boxed{\\frac{4}{2}}.", 1), ("\\boxed{3}", 0), ("", 0), ("(" * 9999, 0)):
         episode = task.episode(problem)
         episode.step(text)
-        assert episode.outcome().reward == reward, text[:20]
-    assert task.episode(problem).outcome().reward == 0.0
+        assert episode.outcome("done").reward == reward, text[:20]
+    assert task.episode(problem).outcome("done").reward == 0.0
 
 
 def test_a_degenerate_answer_cannot_hang(gsm8k):
@@ -265,9 +274,9 @@ def test_a_degenerate_answer_cannot_hang(gsm8k):
     episode = task.episode(task.held_out(1)[0])
     start = time.perf_counter()
     episode.step("\\boxed{9^{9^{9^{9^9}}}}")
-    assert episode.outcome().reward == 0.0 and time.perf_counter() - start < 240
+    assert episode.outcome("done").reward == 0.0 and time.perf_counter() - start < 240
     episode.step("\\boxed{2}")
-    assert episode.outcome().reward == 1.0  # a new worker took over
+    assert episode.outcome("done").reward == 1.0  # a new worker took over
 
 
 JUDGED = [
@@ -349,7 +358,7 @@ def test_gold_answers_of_the_real_sets_score_1(name, ext):
     for problem in [*task.held_out(100), *map(task.train_problem, range(100))]:
         episode = task.episode(problem)
         episode.step(f"{problem.data['solution']}\nThe answer is \\boxed{{{problem.answer}}}.")
-        assert episode.outcome().success, (problem.id, problem.answer)
+        assert episode.outcome("done").success, (problem.id, problem.answer)
 
 
 @pytest.mark.skipif(DATA is None, reason="GEAR_DATA names no folder with gsm8k/ and math/")

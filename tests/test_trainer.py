@@ -24,7 +24,7 @@ from gear_trainer.runs.files import RunFiles, next_free, read_metrics
 from gear_trainer.runs.metrics import Phases, Sums
 from gear_trainer.runs.records import Records
 from gear_trainer.tasks import make_task
-from gear_trainer.tasks.base import Problem
+from gear_trainer.tasks.base import Message, Problem
 from gear_trainer.train.credit import assign
 from gear_trainer.train.experience import group_advantages, pack_with
 from gear_trainer.train.loop import Trainer
@@ -145,9 +145,8 @@ def chat(tmp_path_factory):
 def test_observation_is_the_template_text_between_two_turns(chat):
     chat, task = chat
     messages = task.train_problem(0).messages
-    ids = (
-        chat.prompt_ids(messages) + chat.encode("call") + [chat.tokenizer.eos_token_id] + chat.observation_ids(['{"result": 3}'])
-    )
+    reply = chat.observation_ids([Message("tool", '{"result": 3}')])
+    ids = chat.prompt_ids(messages) + chat.encode("call") + [chat.tokenizer.eos_token_id] + reply
     whole = [*messages, {"role": "assistant", "content": "call"}, {"role": "tool", "content": '{"result": 3}'}]
     assert chat.tokenizer.decode(ids) == chat.render(whole)
 
@@ -158,7 +157,7 @@ class Scripted:
     def __init__(self, chat, turns):
         self.chat, self.turns, self.requests = chat, turns, []
 
-    def generate(self, requests, temperature):
+    def generate(self, requests):
         self.requests.append(requests)
         out = []
         for q in requests:

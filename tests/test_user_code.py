@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from gear_trainer.config import load_config
-from gear_trainer.demo.warm_start import Demonstrable, check_demonstrations, draw_demo
+from gear_trainer.demo.warm_start import check_demonstrations, draw_demo
 from gear_trainer.errors import ConfigError
 from gear_trainer.preflight.checks import check
 from gear_trainer.recipe import resolve
-from gear_trainer.tasks import TaskError, make_task
+from gear_trainer.tasks import Demonstrable, TaskError, make_task
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "gear_trainer" / "configs" / "mathapi_cpu.yaml"
@@ -49,7 +49,7 @@ def test_D11_the_documented_task_is_found_and_can_be_warmed_up(here):
         episode = task.episode(problem)
         for turn in turns:
             episode.step(turn)
-        assert episode.outcome().success == (len(turns) == 2)
+        assert episode.outcome("done").success == (len(turns) == 2)
     assert check(load_config(DEMO, ["task=lookup_a:LookupTask"]))[0].largest == 20
 
 

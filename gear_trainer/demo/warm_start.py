@@ -16,18 +16,19 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
 
 from gear_trainer.demo.qwen3_tokenizer import COMPACT_TEMPLATE, default_cache, subset_tokenizer
 from gear_trainer.rollout.chat import Chat
-from gear_trainer.tasks import Problem, Task, TaskError, make_task
+from gear_trainer.tasks import Demonstrable, Message, Problem, Task, TaskError, make_task
+from gear_trainer.tasks.awaiting import resolved
 from gear_trainer.user_code import said
 
 OFFSET = 1 << 40  # demonstrations use problem indices that no run reaches
@@ -57,25 +58,6 @@ class WarmStartSpec:
     # Part of the identity, as the last bits of a sum follow the thread count. One thread makes 4.5 steps a second;
     # two make 7 on a quiet machine and 0.2 on a busy one, waiting for each other.
     threads: int = 1
-
-
-@runtime_checkable
-class Demonstrable(Protocol):
-    """What a task must have beside `Task` for model.path=builtin:tiny-qwen3, whose policy is warmed up on demonstrations.
-
-    `train_problem` is asked for indices from 2**40 on, `held_out` for 100 problems; the turns of a demonstration are played
-    through an episode, whose replies become part of it. Every random choice comes from the `rng` that is handed in.
-    """
-
-    demo_mix: Sequence[tuple[str, float]]
-    """The kinds of demonstration with their weights. "right" is among them: the reference solution, all that the teacher's prompt
-    is trained with. The others are what makes outcomes differ: guesses, wrong calls."""
-
-    def demonstrate(self, problem: Problem, kind: str, rng: random.Random) -> list[str]:
-        """The assistant's turns, at least one, without end-of-turn tokens."""
-
-    def wrong_answer(self, problem: Problem, rng: random.Random) -> str:
-        """A last turn that is wrong, of the right one's form and length: how far the prompts tell them apart is reported."""
 
 
 DEMANDED = ("demo_mix", "demonstrate", "wrong_answer")  # of Demonstrable
@@ -121,21 +103,24 @@ class Demo(NamedTuple):
     mask: list[int]
 
 
-def play(task: Task, problem: Problem, turns: list[str]) -> list[list[str]]:
-    """The environment's observations after each turn of a demonstration."""
+def play(task: Task, problem: Problem, turns: list[str]) -> list[tuple[Message, ...]]:
+    """What the environment says after each turn of a demonstration."""
     episode = task.episode(problem)
-    return [episode.step(turn).observations for turn in turns]
+    try:
+        return [tuple(resolved(episode.step(turn)).messages) for turn in turns]
+    finally:
+        resolved(episode.close())
 
 
 def encode_demo(chat: Chat, task: Task, problem: Problem, turns: list[str], teacher: bool) -> Demo:
-    """A demonstration in the trainer's own token layout: prompt, turn, observations, turn, ..."""
-    ids = chat.prompt_ids(problem.teacher_messages if teacher else problem.messages)
+    """A demonstration in the trainer's own token layout: prompt, turn, reply, turn, ..."""
+    ids = chat.prompt_ids(problem.teacher_messages if teacher else problem.messages, problem.tools)
     mask = [0] * len(ids)
     for turn, replies in zip(turns, play(task, problem, turns), strict=True):
         written = [*chat.encode(turn), chat.tokenizer.eos_token_id]
         ids, mask = ids + written, mask + [1] * len(written)
         if replies:
-            answer = chat.observation_ids(replies)
+            answer = chat.observation_ids(replies, problem.tools)
             ids, mask = ids + answer, mask + [0] * len(answer)
     return Demo(ids, mask)
 
@@ -159,7 +144,10 @@ def fingerprint(task: Task, seed: int, spec: WarmStartSpec) -> str:
     import tokenizers
     import transformers
 
-    demos = [(p.messages, p.teacher_messages, turns, play(task, p, turns), t) for p, turns, t in _draws(task, seed, spec, 64)]
+    demos = []
+    for p, turns, teacher in _draws(task, seed, spec, 64):
+        replies = [[(m.role, m.content) for m in reply] for reply in play(task, p, turns)]
+        demos.append((p.messages, p.teacher_messages, p.tools, turns, replies, teacher))
     versions = torch.__version__, transformers.__version__, tokenizers.__version__
     parts = seed, asdict(spec), versions, COMPACT_TEMPLATE.read_text(), task.tools, task.demo_mix, demos
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -173,7 +161,7 @@ def _corpus(task: Task, seed: int, spec: WarmStartSpec) -> Iterable[str]:
     for problem, turns, _ in _draws(task, seed, spec, CORPUS):
         yield from (m["content"] for m in problem.messages + problem.teacher_messages)
         yield from turns
-        yield from ("\n" + text + "\n" for replies in play(task, problem, turns) for text in replies)
+        yield from ("\n" + message.content + "\n" for replies in play(task, problem, turns) for message in replies)
 
 
 def build_tokenizer(task: Task, seed: int, spec: WarmStartSpec, out_dir: Path, cache_dir: Path | str | None = None) -> Any:
@@ -181,7 +169,8 @@ def build_tokenizer(task: Task, seed: int, spec: WarmStartSpec, out_dir: Path, c
     tokenizer = subset_tokenizer(_corpus(task, seed, spec), out_dir, cache_dir=cache_dir, max_length=spec.max_length)
     # A second pass over whole conversations, rendered by the first one's template, so pieces are seen in their context.
     chat = Chat(tokenizer, task.tools)
-    texts = [chat.render(m) for p, _, _ in _draws(task, seed, spec, CORPUS) for m in (p.messages, p.teacher_messages)]
+    drawn = (p for p, _, _ in _draws(task, seed, spec, CORPUS))
+    texts = [chat.render(m, p.tools) for p in drawn for m in (p.messages, p.teacher_messages)]
     return subset_tokenizer([*_corpus(task, seed, spec), *texts], out_dir, cache_dir=cache_dir, max_length=spec.max_length)
 
 

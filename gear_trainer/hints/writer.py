@@ -10,7 +10,7 @@ from typing import Protocol
 from gear_trainer.config import Config, ConfigError, WriterConfig
 from gear_trainer.hints import TEMPLATES
 from gear_trainer.hints.masking import PLACEHOLDER, mask
-from gear_trainer.rollout import Request, Rollout, Sampler, groups_of, is_mixed, seed_of
+from gear_trainer.rollout import Engine, Request, Rollout, groups_of, is_mixed, seed_of
 from gear_trainer.rollout.chat import Chat, fitted, level
 from gear_trainer.tasks.base import Problem
 from gear_trainer.tasks.common import fill, load_template, user
@@ -29,16 +29,16 @@ class WriterModel(Protocol):
 class PolicyWriter:
     """The policy itself, through the rank's rollout engine."""
 
-    def __init__(self, cfg: Config, chat: Chat, sampler: Sampler):
-        self.context, self.writer, self.sampler = cfg.rollout.max_model_len, cfg.writer, sampler
+    def __init__(self, cfg: Config, chat: Chat, engine: Engine):
+        self.context, self.writer, self.engine = cfg.rollout.max_model_len, cfg.writer, engine
         self.chat = Chat(chat.tokenizer, None, chat.kwargs)  # a reference is text: no tools
 
     def complete(self, prompts: list[str], seeds: list[int]) -> list[str | None]:
         if not prompts:
             return []
         ids = [self.chat.prompt_ids(user(prompt)) for prompt in prompts]
-        requests = [Request(prompt, self.writer.max_tokens, seed) for prompt, seed in zip(ids, seeds, strict=True)]
-        completions = self.sampler.generate(requests, self.writer.temperature)
+        w = self.writer
+        completions = self.engine.generate([Request(p, w.max_tokens, s, w.temperature) for p, s in zip(ids, seeds, strict=True)])
         return [self.chat.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
 
 
@@ -80,12 +80,13 @@ class Writer:
         """Tokens that the writer's prompt leaves for attempts."""
         return self.room - self._count(fill(self.template, question=_question(problem), attempts=""))
 
-    def teacher_messages(self, problem: Problem, reference: str) -> list[dict[str, str]]:
-        return with_reference(self.teacher_template, problem, reference)
+    def teacher_prompt(self, problem: Problem, reference: str) -> list[int]:
+        """The teacher's prompt with a reference in place of the ground truth, as tokens."""
+        return self.chat.prompt_ids(with_reference(self.teacher_template, problem, reference), problem.tools)
 
     def longest_teacher_prompt(self, problem: Problem) -> int:
         """Tokens, at most. A reference gives way where the prompt and a rollout would pass max_model_len."""
-        bare = len(self.chat.prompt_ids(self.teacher_messages(problem, "")))
+        bare = len(self.teacher_prompt(problem, ""))
         return min(bare + self.max_tokens, self.max_model_len)
 
     def _splice(self, group: list[Rollout], text: str) -> str | None:
@@ -98,12 +99,12 @@ class Writer:
             return self._decode(ids[:budget]).strip()
 
         def count(reference: str) -> int:
-            return len(self.chat.prompt_ids(self.teacher_messages(problem, reference)))
+            return len(self.teacher_prompt(problem, reference))
 
         reference = fitted(render, count, self.max_tokens, self.max_model_len - max(len(r.ids) for r in group))
         if not reference:
             return None
-        prompt = self.chat.prompt_ids(self.teacher_messages(problem, reference))
+        prompt = self.teacher_prompt(problem, reference)
         for rollout in group:
             rollout.reference, rollout.teacher_prompt_ids = reference, prompt
         return reference
@@ -159,7 +160,7 @@ def check_room(writer: Writer, problem: Problem, max_new_tokens: int) -> None:
             f"rollout.max_model_len (with a url, writer.max_model_len) by {2 * LEAST - room}, or lower "
             f"writer.max_tokens={writer.max_tokens}"
         )
-    bare = len(writer.chat.prompt_ids(writer.teacher_messages(problem, "")))
+    bare = len(writer.teacher_prompt(problem, ""))
     least = bare + LEAST + max_new_tokens
     if least > writer.max_model_len:
         raise ConfigError(

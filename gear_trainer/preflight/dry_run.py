@@ -13,7 +13,7 @@ from gear_trainer.preflight import memory
 from gear_trainer.preflight.checks import check, check_prompts, lengths, warnings
 from gear_trainer.recipe import Recipe
 from gear_trainer.rollout.chat import Chat
-from gear_trainer.rollout.vllm_colocated import engine_kwargs
+from gear_trainer.rollout.engine import engine_class
 from gear_trainer.tasks.base import Task
 
 
@@ -80,7 +80,7 @@ def print_plan(cfg: Config, task: Task, recipe: Recipe, sold_as: float | None = 
     out.print(shape)
     planned = _planned(out, cfg, recipe, lengths(cfg, task, prompts), sold_as)
     out.print(yaml.safe_dump({"deepspeed": deepspeed_config(cfg)}, sort_keys=False), markup=False)
-    out.print(yaml.safe_dump({"vllm": engine_kwargs(cfg, cfg.model.path)}, sort_keys=False), markup=False)
+    out.print(engine_class(cfg).describe(cfg), markup=False)
     for line in warnings(cfg, recipe):
         out.print(f"warning: {line}", markup=False, soft_wrap=True)
     if planned:

@@ -20,9 +20,9 @@ from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
 from gear_trainer.policy.hub import known_config, model_sizes
 from gear_trainer.policy.zero import choose_accelerator, deepspeed_config
-from gear_trainer.preflight.machine import kv_bytes
 from gear_trainer.preflight.meter import Passes, passes
 from gear_trainer.recipe import Recipe
+from gear_trainer.rollout.vllm_colocated import kv_bytes
 from gear_trainer.user_code import said
 
 GIB, MIB = 2**30, 2**20
@@ -56,7 +56,8 @@ ASSUMED = 80  # GB of the card of a configuration that is meant for GPUs, where 
 def card(cfg: Config, sold_as: float | None = None) -> Card:
     """The card of that many GB, else the first GPU here, else this machine's memory divided by the ranks.
 
-    Without a GPU a run needs `rollout.kv_cache_mib`: a configuration that has none is meant for another machine's, of 80 GB say.
+    Without a GPU a run needs `rollout.vllm.kv_cache_mib`: a configuration that has none is meant for another machine's card, of
+    80 GB say.
     """
     if sold_as is not None:
         total = sold_as * SEEN_BY_PROGRAMS * GIB
@@ -64,7 +65,7 @@ def card(cfg: Config, sold_as: float | None = None) -> Card:
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         return Card(f"{found.name} ({found.total_memory / GIB:.1f} GiB)", found.total_memory, True)
-    if cfg.rollout.kv_cache_mib is None:
+    if cfg.rollout.vllm.kv_cache_mib is None:
         return card(cfg, ASSUMED)._replace(
             name=f"a card of {ASSUMED} GB (assumed: there is none here, name yours by --card)", assumed=True
         )
@@ -234,7 +235,7 @@ class _Rank:
         self.passes, self.tokens = planner.passes(cfg), planner.tokens(cfg)
         self.own = planner.recipe.teacher_weights
         self.offloaded = self._device(self.zero.offload_optimizer) != "none"
-        self.asleep = card.gpu and cfg.rollout.sleep_level > 0
+        self.asleep = card.gpu and cfg.rollout.vllm.sleep_level > 0
 
     @staticmethod
     def _device(section: Any) -> str:
@@ -311,20 +312,20 @@ class _Rank:
 
     def _prefill(self) -> float:
         """vLLM's profiled forward of its longest batch (as the trainer's own), its logits, and graphs."""
-        more = self.cfg.rollout.engine_args
+        more = self.cfg.rollout.vllm.engine_args
         batch = more.get("max_num_batched_tokens") or (16384 if self.card.total >= 70 * GIB else 8192)
-        logits = self.cfg.rollout.max_num_seqs * self.s.vocabulary * (4 + 4 + self.item)
+        logits = self.cfg.rollout.vllm.max_num_seqs * self.s.vocabulary * (4 + 4 + self.item)
         return self.passes.score * batch / self.tokens + logits + (0 if more.get("enforce_eager") else GRAPHS)
 
     def _cache(self) -> Cache:
         r, planner = self.cfg.rollout, self.planner
-        if r.kv_cache_mib is not None:
-            size = float(r.kv_cache_mib * MIB)
+        if r.vllm.kv_cache_mib is not None:
+            size = float(r.vllm.kv_cache_mib * MIB)
         else:
             taken = self.s.total * self.item + (self._prefill() if self.card.gpu else LIBRARIES)
-            size = max(0.0, r.gpu_memory_utilization * self.card.total * (1 if self.card.gpu else self.world) - taken)
+            size = max(0.0, r.vllm.gpu_memory_utilization * self.card.total * (1 if self.card.gpu else self.world) - taken)
         token = kv_bytes(self.cfg, planner.fields)
-        wanted = min(r.max_num_seqs, r.prompts_per_step * r.group_size // self.world)
+        wanted = min(r.vllm.max_num_seqs, r.prompts_per_step * r.group_size // self.world)
         if token is None:
             return Cache(size, float("inf"), float("inf"), float("inf"), wanted)
         tokens = size / token
@@ -348,7 +349,7 @@ class _Rank:
     def _rollout(self) -> dict[str, float]:
         held = self._trainer() | self._vllm()
         if not self.card.gpu:
-            tokens = min(4096, self.cfg.rollout.max_num_seqs * self.planner.student)
+            tokens = min(4096, self.cfg.rollout.vllm.max_num_seqs * self.planner.student)
             held["vLLM: prefill, graphs"] = self.passes.score * tokens / self.tokens
         return held
 
@@ -433,7 +434,7 @@ class _Rank:
             held += self.share * (self.accumulated + 16) + 8 * self._subgroup()
         if self._device(self.zero.offload_param) == "cpu":
             held += self.share * self.item
-        if self.cfg.rollout.sleep_level == 1:
+        if self.cfg.rollout.vllm.sleep_level == 1:
             held += self.s.total * self.item
         return held
 
@@ -484,13 +485,13 @@ def _mends(planner: Planner, cfg: Config, card: Card) -> Iterator[str]:
 def _candidates(cfg: Config, card: Card) -> Iterator[tuple[str, Any]]:
     """Changes in the order in which they cost: nothing, recomputation, smaller batches, the optimizer's speed."""
     r, t = cfg.rollout, cfg.train
-    if card.gpu and r.sleep_level == 0:
-        yield "rollout.sleep_level", 2
-    if r.kv_cache_mib is None:
+    if card.gpu and r.vllm.sleep_level == 0:
+        yield "rollout.vllm.sleep_level", 2
+    if r.vllm.kv_cache_mib is None:
         shares = [n / 20 for n in range(18, 1, -1)]
-        yield from (("rollout.gpu_memory_utilization", share) for share in shares if share != r.gpu_memory_utilization)
+        yield from (("rollout.vllm.gpu_memory_utilization", share) for share in shares if share != r.vllm.gpu_memory_utilization)
     else:
-        yield from (("rollout.kv_cache_mib", r.kv_cache_mib >> n) for n in range(1, 5))
+        yield from (("rollout.vllm.kv_cache_mib", r.vllm.kv_cache_mib >> n) for n in range(1, 5))
     if not cfg.model.gradient_checkpointing:
         yield "model.gradient_checkpointing", True
     for n in range(1, 6):
@@ -575,4 +576,4 @@ def notes(plan: Plan, cfg: Config) -> list[str]:
 
 
 def _cache_key(cfg: Config) -> str:
-    return "gpu_memory_utilization" if cfg.rollout.kv_cache_mib is None else "kv_cache_mib"
+    return "gpu_memory_utilization" if cfg.rollout.vllm.kv_cache_mib is None else "kv_cache_mib"

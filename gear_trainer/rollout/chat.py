@@ -1,4 +1,4 @@
-"""Chat rendering that never re-tokenises what the model wrote: prompts once, tool replies as the text between two turns.
+"""Chat rendering that never re-tokenises what the model wrote: prompts once, replies as the text between two turns.
 
 What a tool, a user or a data file says is data. `Chat.plain` breaks up whatever spells one of the tokenizer's control tokens, so
 that no text opens a turn, closes its own, or ends a block of the template; replies are cut to the room that is left for them.
@@ -7,17 +7,20 @@ that no text opens a turn, closes its own, or ends a block of the template; repl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
+from gear_trainer.tasks.base import Message
+
+Tools = list[dict[str, Any]] | None  # JSON schemas
 _SENTINEL = "\x02assistant-turn\x02"  # stands for the sampled turn while the template renders what follows it
 T = TypeVar("T")
-_KEPT = 512  # rendered replies that are remembered: siblings often call the same tool with the same arguments
+_KEPT = 512  # replies that are remembered as tokens: siblings often call the same tool with the same arguments
 
 
 class Observation(NamedTuple):
-    """Replies as tokens; of their texts, how many spelled control tokens and how many were cut."""
+    """A reply as tokens; of its messages, how many spelled control tokens and how many were cut."""
 
     ids: list[int]
     escaped: int = 0
@@ -25,10 +28,10 @@ class Observation(NamedTuple):
 
 
 class Chat:
-    """Renders prompts and tool replies with the tokenizer's own chat template.
+    """Renders prompts and replies with the tokenizer's own chat template. `tools` are those of problems without their own.
 
     A conversation is one flat token stream: `prompt_ids(messages)`, then the sampled ids of a turn (its end-of-turn token
-    included, verbatim), then `observe(replies)`, then the next sampled turn. Earlier ids are never rendered again, so what was
+    included, verbatim), then `observe(messages)`, then the next sampled turn. Earlier ids are never rendered again, so what was
     sampled is what is scored (a template that drops earlier reasoning, as Qwen3's does, cannot change the past).
 
     A control token is every added token of the tokenizer, "special" or not, but for runs of whitespace: Qwen3's <tool_call> and
@@ -44,7 +47,7 @@ class Chat:
         self.tokenizer, self.kwargs = tokenizer, template_kwargs or {}
         self._control, self._break, self._normal = _control(tokenizer)
         self.tools = _mapped(self.plain, tools)
-        self._between = lru_cache(_KEPT)(self._encode_between)
+        self._between = lru_cache(_KEPT)(self._encode_between)  # under the task's tools
 
     def plain(self, text: str) -> str:
         """A text as data: spellings of control tokens broken up (`< |im_end|>`), lone surrogates replaced. Idempotent."""
@@ -64,46 +67,56 @@ class Chat:
         _data(look, messages)
         return sum(changed)
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
-        """The template's text, every content as data."""
+    def render(self, messages: list[dict[str, Any]], tools: Tools = None) -> str:
+        """The template's text, every content as data; `tools`: a problem's own, None for the task's."""
+        shown = self.tools if tools is None else _mapped(self.plain, tools) or None
         return self.tokenizer.apply_chat_template(
-            _data(self.plain, messages), tools=self.tools, tokenize=False, add_generation_prompt=True, **self.kwargs
+            _data(self.plain, messages), tools=shown, tokenize=False, add_generation_prompt=True, **self.kwargs
         )
 
     def encode(self, text: str) -> list[int]:
         """A rendered or a written text: what spells a control token becomes one."""
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+    def prompt_ids(self, messages: list[dict[str, Any]], tools: Tools = None) -> list[int]:
         """The prompt up to and including the assistant header."""
-        return self.encode(self.render(messages))
+        return self.encode(self.render(messages, tools))
 
-    def observation_ids(self, replies: list[str]) -> list[int]:
-        """What stands between the end-of-turn token of a turn that called tools and the next turn's first sampled token."""
-        return list(self._between(tuple(map(self.plain, replies))))
+    def observation_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        """What stands between the end-of-turn token of a turn and the next turn's first sampled token: what was said between."""
+        roles = [message.role for message in messages]
+        return self._said(roles, [self.plain(message.content) for message in messages], tools)
 
-    def observe(self, replies: list[str], room: int, reserve: int = 0) -> Observation | None:
-        """The same in at most `room` tokens: where whole replies do not fit, the long ones are cut in the middle, by as much as
+    def observe(self, messages: Sequence[Message], room: int, reserve: int = 0, tools: Tools = None) -> Observation | None:
+        """The same in at most `room` tokens: where whole messages do not fit, the long ones are cut in the middle, by as much as
         leaves `reserve` tokens of it free. None where not even cut ones fit."""
-        texts = [self.plain(reply) for reply in replies]
-        escaped = sum(a != b for a, b in zip(texts, replies, strict=True))
+        roles, texts = [m.role for m in messages], [self.plain(m.content) for m in messages]
+        escaped = sum(text != m.content for text, m in zip(texts, messages, strict=True))
         bound = max(room, 0) * self._widest  # characters: of a longer text the tokens need not be counted
-        if sum(map(len, texts)) <= bound and len(ids := self._between(tuple(texts))) <= room:
-            return Observation(list(ids), escaped)
+        if sum(map(len, texts)) <= bound and len(ids := self._said(roles, texts, tools)) <= room:
+            return Observation(ids, escaped)
         lengths = [len(self.encode(text)) if len(text) <= bound else bound + 1 for text in texts]
 
         def render(budget: int) -> list[str]:
             most = level(lengths, budget)
             return [text if n <= most else self._shortened(text, most) for text, n in zip(texts, lengths, strict=True)]
 
-        shown = fitted(render, lambda shown: len(self._encode_between(tuple(shown))), room, room - reserve)
+        def count(shown: list[str]) -> int:
+            return len(self._encode_between(tuple(zip(roles, shown, strict=True)), tools))
+
+        shown = fitted(render, count, room, room - reserve)
         if shown is None:
             return None
-        return Observation(self.observation_ids(shown), escaped, sum(a != b for a, b in zip(shown, texts, strict=True)))
+        cut = sum(a != b for a, b in zip(shown, texts, strict=True))
+        return Observation(self._said(roles, [self.plain(text) for text in shown], tools), escaped, cut)
 
-    def _encode_between(self, texts: tuple[str, ...]) -> list[int]:
+    def _said(self, roles: list[str], texts: list[str], tools: Tools) -> list[int]:
+        messages = tuple(zip(roles, texts, strict=True))
+        return list(self._between(messages) if tools is None else self._encode_between(messages, tools))
+
+    def _encode_between(self, messages: tuple[tuple[str, str], ...], tools: Tools = None) -> list[int]:
         head = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _SENTINEL}]
-        text = self.render(head + [{"role": "tool", "content": text} for text in texts])
+        text = self.render(head + [{"role": role, "content": text} for role, text in messages], tools)
         after = text.split(_SENTINEL, 1)[1]
         return self.encode(after.removeprefix(self.tokenizer.eos_token))
 

@@ -1,132 +1,238 @@
-"""A task's episodes behind a guard: what raises, hangs or answers nonsense ends its rollout as an error, never the run.
+"""Episodes from their prompts to their outcomes, lock-step or continuously.
 
-A task's code runs in a thread beside the trainer's, one call at a time, in the order in which it would run without. A call that
-takes longer than the limit is left alone in its thread (Python cannot stop one) and the next call gets a fresh thread. What only
-works in the main thread, as signal handlers, needs rollout.turn_timeout=null: then calls are made directly, without a limit.
+A rollout's way is written once, as a generator (`Course`) that hands out what it waits for: a turn of the engine, or a call of
+its environment. Two drivers bring what was asked for. Lock-step takes all rollouts to their next turn and samples these in one
+batch. Continuous keeps the engine at work: what ended in a step goes to its environment, and once that has answered, the next
+request joins the running batch. A turn's seed is that of its (group, sample, turn), so that an engine that honours seeds samples
+the same tokens either way.
 """
 
 from __future__ import annotations
 
-import contextvars
-import logging
-import math
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
-from functools import lru_cache, partial
-from queue import SimpleQueue
+from contextlib import suppress
 from typing import Any
 
-from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task, TaskError
-
-_LONGEST = 300  # characters of an error's message that are kept
-_log = logging.getLogger(__name__)
-_told: set[tuple[str, str, str]] = set()
-
-
-class EpisodeError(Exception):
-    """An environment that is dead: what its rollout earned is unknown, which is not a reward of 0."""
+from gear_trainer.rollout.chat import Chat
+from gear_trainer.rollout.engine import Engine
+from gear_trainer.rollout.guard import Ask, Environment, EpisodeError, Overdue
+from gear_trainer.rollout.types import Completion, Limits, Request, Rollout, Status, seed_of
+from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task
 
 
-class Caller:
-    """Makes calls within a limit of seconds (None: directly). `abandoned` counts the threads that were left behind."""
+def roll_out(
+    engine: Engine, chat: Chat, task: Task, problems: Iterable[tuple[int, Problem]], limits: Limits, key: tuple[object, ...]
+) -> list[Rollout]:
+    """Sample `limits.group_size` episodes for each (group index, problem), as `limits.schedule` says.
 
-    def __init__(self, limit_s: float | None):
-        self.limit_s, self.abandoned = limit_s, 0
-        self._jobs: SimpleQueue | None = None
+    A rollout whose environment breaks off is tried once more from its prompt, under other seeds. Where that fails too it is
+    `failed`, without reward or success, and its whole group `dropped`. Every episode is closed, also where the engine raises.
+    """
+    rollouts = [
+        Rollout(p, group, k, prompt, teacher, escaped=escaped)
+        for group, p in problems
+        for prompt, teacher, escaped in [_prompts(chat, p, limits)]
+        for k in range(limits.group_size)
+    ]
+    _play(engine, chat, task, rollouts, limits, key)
+    if broken := [i for i, r in enumerate(rollouts) if r.failed]:
+        again = [_fresh(rollouts[i]) for i in broken]
+        _play(engine, chat, task, again, limits, (*key, "again"))
+        for i, rollout in zip(broken, again, strict=True):
+            rollouts[i] = rollout
+        lost = {r.group for r in rollouts if r.failed}
+        for rollout in rollouts:
+            rollout.dropped = rollout.group in lost
+    return rollouts
 
-    def __call__(self, call: Callable[..., Any], *args: Any) -> Any:
-        """What the call returns; raises what it raises, and EpisodeError where it takes too long."""
-        if self.limit_s is None:
-            return call(*args)
-        answer: Future[Any] = Future()
-        self._jobs = self._jobs or _start()
-        self._jobs.put((answer, partial(contextvars.copy_context().run, call, *args)))  # as a decimal context of the caller's
+
+def _prompts(chat: Chat, problem: Problem, limits: Limits) -> tuple[list[int], list[int], int]:
+    """Both prompts, and how many texts were escaped in them. One that leaves no room for a turn is cut to the context: it ends as
+    `length`, and nothing is sampled behind it."""
+    student, teacher = (chat.prompt_ids(m, problem.tools) for m in (problem.messages, problem.teacher_messages))
+    if len(student) >= limits.max_model_len:
+        student, teacher = student[: limits.max_model_len], teacher[: limits.max_model_len]
+    return student, teacher, chat.escapes(problem.messages) + chat.escapes(problem.teacher_messages)
+
+
+def _fresh(r: Rollout) -> Rollout:
+    """The same rollout at its start; what was counted of its first try stays."""
+    again = Rollout(r.problem, r.group, r.sample, r.prompt_ids, r.teacher_prompt_ids)
+    again.escaped, again.cut, again.failures = r.escaped, r.cut, r.failures
+    return again
+
+
+def _play(engine: Engine, chat: Chat, task: Task, rollouts: list[Rollout], limits: Limits, key: tuple[object, ...]) -> None:
+    """One try of every rollout, from its prompt to its outcome."""
+    world = Environment(task, limits.turn_timeout)
+    courses = [Course(r, chat, world, limits, key) for r in rollouts]
+    try:
+        (continuous if limits.schedule == "continuous" else lockstep)(engine, courses, world)
+    finally:
+        for course in courses:
+            course.abandon()
+
+
+# --- one rollout --------------------------------------------------------------------------------------------------------
+
+
+class Course:
+    """One try of a rollout. `waits_for`: the turn or the call that it cannot go on without; None at its end."""
+
+    def __init__(self, rollout: Rollout, chat: Chat, world: Environment, limits: Limits, key: tuple[object, ...]):
+        self.rollout, self.chat, self.world, self.limits, self.key = rollout, chat, world, limits, key
+        self.episode: Episode | None = None  # while it is open
+        self._way = self._whole()
+        self.waits_for: Request | Ask | None = next(self._way)
+
+    def call(self) -> Future[Any]:
+        """Start the call that is waited for."""
+        if self.waits_for.what == "close":
+            self.episode = None
+        return self.world.begin(self.waits_for)
+
+    def take(self, answer: Future[Any]) -> None:
+        """Go on with what that call came to."""
         try:
-            return answer.result(self.limit_s)
-        except TimeoutError:
-            if answer.done():
-                raise  # the task's own
-            self._jobs.put(None)  # should the call ever return, its thread ends
-            self._jobs, self.abandoned = None, self.abandoned + 1
-            raise EpisodeError(f"no answer within {self.limit_s:g} s (rollout.turn_timeout)") from None
+            value = self.world.result(self.waits_for, answer)
+        except EpisodeError as error:
+            self._advance(self._way.throw, error)
+        else:
+            self.go_on(value)
 
+    def go_on(self, value: Any) -> None:
+        """Take what was waited for."""
+        self._advance(self._way.send, value)
 
-def _start() -> SimpleQueue:
-    """A thread that serves a queue of calls; it does not keep the process from ending."""
-    jobs: SimpleQueue = SimpleQueue()
-    threading.Thread(target=_serve, args=(jobs,), name="episodes", daemon=True).start()
-    return jobs
+    def abandon(self) -> None:
+        """Close the episode where a driver was broken off before its end."""
+        self._way.close()
+        if self.episode is not None:
+            with suppress(EpisodeError):
+                self.world.ask(self.world.close(self.rollout.problem, self.episode))
 
-
-def _serve(jobs: SimpleQueue) -> None:
-    while (job := jobs.get()) is not None:
-        answer, call = job
+    def _advance(self, move: Callable[[Any], Request | Ask], value: Any) -> None:
         try:
-            answer.set_result(call())
-        except BaseException as error:  # also a tool's sys.exit(): it is the rollout's error
-            answer.set_exception(error)
+            self.waits_for = move(value)
+        except StopIteration:
+            self.waits_for = None
 
-
-@lru_cache
-def caller(limit_s: float | None) -> Caller:
-    """The caller that all rollouts of this process share for a given limit."""
-    return Caller(limit_s)
-
-
-class Environment:
-    """One task's episodes. Every method raises EpisodeError, in one line, for whatever the task's code does."""
-
-    def __init__(self, task: Task, limit_s: float | None):
-        self.task, self._caller = task, caller(limit_s)
-
-    def start(self, problem: Problem) -> Episode:
-        return self._guarded("episode", problem, lambda episode: episode, self.task.episode, problem)
-
-    def step(self, problem: Problem, episode: Episode, text: str) -> Reply:
-        return self._guarded("step", problem, _checked_reply, episode.step, text)
-
-    def outcome(self, problem: Problem, episode: Episode) -> Outcome:
-        return self._guarded("outcome", problem, _checked_outcome, episode.outcome)
-
-    def _guarded(self, what: str, problem: Problem, check: Callable[[Any], Any], call: Callable[..., Any], *args: Any) -> Any:
+    def _whole(self) -> Generator[Request | Ask, Any, None]:
+        r, world = self.rollout, self.world
         try:
-            return check(self._caller(call, *args))
-        except (Exception, SystemExit) as error:
-            line = " ".join(f"{what}: {_named(error)}".split())[:_LONGEST]
-            self._tell(what, problem, error, line)
-            raise EpisodeError(line) from error
+            self.episode = yield world.start(r.problem)
+            yield from self._scored(self.episode)
+        except EpisodeError as error:
+            self._broken(error)
+        if self.episode is not None:
+            with suppress(EpisodeError):  # the guard has said it; what the rollout earned is known
+                yield world.close(r.problem, self.episode)
 
-    def _tell(self, what: str, problem: Problem, error: BaseException, line: str) -> None:
-        """One line for every kind of failure; the metrics count all."""
-        task = type(self.task).__name__
-        if (kind := (task, what, type(error).__name__)) not in _told:
-            _told.add(kind)
-            _log.warning(
-                "task %s, problem %s: %s; such a rollout gets a fresh try, then its group is dropped (said once)",
-                task, problem.id, line,
-            )  # fmt: skip
+    def _scored(self, episode: Episode) -> Generator[Request | Ask, Any, None]:
+        r = self.rollout
+        try:
+            r.status = yield from self._turns(episode)
+        except Overdue:
+            raise  # the call goes on: no other is made beside it
+        except EpisodeError as error:
+            self._broken(error)
+        try:
+            earned: Outcome = yield self.world.outcome(r.problem, episode, r.status.value)
+        except EpisodeError:
+            if not r.failed:
+                raise
+            return
+        r.metrics = earned.metrics
+        if not r.failed:
+            r.reward, r.success = earned.reward, earned.success
+
+    def _broken(self, error: EpisodeError) -> None:
+        self.rollout.failures = [*self.rollout.failures, str(error)]
+        self.rollout.status = Status.ERROR
+
+    def _turns(self, episode: Episode) -> Generator[Request | Ask, Any, Status]:
+        """Sample turns and have them answered, until one side ends it."""
+        r, limits = self.rollout, self.limits
+        for turn in range(self.world.task.max_turns):
+            if limits.room(r) <= 0:  # the prompt fills the context
+                return Status.LENGTH
+            seed = seed_of(*self.key, r.group, r.sample, turn)
+            completion: Completion = yield Request(r.prompt_ids + r.ids, limits.room(r), seed, limits.temperature)
+            r.append(completion.ids, completion.logprobs)
+            r.versions.append(completion.version)
+            r.turn_rewards.append(0.0)
+            if not completion.ended:
+                return Status.LENGTH
+            reply: Reply = yield self.world.step(r.problem, episode, self.chat.tokenizer.decode(completion.ids[:-1]))
+            r.turn_rewards[-1] = reply.reward
+            r.calls += reply.calls
+            r.errors += reply.errors
+            r.turns += 1
+            if not reply.messages:
+                return Status.DONE
+            if turn + 1 < self.world.task.max_turns and not self._answer(reply):
+                return Status.LENGTH
+        return Status.TURNS
+
+    def _answer(self, reply: Reply) -> bool:
+        """Append a reply, cut where it does not fit with a turn behind it; False where even that is too much."""
+        r, limits = self.rollout, self.limits
+        left = limits.left(r)
+        reserve = min(limits.max_new_tokens, left // 2)
+        observation = self.chat.observe(reply.messages, left - 1, reserve, r.problem.tools)
+        if observation is None:
+            return False
+        r.escaped += observation.escaped
+        r.cut += observation.cut
+        r.append(observation.ids, None)
+        r.anchors.append(seed_of(observation.ids))
+        return True
 
 
-def _named(error: BaseException) -> str:
-    return str(error) if isinstance(error, (EpisodeError, TaskError)) else f"{type(error).__name__}: {error}"
+# --- drivers ------------------------------------------------------------------------------------------------------------
 
 
-def _checked_reply(reply: Reply) -> Reply:
-    texts = reply.observations
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise TaskError(f"the reply's observations are {texts!r:.60}, must be a list of str")
-    if not (isinstance(reply.calls, int) and isinstance(reply.errors, int)):
-        raise TaskError(f"the reply's calls and errors are {reply.calls!r:.60} and {reply.errors!r:.60}, must be int")
-    _finite("the turn's reward", reply.reward)
-    return reply
+def lockstep(engine: Engine, courses: list[Course], world: Environment) -> None:
+    """Every turn of all rollouts in one batch: an environment that takes its time holds up the others' next turn."""
+    calls: dict[Future[Any], Course] = {}
+    while True:
+        while _call(courses, calls):
+            _take_answers(calls, world, block=True)
+        asking = [course for course in courses if isinstance(course.waits_for, Request)]
+        if not asking:
+            return
+        completions = engine.generate([course.waits_for for course in asking])
+        for course, completion in zip(asking, completions, strict=True):
+            course.go_on(completion)
 
 
-def _checked_outcome(outcome: Outcome) -> Outcome:
-    return Outcome(_finite("the reward", outcome.reward), bool(outcome.success))
+def continuous(engine: Engine, courses: list[Course], world: Environment) -> None:
+    """A finished turn's next request joins the running batch as soon as its environment has answered."""
+    calls: dict[Future[Any], Course] = {}
+    sampling: dict[int, Course] = {}
+    while _call(courses, calls) or any(course.waits_for for course in courses):
+        for ticket, course in enumerate(courses):
+            if isinstance(course.waits_for, Request) and ticket not in sampling:
+                engine.submit(ticket, course.waits_for)
+                sampling[ticket] = course
+        for ticket, completion in engine.collect() if sampling else []:
+            sampling.pop(ticket).go_on(completion)
+        _call(courses, calls)
+        _take_answers(calls, world, block=not sampling)
 
 
-def _finite(name: str, value: Any) -> float:
-    if not math.isfinite(value):
-        raise TaskError(f"{name} is {value}, must be a finite number")
-    return float(value)
+def _call(courses: list[Course], calls: dict[Future[Any], Course]) -> bool:
+    """Start the calls that courses wait for, in their order; whether any is under way."""
+    begun = {id(course) for course in calls.values()}
+    for course in courses:
+        if isinstance(course.waits_for, Ask) and id(course) not in begun:
+            calls[course.call()] = course
+    return bool(calls)
+
+
+def _take_answers(calls: dict[Future[Any], Course], world: Environment, block: bool) -> None:
+    """Hand courses what their calls came to; `block`: wait for one at least."""
+    world.callers.wait(calls, block and bool(calls))
+    for answer in [answer for answer in calls if answer.done()]:
+        calls.pop(answer).take(answer)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from gear_trainer.config import Config, ConfigError
-from gear_trainer.errors import RunError
-from gear_trainer.rollout import Completion, Request
+from gear_trainer.config import Config, near
+from gear_trainer.errors import ConfigError, RunError
+from gear_trainer.rollout.engine import Engine, take_device
+from gear_trainer.rollout.types import Completion, Request
 
 
 class PlacementError(RunError):
@@ -27,42 +32,19 @@ def set_environment() -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else the first log-probs call compiles for 9-33 s
 
 
-def take_device() -> torch.device:
-    """Make the GPU of this rank the process' current one, and return it; the CPU where there is none.
-
-    It is that of LOCAL_RANK, which DeepSpeed and vLLM read too; without a current one, libraries make their contexts on GPU 0 of
-    all ranks. Every rank goes on seeing all GPUs: DeepSpeed counts them to know the ranks of a node (ZeRO++, MiCS), and UUIDs in
-    CUDA_VISIBLE_DEVICES need no reading. Where a scheduler shows each rank one GPU, that one is number 0. Raises ConfigError
-    where there are fewer GPUs than ranks.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if gpus == 1:
-        os.environ["LOCAL_RANK"] = "0"  # two ranks on one GPU are named by NCCL
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= gpus:
-        raise ConfigError(
-            f"LOCAL_RANK={local}, but {gpus} GPUs are visible (CUDA_VISIBLE_DEVICES="
-            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): start one rank a GPU"
-        )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
-
-
 def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
     """The arguments of `vllm.LLM` (and of `EngineArgs`) that this configuration means."""
-    r = cfg.rollout
+    r, v = cfg.rollout, cfg.rollout.vllm
     kwargs: dict[str, Any] = {
         "model": model_path,
         "dtype": cfg.model.dtype,
         "max_model_len": r.max_model_len,
-        "max_num_seqs": r.max_num_seqs,
-        "gpu_memory_utilization": r.gpu_memory_utilization,
+        "max_num_seqs": v.max_num_seqs,
+        "gpu_memory_utilization": v.gpu_memory_utilization,
         "seed": cfg.seed,
         "use_tqdm_on_load": False,
         "logprobs_mode": "processed_logprobs",  # of the tempered distribution, as the trainer computes them
-        "enable_sleep_mode": r.sleep_level > 0 and torch.cuda.is_available(),
+        "enable_sleep_mode": v.sleep_level > 0 and torch.cuda.is_available(),
         "enforce_eager": not torch.cuda.is_available(),
     }
     if torch.cuda.is_available():
@@ -71,12 +53,12 @@ def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
     else:
         # vLLM rewinds a seeded request's generator after a partial prefill, which a CPU generator cannot do (it raises)
         kwargs |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, r.max_model_len)}
-    if r.kv_cache_mib is not None:
-        kwargs["kv_cache_memory_bytes"] = r.kv_cache_mib << 20
-    return kwargs | r.engine_args
+    if v.kv_cache_mib is not None:
+        kwargs["kv_cache_memory_bytes"] = v.kv_cache_mib << 20
+    return kwargs | v.engine_args
 
 
-class ColocatedVllm:
+class ColocatedVllm(Engine):
     """A vLLM engine that lives beside the trainer on its rank. Build it after `deepspeed.init_distributed`: vLLM makes a
     default process group of world size 1 where it finds none, and DeepSpeed would take that one."""
 
@@ -84,37 +66,45 @@ class ColocatedVllm:
         set_environment()
         from vllm import LLM
 
-        self.sleep_level = cfg.rollout.sleep_level if torch.cuda.is_available() else 0
+        self.sleep_level = cfg.rollout.vllm.sleep_level if torch.cuda.is_available() else 0
         device = take_device()
         self.llm = LLM(**engine_kwargs(cfg, model_path))
         check_placement(self.llm, device)
         self.eos = self.llm.get_tokenizer().eos_token_id
         self.sleeping: set[str] = set()
         self.stale = False  # weights dropped by sleep level 2, not pushed since
+        self.tickets: dict[str, int] = {}  # of requests under way, by vLLM's name for them
 
-    def generate(self, requests: list[Request], temperature: float) -> list[Completion]:
-        from vllm import SamplingParams
+    def generate(self, requests: list[Request]) -> list[Completion]:
+        self._check_weights()
+        prompts = [{"prompt_token_ids": q.prompt_ids} for q in requests]
+        outputs = self.llm.generate(prompts, [_sampling(q) for q in requests], use_tqdm=False)
+        return [self._completion(o.outputs[0]) for o in outputs]
 
+    def submit(self, ticket: int, request: Request) -> None:
+        self._check_weights()
+        (name,) = self.llm.enqueue({"prompt_token_ids": request.prompt_ids}, _sampling(request), use_tqdm=False)
+        self.tickets[_own_name(name)] = ticket
+
+    def collect(self) -> list[tuple[int, Completion]]:
+        outputs = self.llm.llm_engine.step()
+        return [(self.tickets.pop(_own_name(o.request_id)), self._completion(o.outputs[0])) for o in outputs if o.finished]
+
+    def _check_weights(self) -> None:
         if self.stale:
             raise RuntimeError("vLLM's weights were dropped by sleep level 2: push before generating")
-        params = [
-            SamplingParams(temperature=temperature, max_tokens=q.max_tokens, seed=q.seed, logprobs=0, detokenize=False)
-            for q in requests
-        ]
-        prompts = [{"prompt_token_ids": q.prompt_ids} for q in requests]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [self._completion(o.outputs[0]) for o in outputs]
 
     def _completion(self, out: Any) -> Completion:
         ids = list(out.token_ids)
         logprobs = [step[token].logprob for step, token in zip(out.logprobs, ids, strict=True)]
-        return Completion(ids, logprobs, ended=out.finish_reason == "stop" and ids[-1] == self.eos)
+        return Completion(ids, logprobs, out.finish_reason == "stop" and ids[-1] == self.eos, self.version)
 
     def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         self._wake("weights")  # the KV cache stays released until generation: both at once would not fit
         self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=weights))
         self.llm.reset_prefix_cache()  # stale KV blocks of the old weights otherwise (log-probs off by 7 nats when left out)
         self.stale = False
+        self.version += 1
 
     def sleep(self) -> None:
         if self.sleep_level:
@@ -131,6 +121,37 @@ class ColocatedVllm:
                 self.llm.wake_up(tags=[tag])
                 self.sleeping.remove(tag)
 
+    @classmethod
+    def prepare(cls, cfg: Config) -> None:
+        set_environment()
+        take_device()
+
+    @classmethod
+    def check(cls, cfg: Config, sizes: dict[str, Any] | None) -> None:
+        """The KV cache holds a sequence, and vLLM knows its arguments. Raises ConfigError."""
+        if sizes is not None:
+            check_kv_cache(cfg, sizes)
+        if cfg.rollout.vllm.engine_args:
+            check_engine_args(cfg)
+
+    @classmethod
+    def describe(cls, cfg: Config) -> str:
+        """The arguments of vLLM's LLM(...), as YAML."""
+        return yaml.safe_dump({"vllm": engine_kwargs(cfg, cfg.model.path)}, sort_keys=False)
+
+
+def _sampling(request: Request) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=request.temperature, max_tokens=request.max_tokens, seed=request.seed, logprobs=0, detokenize=False
+    )
+
+
+def _own_name(request_id: str) -> str:
+    """A request's number; vLLM hangs random letters behind it in some places and not in others."""
+    return request_id.partition("-")[0]
+
 
 def check_placement(llm: Any, device: torch.device) -> None:
     """Raises PlacementError where the engine's model stands on another device than its rank's."""
@@ -138,9 +159,66 @@ def check_placement(llm: Any, device: torch.device) -> None:
         if found != device:
             raise PlacementError(
                 f"rank {os.environ.get('RANK', 0)}: vLLM's model stands on {found}, and the rank's GPU is {device}: "
-                "leave rollout.engine_args.distributed_executor_backend out"
+                "leave rollout.vllm.engine_args.distributed_executor_backend out"
             )
 
 
 def _model_device(worker: Any) -> torch.device:
     return next(worker.model_runner.get_model().parameters()).device
+
+
+# --- looked at before a start ------------------------------------------------------------------------------------------
+
+
+def check_kv_cache(cfg: Config, sizes: dict[str, Any]) -> None:
+    """vLLM's KV cache holds one sequence at least. Raises ConfigError."""
+    v, context = cfg.rollout.vllm, cfg.rollout.max_model_len
+    token = kv_bytes(cfg, sizes)
+    if v.kv_cache_mib is None or token is None:
+        return
+    block = int(v.engine_args.get("block_size") or _block_size())
+    blocks = -(-context // block) + 1  # vLLM keeps one empty
+    needed = -(-blocks * block * token // 2**20)
+    if v.kv_cache_mib < needed:
+        raise ConfigError(
+            f"rollout.vllm.kv_cache_mib={v.kv_cache_mib}: one sequence of rollout.max_model_len={context} takes {needed} MiB "
+            f"({token:,} bytes a token, blocks of {block}); raise it to {needed}, or to that times the sequences at a time"
+        )
+
+
+def kv_bytes(cfg: Config, sizes: dict[str, Any]) -> int | None:
+    """Bytes of keys and values a token, None for models that keep another cache (latent, windows, states)."""
+    more = cfg.rollout.vllm.engine_args
+    plain = set(sizes.get("layer_types") or ["full_attention"]) == {"full_attention"} and "kv_lora_rank" not in sizes
+    if not plain or not {"num_hidden_layers", "num_key_value_heads"} <= sizes.keys():
+        return None
+    width = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    each = 1 if "fp8" in str(more.get("kv_cache_dtype")) else 2 if cfg.model.dtype == "bfloat16" else 4
+    return 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * width * each
+
+
+def _block_size() -> int:
+    return 16 if torch.cuda.is_available() else 128  # vLLM's own choice by platform
+
+
+def check_engine_args(cfg: Config) -> None:
+    """Refuse what vLLM's LLM(...) does not take, or what would hang. Raises ConfigError; unknown names pass without vLLM."""
+    if (parallel := cfg.rollout.vllm.engine_args.get("tensor_parallel_size", 1)) != 1:
+        raise ConfigError(
+            f"rollout.vllm.engine_args.tensor_parallel_size={parallel}: every rank has an engine of its own on its one GPU, and "
+            "this one would wait for GPUs of other ranks: leave it out"
+        )
+    known = engine_arguments()
+    for name in cfg.rollout.vllm.engine_args:
+        if known and name not in known:
+            raise ConfigError(f"rollout.vllm.engine_args.{name}: vLLM takes no such argument{near(name, known)}")
+
+
+def engine_arguments() -> set[str]:
+    """Fields of vLLM's EngineArgs, read from its source: importing it takes 17 s and settles its environment variables."""
+    spec = find_spec("vllm")
+    file = Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py" if spec else None
+    if file is None or not file.is_file():
+        return set()
+    classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"]
+    return {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)}

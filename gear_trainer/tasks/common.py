@@ -8,7 +8,6 @@ from pathlib import Path
 
 from gear_trainer.tasks.base import TaskError
 
-TEMPLATES = Path(__file__).parent / "templates"
 # A sign counts unless it stands behind a digit ("12-7" ends in 7); thousands commas are dropped; ASCII digits only.
 _NUMBER = re.compile(r"(?<![0-9.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 

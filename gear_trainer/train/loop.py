@@ -15,7 +15,7 @@ from gear_trainer.policy.forward import Forward
 from gear_trainer.policy.gather import gathered_weights
 from gear_trainer.policy.teacher import Teacher
 from gear_trainer.recipe import Recipe
-from gear_trainer.rollout import Rollout, Sampler
+from gear_trainer.rollout import Engine, Rollout
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.console import Console
 from gear_trainer.runs.files import RunFiles
@@ -42,7 +42,7 @@ class Trainer:
         task: Task,
         chat: Chat,
         engine: Any,
-        sampler: Sampler,
+        sampler: Engine,
         teacher: Teacher | None = None,
         references: Writer | Siblings | None = None,
         interrupts: Interrupts | None = None,

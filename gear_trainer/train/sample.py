@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gear_trainer.config import Config
-from gear_trainer.evaluation import limits_of
 from gear_trainer.recipe import Recipe
-from gear_trainer.rollout import Rollout, Sampler, mixed_groups, roll_out, troubles
+from gear_trainer.rollout import Engine, Limits, Rollout, check_failures, mixed_groups, roll_out, troubles
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks.base import Problem, Task
@@ -21,12 +20,12 @@ class StepSampler:
     recipe: Recipe
     task: Task
     chat: Chat
-    engine: Sampler
+    engine: Engine
     rank: int
 
     def __call__(self, step: int, sums: Sums) -> list[Rollout]:
         """The step's rollouts. Ranks may sample different numbers of batches, so nothing in here is a collective."""
-        cfg, limits, most = self.cfg, limits_of(self.cfg), self.recipe.gen_batches
+        cfg, limits, most = self.cfg, Limits.of(self.cfg.rollout), self.recipe.gen_batches
         self.engine.wake()
 
         def sample(batch: int, slots: list[int]) -> list[Rollout]:
@@ -38,6 +37,7 @@ class StepSampler:
             sums.total("resampled_groups", counts["resampled_groups"])
         for name, value in troubles(rollouts).items():
             sums.total(name, value)
+        check_failures(rollouts, limits)
         return rollouts
 
     def problems(self, step: int, batch: int, slots: list[int]) -> list[tuple[int, Problem]]:

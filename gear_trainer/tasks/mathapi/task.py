@@ -7,10 +7,12 @@ import random
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task, TaskError
-from gear_trainer.tasks.common import TEMPLATES, fill, last_number, load_template, same_number, user
+from gear_trainer.tasks.base import End, Episode, Message, Outcome, Problem, Reply, Task, TaskError
+from gear_trainer.tasks.common import fill, last_number, load_template, same_number, user
+from gear_trainer.tasks.tool_calls import call_text, call_turn, function_schema, read_call, split_calls
 
 PHRASES = {
     "add": ("What is {a} + {b}?", "Add {a} and {b}.", "Find the sum of {a} and {b}.", "Compute {a} plus {b}.", "{a} + {b} = ?"),
@@ -35,25 +37,6 @@ LIMIT = 1e12  # larger operands are refused: their products would fill the conte
 MAX_CALLS = 8  # calls run per turn; a longer list is a runaway, and its answers would fill the context
 DEMO_MIX = (("right", 0.45), ("guess", 0.30), ("wrong_tool", 0.25))
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-
-
-def tool_schema(name: str) -> dict[str, Any]:
-    """The JSON schema of one tool, as the model sees it through the chat template."""
-    number = {"type": "number"}
-    parameters = {"type": "object", "properties": {"a": number, "b": number}, "required": ["a", "b"]}
-    return {"type": "function", "function": {"name": name, "description": f"{name} two numbers", "parameters": parameters}}
-
-
-def call_text(name: str, a: int, b: int) -> str:
-    """The JSON of one call."""
-    return json.dumps({"name": name, "arguments": {"a": a, "b": b}})
-
-
-def call_turn(name: str, a: int, b: int) -> str:
-    """One assistant turn with one call, in Qwen3's format."""
-    return f"{_OPEN}\n{call_text(name, a, b)}\n{_CLOSE}"
-
 
 def _new_api() -> Any:
     try:
@@ -69,29 +52,16 @@ def _held_out(a: int, b: int) -> bool:
     return zlib.crc32(f"{a},{b}".encode()) % HELD_OUT_SHARE == 0
 
 
-def split_calls(text: str) -> list[str | None]:
-    """The bodies of a turn's tool calls; None stands for a block that was opened and not closed."""
-    blocks = text.split(_OPEN)[1:]
-    return [block.split(_CLOSE, 1)[0] if _CLOSE in block else None for block in blocks]
-
-
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_call(body: str | None) -> tuple[str, float, float] | str:
-    """A call's tool and operands, or what is wrong with it. Messages are fixed texts: no model text is echoed back."""
-    if body is None:
-        return "the tool_call block is not closed"
-    try:
-        call = json.loads(body)
-    except (ValueError, RecursionError):
-        return "the call is not valid JSON"
-    if not isinstance(call, dict) or set(call) != {"name", "arguments"} or not isinstance(call["arguments"], dict):
-        return "a call is an object with name and arguments"
-    name, arguments = call["name"], call["arguments"]
-    if not isinstance(name, str) or name not in TRUTH:
-        return f"unknown tool; use {', '.join(TRUTH)}"
+    """A call's tool and operands, or what is wrong with it."""
+    call = read_call(body, TRUTH)
+    if isinstance(call, str):
+        return call
+    name, arguments = call
     if set(arguments) != {"a", "b"}:
         return "the arguments are a and b"
     a, b = arguments["a"], arguments["b"]
@@ -130,15 +100,15 @@ class MathApiEpisode(Episode):
             return Reply()
         self.answer = None
         replies = [self._run(body) for body in calls[:MAX_CALLS]]
-        observations = [text for text, _ in replies]
+        messages = [Message("tool", text) for text, _ in replies]
         dropped = len(calls) - len(replies)
         if dropped:
-            observations.append(json.dumps({"error": f"at most {MAX_CALLS} calls a turn"}))
+            messages.append(Message("tool", json.dumps({"error": f"at most {MAX_CALLS} calls a turn"})))
         found = [ok and same_number(last_number(text), self.truth) for text, ok in replies]
         errors = dropped + sum(not ok for _, ok in replies)
-        return Reply(observations, calls=len(calls), errors=errors, reward=float(any(found)))
+        return Reply(messages, calls=len(calls), errors=errors, reward=float(any(found)))
 
-    def outcome(self) -> Outcome:
+    def outcome(self, end: End) -> Outcome:
         """1 where the last ended turn is an answer and its last number is the truth."""
         right = same_number(self.answer, self.truth)
         return Outcome(float(right), right)
@@ -165,11 +135,12 @@ class MathApiTask(Task):
     @cached_property
     def tools(self) -> list[dict[str, Any]]:
         """Schemas of the three tools that may be called."""
-        return [tool_schema(name) for name in TRUTH]
+        number = {"type": "number"}
+        return [function_schema(name, f"{name} two numbers", {"a": number, "b": number}) for name in TRUTH]
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, TEMPLATES / "mathapi_teacher.txt", ("question", "calls", "answer"))
+        return load_template(self.teacher_template, Path(__file__).with_name("teacher.txt"), ("question", "calls", "answer"))
 
     def _draw(self, rng: random.Random, held_out: bool) -> tuple[str, str, int, int]:
         while True:  # about one draw in five is held out, so this ends after a few
@@ -181,8 +152,8 @@ class MathApiTask(Task):
 
     def _problem(self, id: str, question: str, tool: str, a: int, b: int) -> Problem:
         answer = str(TRUTH[tool](a, b))
-        teacher = fill(self._template, question=question, calls=call_text(tool, a, b), answer=answer)
-        return Problem(id, user(question), user(teacher), answer, {"tool": tool, "a": a, "b": b})
+        teacher = fill(self._template, question=question, calls=call_text(tool, {"a": a, "b": b}), answer=answer)
+        return Problem(id, user(question), user(teacher), answer, data={"tool": tool, "a": a, "b": b})
 
     def train_problem(self, index: int) -> Problem:
         """A function of (seed, index); its operand pair is never one of the held-out pairs."""
@@ -210,7 +181,7 @@ class MathApiTask(Task):
             return [self._guess(problem.answer, rng)]
         if kind == "wrong_tool":
             tool = rng.choice([name for name in TRUTH if name != tool])
-        return [call_turn(tool, a, b), str(TRUTH[tool](a, b))]
+        return [call_turn(tool, {"a": a, "b": b}), str(TRUTH[tool](a, b))]
 
     def wrong_answer(self, problem: Problem, rng: random.Random) -> str:
         """A final answer of the right length that is not the truth."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task
-from gear_trainer.tasks.common import TEMPLATES, fill, last_number, load_template, same_number, user
+from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task
+from gear_trainer.tasks.common import fill, last_number, load_template, same_number, user
 
 QUESTION = "What is {a}+{b}? Reply with the number only."
 PAIRS = [(a, b) for a in range(1, 10) for b in range(1, 10)]
@@ -26,7 +27,7 @@ class SumsEpisode(Episode):
         self.answer = last_number(text)
         return Reply()
 
-    def outcome(self) -> Outcome:
+    def outcome(self, end: End) -> Outcome:
         """1 where the turn ended and its last number is the sum."""
         right = same_number(self.answer, self.truth)
         return Outcome(float(right), right)
@@ -44,12 +45,12 @@ class SumsTask(Task):
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, TEMPLATES / "sums_teacher.txt", ("question", "answer"))
+        return load_template(self.teacher_template, Path(__file__).with_name("teacher.txt"), ("question", "answer"))
 
     def _problem(self, id: str, a: int, b: int) -> Problem:
         question, answer = QUESTION.format(a=a, b=b), str(a + b)
         teacher = fill(self._template, question=question, answer=answer)
-        return Problem(id, user(question), user(teacher), answer, {"a": a, "b": b})
+        return Problem(id, user(question), user(teacher), answer, data={"a": a, "b": b})
 
     def train_problem(self, index: int) -> Problem:
         """One of the 64 trained pairs, a function of (seed, index)."""

@@ -21,7 +21,7 @@ MEMORY_LIMIT = 4 << 30  # bytes of address space of the worker
 
 
 class AnswerChecker:
-    """Whether a text's final answer (math_answer.py) is the gold one. One worker, started on first use, and after a kill."""
+    """Whether a text's final answer (answer.py) is the gold one. One worker, started on first use, and after a kill."""
 
     def __init__(self, limit_s: float):
         self.limit_s, self.timeouts = limit_s, 0
@@ -30,7 +30,7 @@ class AnswerChecker:
 
     def equal(self, gold: str, text: str) -> bool:
         """False also where the text gives no answer, and where the check took longer than the limit or broke the worker."""
-        from gear_trainer.tasks.math_answer import final_answer, ungrouped  # here: the worker runs without the project
+        from gear_trainer.tasks.math.answer import final_answer, ungrouped  # here: the worker runs without the project
 
         answer = final_answer(gold, text)
         return answer is not None and self._agree(ungrouped(gold), answer)

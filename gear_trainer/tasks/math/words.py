@@ -1,6 +1,6 @@
 """GSM8K and MATH, or files of the same form: one turn of reasoning, the final answer checked by math-verify.
 
-What of a turn is its final answer: math_answer.py.
+What of a turn is its final answer: answer.py.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gear_trainer.tasks.base import DataAway, Episode, Outcome, Problem, Reply, Task, TaskError
-from gear_trainer.tasks.common import TEMPLATES, fill, load_template, user
-from gear_trainer.tasks.math_answer import last_boxed
-from gear_trainer.tasks.math_check import AnswerChecker, answer_checker
+from gear_trainer.tasks.base import DataAway, End, Episode, Outcome, Problem, Reply, Task, TaskError
+from gear_trainer.tasks.common import fill, load_template, user
+from gear_trainer.tasks.math.answer import last_boxed
+from gear_trainer.tasks.math.checker import AnswerChecker, answer_checker
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 _FOREIGN = " Let's think step by step and output the final answer within \\boxed{}."  # some copies of MATH append this
@@ -160,7 +160,7 @@ class MathEpisode(Episode):
         self.text = text
         return Reply()
 
-    def outcome(self) -> Outcome:
+    def outcome(self, end: End) -> Outcome:
         """1 where the turn ended and math-verify finds its final answer equal to the gold one."""
         right = self.text is not None and self.checker.equal(self.gold, self.text)
         return Outcome(float(right), right)
@@ -201,7 +201,7 @@ class MathTask(Task):
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, TEMPLATES / "math_teacher.txt", ("problem", "solution", "answer"))
+        return load_template(self.teacher_template, Path(__file__).with_name("teacher.txt"), ("problem", "solution", "answer"))
 
     @cached_property
     def _held_out(self) -> list[Row]:
@@ -233,7 +233,7 @@ class MathTask(Task):
     def _problem(self, id: str, row: Row) -> Problem:
         student = f"{row.problem}\n{self.instruction}"
         parts = {"problem": row.problem, "solution": row.solution, "answer": row.answer, "instruction": self.instruction}
-        return Problem(id, user(student), user(fill(self._template, **parts)), row.answer, {"solution": row.solution})
+        return Problem(id, user(student), user(fill(self._template, **parts)), row.answer, data={"solution": row.solution})
 
     def train_problem(self, index: int) -> Problem:
         """A function of (seed, index): each epoch is a new order of all rows that are not held out."""

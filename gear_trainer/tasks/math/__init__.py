@@ -1,0 +1,1 @@
+"""Word problems and competition mathematics: answers read from text, checked by math-verify."""

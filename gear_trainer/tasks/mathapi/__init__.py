@@ -1,0 +1,1 @@
+"""Two-turn tool use on the executable `MathAPI` class of bfcl-eval."""
