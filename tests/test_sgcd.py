@@ -10,14 +10,13 @@ from fake_openai import fake_openai
 from gear_trainer.config import load_config
 from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
 from gear_trainer.errors import ConfigError
-from gear_trainer.evaluation import limits_of
 from gear_trainer.hints.endpoint import connect
 from gear_trainer.hints.masking import PLACEHOLDER
 from gear_trainer.hints.writer import PolicyWriter, Writer
 from gear_trainer.preflight.checks import check, check_prompts
 from gear_trainer.preflight.dry_run import geometry
 from gear_trainer.recipe import resolve
-from gear_trainer.rollout import Completion, Rollout, is_mixed, mixed_groups, roll_out
+from gear_trainer.rollout import Completion, Limits, Rollout, is_mixed, mixed_groups, roll_out
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import TaskError, make_task
@@ -153,7 +152,7 @@ def test_without_the_filter_indices_are_dense():
 
 def test_one_batch_is_what_the_engine_alone_gives():
     t = trainer(lambda i: 2)
-    direct = roll_out(Solver(), t.chat, Indexed(lambda i: 2), t.problems(1, 0, [0, 1, 2, 3]), limits_of(t.cfg), (0, 1))
+    direct = roll_out(Solver(), t.chat, Indexed(lambda i: 2), t.problems(1, 0, [0, 1, 2, 3]), Limits.of(t.cfg.rollout), (0, 1))
     rollouts, counts = mixed_groups(lambda batch, slots: direct, 4, 3)
     assert rollouts == direct and counts == {"mixed_groups": 4, "resampled_groups": 0}
 
