@@ -67,21 +67,11 @@ def credit_weights(
     method = _resolve(method)
     floats = dict(zip(FLOAT_INPUTS, (signal, entropy, teacher_entropy, forward_kl, turn_rewards), strict=True))
     rows = {**floats, "turn_ids": turn_ids, "anchors": anchors}
-    for name in method.needs:
-        given = {**rows, "groups": groups}.get(name)
-        require(given is not None, f"{name}: given None", f"a tensor, for {method} reads it", f"pass {name} or another method")
-    total = _check_tensors({**rows, "mask": mask}, {"advantages": advantages, "groups": groups}, cu_seqlens)
-    if total is None:
-        total = int(cu_seqlens[-1])
-    if cu_seqlens.device.type == "cpu":
-        _check_bounds(cu_seqlens, total)
-    rows = {name: x if name in method.needs else None for name, x in rows.items()}
-    pack = Pack(rows, advantages, cu_seqlens, mask, total, _dtype(rows))
+    pack = _checked(method, rows, {"advantages": advantages, "groups": groups}, cu_seqlens, mask)
     rule = method.rule() if hasattr(method, "rule") else None
-    if rule is not None:
-        backend = backends.BACKENDS[backends.choose(pack.device, torch.float32)]
-        if backend.scans:
-            return backend.scan(pack, rule)
+    backend = None if rule is None else backends.BACKENDS[backends.choose(pack.device, torch.float32)]
+    if backend is not None and backend.scans:
+        return backend.scan(pack, rule)
     if pack.device.type == "cpu":
         check_nan(pack)
     index, tokens = _gather(pack, groups)
@@ -160,6 +150,20 @@ def _resolve(method: object):
         "pass Gear(...) or Grpo()",
     )
     return method
+
+
+def _checked(method, rows: dict, sequences: dict, cu_seqlens: torch.Tensor, mask: torch.Tensor | None) -> Pack:
+    """The call as a Pack. rows: the [T] inputs by name.  sequences: the [B] inputs."""
+    for name in method.needs:
+        given = {**rows, "groups": sequences["groups"]}.get(name)
+        require(given is not None, f"{name}: given None", f"a tensor, for {method} reads it", f"pass {name} or another method")
+    total = _check_tensors({**rows, "mask": mask}, sequences, cu_seqlens)
+    if total is None:
+        total = int(cu_seqlens[-1])
+    if cu_seqlens.device.type == "cpu":
+        _check_bounds(cu_seqlens, total)
+    rows = {name: x if name in method.needs else None for name, x in rows.items()}
+    return Pack(rows, sequences["advantages"], cu_seqlens, mask, total, _dtype(rows))
 
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)

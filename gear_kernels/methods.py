@@ -1,9 +1,7 @@
-"""Credit methods: small frozen dataclasses that turn policy tokens into weights.
+"""Credit methods: small frozen dataclasses that turn policy tokens into weights, behind one class, `Method`.
 
-A method is any object with `needs` (the names of the inputs it reads, out of INPUTS) and `apply(PolicyTokens) -> PolicyCredit`.
-Optional: `signals`, what its signal may be, its own first (k1: the sampled log-ratio lpS - lpT; reverse_kl: the full KL);
-`at(step)`, for a schedule, returns the method of a training step; `rule()`, the same as a record of rules.py, for the compiled
-scans. The mathematics behind the package's own is in reference/credit.py.
+The mathematics behind the package's own is in reference/credit.py. A method from elsewhere derives from `Method`, or is any
+object with `needs` and `apply`; what it leaves out is as Method has it.
 """
 
 from __future__ import annotations
@@ -34,7 +32,17 @@ from .rules import (
     ShareRule,
 )
 
-__all__ = ["FLOAT_INPUTS", "INPUTS", "METHODS", "NORMALIZERS", "SEGMENTERS", "PolicyCredit", "PolicyTokens", "signals_of"]
+__all__ = [
+    "FLOAT_INPUTS",
+    "INPUTS",
+    "METHODS",
+    "NORMALIZERS",
+    "SEGMENTERS",
+    "Method",
+    "PolicyCredit",
+    "PolicyTokens",
+    "signals_of",
+]
 SEGMENTERS = tuple(name for name in SCAN_SEGMENTERS if name != "stable")  # Gear's
 
 
@@ -74,11 +82,36 @@ class PolicyCredit(NamedTuple):
     silent: int = 0  # trajectories whose scale is below the signal floor or reference.SILENT
 
 
+class Method:
+    """A credit method: `apply` in plain torch, and what a caller has to know of it."""
+
+    needs: tuple[str, ...] = ()  # the inputs that it reads, out of INPUTS
+    # what its signal may be, its own first; k1: the sampled log-ratio lpS - lpT; reverse_kl: the full KL
+    signals: tuple[str, ...] = ("k1", "reverse_kl")
+    # for a trainer:
+    teacher_sees = "ground_truth"  # in its prompt; or sibling: a correct rollout of the group
+    outcome_in_last_turn = False  # the outcome's reward is added to the last turn's
+    wants_references = False  # the teacher reads a written credit reference in place of the ground truth
+    mixed_groups = False  # groups that all succeed or all fail are sampled again
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        """Weights and what they were made of, from the policy tokens alone."""
+        raise NotImplementedError
+
+    def rule(self) -> Rule | None:
+        """The same as a record of rules.py, for the compiled scans; None: `apply` alone says it."""
+        return None
+
+    def at(self, step: int) -> Method:
+        """The method of training step `step`, counted from 1."""
+        return self
+
+
 # --- GEAR and GRPO ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Grpo:
+class Grpo(Method):
     """W = 1: the sequence's advantage on each of its policy tokens. Reads neither signal nor entropy (either may be None)."""
 
     @property
@@ -96,7 +129,7 @@ class Grpo:
 
 
 @dataclass(frozen=True)
-class Gear:
+class Gear(Method):
     """Adaptive-granularity credit: GEAR, arXiv 2605.11853, Eq. 2-5 and Algorithm 1, its ablations and two controls.
 
     A segment opens at a token with g > kl_threshold and ends with the first later token whose entropy exceeds
@@ -248,7 +281,7 @@ def _unsegmented(tokens: PolicyTokens, weights: torch.Tensor, behind: torch.Tens
 
 
 @dataclass(frozen=True)
-class Rlsd:
+class Rlsd(Method):
     """W = 1 - mix + mix * clip(exp(sign(A) delta), 1 +- clip): RLSD, arXiv 2604.03128. `at(step)` lets mix decay to 0."""
 
     mix: float = 0.5
@@ -264,7 +297,7 @@ class Rlsd:
     needs = ("signal",)
 
     def at(self, step: int) -> Rlsd:
-        """The method of training step `step`, counted from 1."""
+        """See Method.at: mix falls linearly."""
         left = max(0.0, 1 - (step - 1) / self.decay_steps) if self.decay_steps else 1.0
         return replace(self, mix=self.mix * left, decay_steps=0)
 
@@ -277,7 +310,7 @@ class Rlsd:
 
 
 @dataclass(frozen=True)
-class Egrsd:
+class Egrsd(Method):
     """W = clip(exp(sign(A) delta), 1 +- clip) * clip(1 - slope * H, floor, 1): EGRSD, arXiv 2605.13255.
 
     H is the teacher's entropy over max(its largest value in the pack, 1). look_ahead k: in its place its least value over tokens
@@ -308,7 +341,7 @@ class Egrsd:
 
 
 @dataclass(frozen=True)
-class ScGrpo:
+class ScGrpo(Method):
     """W = D / (D + max(P75(D), 1e-4)), D = KL(teacher || student), P75 over the pack (ours): SC-GRPO, arXiv 2606.18810.
 
     The teacher sees a correct sibling trajectory (`teacher_sees`, for a trainer).
@@ -322,7 +355,7 @@ class ScGrpo:
         check_number("ScGrpo.least", self.least, lambda x: x > 0, "of nats, above 0")
 
     needs = ("forward_kl",)
-    teacher_sees = "sibling"  # a correct one, in a trainer's prompt for the teacher
+    teacher_sees = "sibling"
 
     def rule(self) -> Rule:
         return ShareRule(self.quantile, self.least)
@@ -334,7 +367,7 @@ class ScGrpo:
 
 
 @dataclass(frozen=True)
-class AmrSd:
+class AmrSd(Method):
     """A >= 0: W = 1 + up * max(0, I - margin); A < 0: W = 1 + down * max(0, -I - margin); I = clip(delta, +-bound).
 
     AMR-SD, arXiv 2605.18529; the defaults of up, down and margin are ours.
@@ -363,7 +396,7 @@ class AmrSd:
 
 
 @dataclass(frozen=True)
-class HighEntropy:
+class HighEntropy(Method):
     """W = 1 on the tokens of the pack's top `share` of entropies (ties included), else 0: arXiv 2506.01939."""
 
     share: float = 0.2
@@ -382,7 +415,7 @@ class HighEntropy:
 
 
 @dataclass(frozen=True)
-class Sgcd:
+class Sgcd(Method):
     """W = clip(1 + gamma s, 1, cap), s the saliency in [0, 1] of a divergence spike: SGCD, arXiv 2606.12634.
 
     s = the signal's `quantile`-normalised value (the full KL(student || teacher) is meant); a spike above kl_threshold opens a
@@ -405,6 +438,8 @@ class Sgcd:
 
     signals = ("reverse_kl", "k1")
     needs = ("signal", "teacher_entropy")
+    wants_references = True
+    mixed_groups = True
 
     def rule(self) -> Rule:
         cut = Cut("quantile", "stable", quantile=self.quantile, threshold=self.kl_threshold, ratio=self.stable)
@@ -436,7 +471,7 @@ def _turns(tokens: PolicyTokens, relative: torch.Tensor, weight: float) -> Polic
 
 
 @dataclass(frozen=True)
-class Turn:
+class Turn(Method):
     """A_outcome + weight * A_turn: MT-GRPO, arXiv 2505.11821, for any number of turns (two in the paper's code).
 
     A_turn is the turn's reward relative to the turns of equal turn id among its sequence's group: minus their mean, over their
@@ -461,7 +496,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Gigpo:
+class Gigpo(Method):
     """A_episode + weight * A_step: GiGPO, arXiv 2505.10978, Eq. 5-8.
 
     A turn's return is its reward plus gamma times the next turn's return; A_step is that return relative to those of the group's
@@ -480,7 +515,7 @@ class Gigpo:
         require(isinstance(self.std, bool), f"Gigpo.std: given {self.std!r}", "a bool", "pass True or False")
 
     needs = ("turn_rewards", "turn_ids", "anchors", "groups")
-    outcome_in_last_turn = True  # a trainer adds the outcome's reward to the last turn's
+    outcome_in_last_turn = True
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         first = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
@@ -508,4 +543,4 @@ METHODS = {
 
 def signals_of(method: object) -> tuple[str, ...]:
     """The signals that a method may be given, its own first."""
-    return getattr(method, "signals", ("k1", "reverse_kl"))
+    return getattr(method, "signals", Method.signals)

@@ -144,30 +144,35 @@ def linear_token_stats(
     teacher_hidden, own = _checked_teacher(student_hidden, teacher_hidden, head, teacher_head)
     _check_no_tangents({"student_hidden": student_hidden, "head.weight": head.weight, "head.bias": head.bias})
     targets, inverse = _rows(student_hidden, student_hidden.shape[:-1], targets, temperature)
-    values, _ = ops.linear_token_stats(
-        *ops.LinearCall(
-            student=student_hidden.flatten(0, -2),
-            weight=head.weight,
-            bias=head.bias,
-            teacher=None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
-            teacher_weight=None if own is None else own.weight.detach(),
-            teacher_bias=None if own is None or own.bias is None else own.bias.detach(),
-            targets=targets,
-            inv_temperature=inverse,
-            stats=names,
-            backend=backends.choose(student_hidden.device, student_hidden.dtype),
-            workspace_bytes=int(workspace_bytes or tiling.limits(student_hidden.device).workspace),
-            ignore_index=int(ignore_index),
-            jsd_beta=_checked_beta(jsd_beta),
-            softcap=_number(head.softcap),
-            scale=_number(head.scale),
-            teacher_softcap=None if own is None else _number(own.softcap),
-            teacher_scale=None if own is None else _number(own.scale),
-            valid_vocab=None if head.valid_vocab is None else int(head.valid_vocab),
-            group="" if head.group is None else parallel.group_name("head", head.group),
-        )
-    )
+    rows = (student_hidden, teacher_hidden, targets, inverse)
+    call = _linear_call(rows, head, own, names, workspace_bytes, ignore_index=int(ignore_index), jsd_beta=_checked_beta(jsd_beta))
+    values, _ = ops.linear_token_stats(*call)
     return _pack(values, names, student_hidden.shape[:-1])
+
+
+def _linear_call(rows, head: Head, own: Head | None, names, workspace_bytes: int | None, **constants) -> ops.LinearCall:
+    """The checked call as the operator takes it. rows: student and teacher hidden states, targets, 1 / temperature."""
+    student_hidden, teacher_hidden, targets, inverse = rows
+    return ops.LinearCall(
+        student=student_hidden.flatten(0, -2),
+        weight=head.weight,
+        bias=head.bias,
+        teacher=None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
+        teacher_weight=None if own is None else own.weight.detach(),
+        teacher_bias=None if own is None or own.bias is None else own.bias.detach(),
+        targets=targets,
+        inv_temperature=inverse,
+        stats=names,
+        backend=backends.choose(student_hidden.device, student_hidden.dtype),
+        workspace_bytes=int(workspace_bytes or tiling.limits(student_hidden.device).workspace),
+        **constants,
+        softcap=_number(head.softcap),
+        scale=_number(head.scale),
+        teacher_softcap=None if own is None else _number(own.softcap),
+        teacher_scale=None if own is None else _number(own.scale),
+        valid_vocab=None if head.valid_vocab is None else int(head.valid_vocab),
+        group="" if head.group is None else parallel.group_name("head", head.group),
+    )
 
 
 # --- argument checks ---------------------------------------------------------------------------------------------------

@@ -166,6 +166,16 @@ def test_missing_module_warns_once_and_says_so(monkeypatch, capsys):
     assert "not native: the compiled module is missing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("table", backends.native.TABLES)
+def test_a_module_built_from_other_sources_is_no_back_end(monkeypatch, table):
+    """Columns and numbers travel by place: a list in another order must not be served, or results would change their names."""
+    load, own = backends.native.load.__wrapped__, backends.native.TABLES[table]
+    assert load() == (_native, None) and tuple(_native.tables()[table]) == own
+    monkeypatch.setitem(backends.native.TABLES, table, (own[1], own[0], *own[2:]))
+    module, reason = load()
+    assert module is None and f"built from other sources (its {table} differ)" in reason
+
+
 def test_show(monkeypatch, compiled_triton, capsys):
     monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
     gear_kernels.show()

@@ -417,6 +417,23 @@ def test_few_rows_are_split_over_the_vocabulary(backend):
     assert_values(token_stats(student, teacher, targets, stats=ALL), exact(student, teacher, targets, stats=ALL))
 
 
+def test_the_table_says_what_each_statistic_reads(backend):
+    """Asked for alone, with no more than the table names, each is there; without it, an error names what is missing."""
+    student, teacher, targets = logits_case(3, 3, 200)
+    leaf = student.clone().requires_grad_()
+    for stat in reference.STATISTICS:
+        given = (teacher if stat.needs_teacher else None, targets if stat.needs_target else None)
+        value = getattr(token_stats(leaf, *given, stats=(stat.name,)), stat.name)
+        assert value.requires_grad == stat.gradient and value.isfinite().all()
+        if stat.needs_teacher:
+            with pytest.raises(GearKernelsError, match=f"{stat.name} was asked for without a teacher"):
+                token_stats(leaf, None, targets, stats=(stat.name,))
+        if stat.needs_target:
+            with pytest.raises(GearKernelsError, match=f"{stat.name} was asked for without targets"):
+                token_stats(leaf, teacher, None, stats=(stat.name,))
+    assert TokenStats._fields == tuple(stat.name for stat in reference.STATISTICS)
+
+
 def test_leading_dimensions(backend):
     student, teacher, targets = logits_case(4, 6, 40)
     flat = token_stats(student, teacher, targets, stats=ALL)

@@ -96,6 +96,7 @@ class Rows(NamedTuple):
     ignore_index: int
 
     def part(self, rows: slice) -> Rows:
+        """The rows of a slice."""
         targets = None if self.targets is None else self.targets[rows]
         return self._replace(targets=targets, inv_temperature=self.inv_temperature[rows])
 
