@@ -1,10 +1,12 @@
 """The benchmarks themselves: the quick report really runs, its answers are right, its instruments measure. Never a time."""
 
+import ast
 import io
 import json
 import math
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 import torch
@@ -201,6 +203,30 @@ def test_compiled_peers_agree():
         for peer in (p for p in peers.peers(kind) if p.compiles):
             row, call, _ = tables.first_call(peer, case, truth, "forward+backward")
             assert not row.wrong and (call is not None or row.failure.startswith("not installed")), row
+
+
+FOLDERS = {"harness": 0, "reports": 1, "gpu": 1, "gates": 1, "page": 2, "": 3}  # a folder imports those of a lower number
+
+
+def imports(path):
+    """(file of benchmarks, name) for each name that a file imports from another, inside functions too."""
+    for node in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level):
+        base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        for alias in node.names:
+            yield (base / f"{alias.name}.py" if base.is_dir() else base.with_suffix(".py")), alias.name
+
+
+def test_imports_run_downwards_without_a_circle():
+    folder = environment.ROOT / "benchmarks"
+    found = {path: set(imports(path)) for path in folder.rglob("*.py")}
+    edges = {path: {file for file, _ in names} for path, names in found.items()}
+    for path, names in found.items():
+        for file, name in names:
+            assert file.is_file() and not name.startswith("_"), (path, file, name)
+            here, there = ("" if p.parent == folder else p.parent.name for p in (path, file))
+            assert here == there or FOLDERS[there] < FOLDERS[here], f"{path} imports {file}"
+    tuple(TopologicalSorter(edges).static_order())  # raises on a circle
+    assert sum(len(files) for files in edges.values()) > 80
 
 
 def test_pytest_benchmarks_run():

@@ -44,7 +44,18 @@ from gear_kernels.methods import METHODS, NORMALIZERS, Gear
 
 from ..harness.cases import OUTPUTS, plain
 from ..harness.environment import RESULTS, ROOT
-from ..harness.internals import IGNORED, STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, Tile, TileTask, needs_teacher
+from ..harness.internals import (
+    IGNORED,
+    KERNEL_MODULES,
+    STAT_NAMES,
+    STATE_NAMES,
+    SUM_NAMES,
+    Rows,
+    Tile,
+    TileTask,
+    kernels_of,
+    needs_teacher,
+)
 from ..harness.tables import markdown_table, progress_bar, terminal_console
 
 TABLE = "compile_report.json"
@@ -261,10 +272,7 @@ def _scan(module: ModuleType, rule, masked: bool, tokens: int = 1024, dtype: tor
     module.scan(module.ScanRows(*rows), module.ScanOutputs(*out), rule, tokens)
 
 
-FAMILIES = (
-    Family("gear_kernels.triton.stats", statistics_launches),
-    Family("gear_kernels.triton.scan", scan_launches),
-)
+FAMILIES = tuple(map(Family, KERNEL_MODULES, (statistics_launches, scan_launches)))
 
 
 # --- one target, in its own process -----------------------------------------------------------------------------------------
@@ -333,7 +341,7 @@ def worker(target: str, only: str, config: tuple[int, int] | None) -> None:
 def _launches(compiled: list, config: tuple[int, int] | None) -> Iterator[tuple[str, Launch]]:
     for family in FAMILIES:
         module = importlib.import_module(family.module)
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        for name in kernels_of(module):
             setattr(module, name, _Recorder(getattr(module, name), compiled))
         if config:
             module.config = functools.partial(_fixed, module.Config(*config))

@@ -34,7 +34,7 @@ import gear_kernels
 from ..harness.cases import DTYPES, HEAD_SHAPE, PASSES, SMALL, Case, make_case, plain, runner
 from ..harness.credit_inputs import SMALL_PACK, TOKEN_BYTES, pack
 from ..harness.environment import RESULTS
-from ..harness.internals import body_of, taken_for_gpu
+from ..harness.internals import KERNEL_MODULES, body_of, kernels_of, taken_for_gpu
 from ..harness.measure import elapsed_ms, interleave, keep_freed_blocks, one_thread
 from ..harness.peers import EAGER, OURS, peers
 from ..harness.tables import terminal_console
@@ -137,7 +137,7 @@ class Launches:
 
 
 def _any_config(*_) -> NamedTuple:
-    return importlib.import_module("gear_kernels.triton.stats").Config(1024, 4)
+    return importlib.import_module(KERNEL_MODULES[0]).Config(1024, 4)
 
 
 @contextlib.contextmanager
@@ -145,9 +145,8 @@ def gpu_path() -> Iterator[Launches]:
     """Meta tensors take the path of a GPU: the Triton back end, with its kernels replaced by one counter."""
     launches = Launches()
     with contextlib.ExitStack() as stack:
-        for name in ("stats", "scan"):
-            module = importlib.import_module(f"gear_kernels.triton.{name}")
-            for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
+        for module in map(importlib.import_module, KERNEL_MODULES):
+            for kernel in kernels_of(module):
                 stack.enter_context(mock.patch.object(module, kernel, launches))
             # the real one asks the driver for the device; block and warps change no count
             stack.enter_context(mock.patch.object(module, "config", _any_config))

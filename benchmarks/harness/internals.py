@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -36,6 +37,8 @@ __all__ = [
     "head_logits",
     "token_stats",
     "IGNORED",
+    "KERNEL_MODULES",
+    "kernels_of",
     "serving",
     "replaced",
     "taken_for_gpu",
@@ -45,6 +48,12 @@ __all__ = [
     "linear_body",
 ]
 IGNORED = -100  # the target of a row that gives nothing
+KERNEL_MODULES = ("gear_kernels.triton.stats", "gear_kernels.triton.scan")  # imported where they are used: they need triton
+
+
+def kernels_of(module: ModuleType) -> list[str]:
+    """Names of the Triton kernels that a module launches."""
+    return [name for name in vars(module) if name.endswith("_kernel")]
 
 
 def serving(device: str, dtype: torch.dtype) -> Backend:
