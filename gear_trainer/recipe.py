@@ -124,19 +124,31 @@ class Recipe:
         return "turn_rewards" in self.method.needs
 
     @property
+    def stretches_noise(self) -> bool:
+        """Whether the method divides a trajectory's signal by its own scale, however small that is."""
+        method = self.method
+        return isinstance(method, Gear) and method.normalizer != "none" and method.signal_floor == 0
+
+    @property
+    def teacher_stats(self) -> tuple[str, ...]:
+        """The method's inputs that are statistics themselves, unlike the signal, which is made of some."""
+        return tuple(name for name in self.teacher_columns if name != "signal")
+
+    @property
     def stats_to_update(self) -> tuple[str, ...]:
+        """The statistics of the update pass."""
         return ("logprobs", *(self.distillation.stats if self.distillation else ()))
 
     @property
     def jsd_beta(self) -> float | None:
+        """The Jensen-Shannon divergence's weight of the teacher, None without a distillation loss."""
         return self.distillation.jsd_beta if self.distillation else None
 
     def stats_to_score(self, teacher: bool) -> tuple[str, ...]:
         """The statistics of a scoring pass, of the student's rows alone or beside the teacher's."""
         if not teacher:
             return ("logprobs", "entropy")
-        rows = tuple(name for name in self.teacher_columns if name != "signal")
-        return ("logprobs", "entropy", "teacher_logprobs", *SIGNAL_STATS[self.signal], *rows)
+        return ("logprobs", "entropy", "teacher_logprobs", *SIGNAL_STATS[self.signal], *self.teacher_stats)
 
     def signal_of(self, out: TokenStats) -> torch.Tensor:
         """The signal [n] (nats) out of a pass with the teacher's rows."""

@@ -1,15 +1,13 @@
 """A finished run as one page: curves, the last step's numbers, and rollouts coloured by token credit.
 
-`python -m gear_trainer.report.build runs/NAME` writes `report.html` and `curve.png` into the run's folder.
-`python -m gear_trainer.report.build --compare FILE.png runs/A runs/B ...` draws held-out success of several runs, one colour a
-method.
+`python -m gear_trainer report runs/NAME` writes `report.html` and `curve.png` into the run's folder.
+`python -m gear_trainer report --compare FILE.png runs/A runs/B ...` draws held-out success of several runs, one colour a method.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +134,3 @@ def _style(token: dict[str, Any], spread: float) -> str:
 def _template() -> jinja2.Template:
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     return jinja2.Environment(loader=folder, autoescape=True).get_template("report.html.jinja")
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "--compare":
-        draw_comparison([Path(a) for a in sys.argv[3:]], Path(sys.argv[2]))
-    else:
-        print(write_report(Path(sys.argv[1])))

@@ -26,7 +26,7 @@ def _keep(recipe: Recipe, experience: Experience, rows: list[int], out: TokenSta
     found = {"logprobs": out.logprobs, "entropy": out.entropy}
     if teacher:
         found["teacher_logprobs"] = out.teacher_logprobs
-        found |= {name: getattr(out, name) for name in recipe.teacher_columns if name != "signal"}
+        found |= {name: getattr(out, name) for name in recipe.teacher_stats}
         found["signal"] = recipe.signal_of(out)
     places = experience.tokens(rows)
     for name, values in found.items():
