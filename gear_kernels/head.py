@@ -42,8 +42,8 @@ class FusedHead(nn.Linear):
         return linear
 
     def __call__(self, hidden: torch.Tensor, *positional, **named) -> torch.Tensor | TokenStats:
-        """As `forward`. What follows hidden travels by name, because the hook of torch's ColwiseParallel drops all but the first
-        positional argument: logits came back, and now the sharded weight is refused.
+        """Calls `forward`. What follows hidden travels by name, because the hook of torch's ColwiseParallel drops all but the
+        first positional argument: logits came back, and now the sharded weight is refused.
         """
         return super().__call__(hidden, **dict(zip(("targets", "teacher_hidden"), positional, strict=False)), **named)
 
@@ -60,7 +60,7 @@ class FusedHead(nn.Linear):
         jsd_beta: float = 0.5,
         workspace_bytes: int | None = None,
     ) -> torch.Tensor | TokenStats:
-        """hidden [..., D] -> logits [..., V] without targets and stats (scale and softcap are left to the model, as before);
+        """From hidden [..., D] to logits [..., V] without targets and stats (scale and softcap are left to the model, as before);
         otherwise TokenStats of shape [...], see `linear_token_stats`.
 
         stats=None asks for entropy, with targets for logprobs, with teacher_hidden for reverse_kl. The teacher's hidden states

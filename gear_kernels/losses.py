@@ -34,7 +34,7 @@ def policy_gradient_loss(
     dual_clip: float | None = None,
     importance_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-sum of token_weights * importance_weights * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A): the clipped surrogate.
+    """The clipped surrogate loss: -sum token_weights * importance_weights * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
     All arguments have one shape, such as [T]; r = exp(logprobs - old_logprobs), the log ratio cut at +-20: a token beyond that
     passes no gradient. Only `logprobs` is differentiated.
@@ -100,7 +100,7 @@ def _policy_metrics(log_ratio: torch.Tensor, used: torch.Tensor, clipped: torch.
 def reference_kl_loss(
     logprobs: torch.Tensor, reference_logprobs: torch.Tensor, token_weights: torch.Tensor, *, estimator: str = "k3"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """sum of token_weights * an estimate of KL(policy || reference) from the sampled tokens' log-probs, all of one shape.
+    """The loss sum of token_weights * an estimate of KL(policy || reference) from sampled tokens' log-probs, all of one shape.
 
     With d = reference_logprobs - logprobs: k1 is -d (unbiased, noisy, its gradient is zero on average), k2 is d^2 / 2 (its
     gradient is the KL's on average), k3 is e^d - 1 - d (unbiased, never negative; GRPO's, arXiv 2402.03300), d cut at +-20 and k3
@@ -131,7 +131,7 @@ def distillation_loss(
     temperature: float | torch.Tensor = 1.0,
     workspace_bytes: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """sum of token_weights * a divergence of student and teacher over the whole vocabulary, from hidden states [..., D].
+    """The loss sum of token_weights * a divergence of student and teacher over the whole vocabulary, from hidden states [..., D].
 
     beta: 1 is reverse KL(S || T), 0 forward KL(T || S), between the generalised Jensen-Shannon divergence beta KL(T || M) +
     (1 - beta) KL(S || M) with M = beta T + (1 - beta) S (GKD, arXiv 2306.13649; OPSD). As in TRL the two ends are the KLs
@@ -169,7 +169,7 @@ def divergence_stat(beta: float) -> tuple[str, float]:
 
 
 def divergence_loss(divergence: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """sum of token_weights * divergence [...], nats: `distillation_loss` where the statistics were already taken.
+    """The loss sum of token_weights * divergence [...], nats: `distillation_loss` where the statistics were already taken.
 
     Differentiated in `divergence`, in its dtype. Returns the loss and the detached mean over tokens of weight other than 0,
     `divergence` (nats, 0 without such tokens). Raises GearKernelsError where shapes differ.
@@ -201,7 +201,7 @@ def sampled_distillation_loss(
 def sdar_loss(
     logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, token_weights: torch.Tensor, *, sharpness: float = 5.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """sum of token_weights * sigmoid(sharpness * d) * d, d = lpT - lpS: SDAR's distillation term (arXiv 2605.15155).
+    """The loss sum of token_weights * sigmoid(sharpness * d) * d, d = lpT - lpS: SDAR's distillation term (arXiv 2605.15155).
 
     The gate is held constant (the paper's "detached signals") and the gradient goes through lpS alone, so it is
     -token_weights * sigmoid(sharpness * d): minimising raises every sampled token, those that the teacher prefers by nearly

@@ -31,7 +31,7 @@ class ModelHead(NamedTuple):
 
 
 def read(model: nn.Module) -> ModelHead:
-    """A causal LM of transformers (or around one, by peft) -> its head. Raises GearKernelsError for one that is no `Head`."""
+    """The head of a causal LM of transformers (or of one that peft wraps). Raises GearKernelsError for one that is no `Head`."""
     find = getattr(model, "get_output_embeddings", None)
     layer, config = None if find is None else find(), getattr(model, "config", None)
     if layer is None or config is None:
@@ -44,7 +44,7 @@ def read(model: nn.Module) -> ModelHead:
 
 
 def softcap(config: Any) -> float | None:
-    """What bounds the logits of a model of this configuration (Gemma's final_logit_softcapping)."""
+    """The bound on the logits of a model of this configuration (Gemma's final_logit_softcapping)."""
     return _first(config, _SOFTCAPS)
 
 

@@ -103,7 +103,7 @@ _LOGITS = (
 
 @torch.library.custom_op("gear_kernels::token_stats", mutates_args=(), schema=f"({_LOGITS}) -> (Tensor, Tensor)")
 def token_stats(*arguments):
-    """Logits [N, V] -> values [7, N] in the order of STAT_NAMES (those not asked for may hold anything), state [N, 9]."""
+    """Statistics of logits [N, V]: values [7, N] as STAT_NAMES (those not asked for may hold anything), state [N, 9]."""
     call = LogitsCall(*arguments)
     columns = call.student.shape[1]
     check_values(call.targets, call.inv_temperature, columns, call.ignore_index)
@@ -122,7 +122,7 @@ def _(student, *_):
     "gear_kernels::token_stats_backward", mutates_args=(), schema=f"({_LOGITS}, Tensor state, Tensor grads) -> Tensor"
 )
 def token_stats_backward(*arguments):
-    """grads [7, N] -> gradient of the student's logits, rounded once to their dtype."""
+    """Gradient of the student's logits from grads [7, N], rounded once to their dtype."""
     *given, state, grads = arguments
     call = LogitsCall(*given)
     through, dz = _through(call.stats), _like(call.student)
@@ -170,7 +170,7 @@ _TENSORS = 8  # of a LinearCall
 
 @torch.library.custom_op("gear_kernels::linear_token_stats", mutates_args=(), schema=f"({_LINEAR}) -> (Tensor, Tensor)")
 def linear_token_stats(*arguments):
-    """Hidden states [N, D] -> values [7, N], state [N, 9]."""
+    """Statistics of hidden states [N, D]: values [7, N], state [N, 9]."""
     call = LinearCall(*arguments)
     call = call._replace(teacher=_used_teacher(call.teacher, call.stats))
     check_values(call.targets, call.inv_temperature, call.vocabulary, call.ignore_index, sharded=bool(call.group))
@@ -190,7 +190,7 @@ def _(student, *_):
     schema=f"({_LINEAR}, Tensor state, Tensor grads, bool[] needed) -> Tensor[]",
 )
 def linear_token_stats_backward(*arguments):
-    """grads [7, N] -> gradients of student, weight and bias; size 0 where not needed."""
+    """Gradients of student, weight and bias from grads [7, N]; size 0 where not needed."""
     *given, state, grads, needed = arguments
     with on_device(state.device), torch.autocast(state.device.type, enabled=False):
         out = tiled(LinearCall(*given).through()).backward(state, grads.T.contiguous(), needed)

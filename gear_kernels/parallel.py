@@ -25,7 +25,7 @@ def constant_when_traced(function: Callable) -> Callable:
 
 
 def group_name(name: str, group) -> str:
-    """A process group, or a one-dimensional DeviceMesh -> the name under which a compiled graph finds the group again."""
+    """The name under which a compiled graph finds a process group (or one-dimensional DeviceMesh) again."""
     if isinstance(group, dist.ProcessGroup):
         return group.group_name
     if getattr(group, "ndim", None) == 1 and hasattr(group, "get_group"):

@@ -51,7 +51,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class GearRule(Rule):
-    """gear_weight of the segments' credit; with `renormalize` over its mean in the sequence."""
+    """The rule gear_weight of the segments' credit; with `renormalize` over its mean in the sequence."""
 
     name = "gear"
     segmented = True
@@ -63,7 +63,7 @@ class GearRule(Rule):
 
 @dataclass(frozen=True)
 class RatioRule(Rule):
-    """mixed_ratio of the bounded_ratio."""
+    """The rule mixed_ratio of the bounded_ratio."""
 
     name = "ratio"
     mix: float = 0.5
@@ -72,7 +72,7 @@ class RatioRule(Rule):
 
 @dataclass(frozen=True)
 class GatedRatioRule(Rule):
-    """bounded_ratio times entropy_gate of the least `second` over the token and `look_ahead` more."""
+    """The rule bounded_ratio times entropy_gate of the least `second` over the token and `look_ahead` more."""
 
     name = "gated_ratio"
     clip: float = 0.2
@@ -88,7 +88,7 @@ class GatedRatioRule(Rule):
 
 @dataclass(frozen=True)
 class ShareRule(Rule):
-    """share of `second` in itself and a quantile of the pack."""
+    """The rule share of `second`, against a quantile of the pack."""
 
     name = "share"
     quantile: float = 0.75
@@ -102,7 +102,7 @@ class ShareRule(Rule):
 
 @dataclass(frozen=True)
 class MarginRule(Rule):
-    """margin_weight of the clipped_delta."""
+    """The rule margin_weight of the clipped_delta."""
 
     name = "margin"
     up: float = 0.5
@@ -113,7 +113,7 @@ class MarginRule(Rule):
 
 @dataclass(frozen=True)
 class AtLeastRule(Rule):
-    """at_least, against the least of the pack's top share of `second`."""
+    """The rule at_least, against the least of the pack's top share of `second`."""
 
     name = "at_least"
     share: float = 0.2
@@ -126,7 +126,7 @@ class AtLeastRule(Rule):
 
 @dataclass(frozen=True)
 class LiftRule(Rule):
-    """lift by the segments' credit, which is 0 outside them."""
+    """The rule lift by the segments' credit, which is 0 outside them."""
 
     name = "lift"
     segmented = True

@@ -54,7 +54,7 @@ def limits(device: torch.device) -> Limits:
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether torch's GEMMs of half inputs have float32 results there, and looking at a value would wait for the device."""
+    """Whether this is a GPU: torch's GEMMs of half inputs have float32 results, and looking at a value waits for the device."""
     return device.type not in ("cpu", "meta")
 
 
@@ -141,7 +141,7 @@ class Linear:
 
     @property
     def dz_dtype(self) -> torch.dtype:
-        """What the gradient GEMMs read: the inputs' dtype where they take it (tensor cores), else float32 (float64)."""
+        """The dtype of dz, which gradient GEMMs read: the inputs' where they take it (tensor cores), else float32 (float64)."""
         return self.student.dtype if self.multiplies(self.student.dtype) else self.wide
 
     # --- tiles ---
@@ -216,7 +216,7 @@ class Linear:
         return self.buffer("weight", *block.shape, dtype=self.wide).copy_(block)
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-        """out = a @ b (out += a @ b), accumulated in float32 (float64) and rounded to out's dtype at the end."""
+        """The product out = a @ b (out += a @ b), accumulated in float32 (float64) and rounded to out's dtype at the end."""
         if self.on_gpu and a.dtype != out.dtype:
             if add and addmm_into_float32(a.device.type):
                 torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -234,7 +234,7 @@ class Linear:
     # --- forward ---
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """values [7, N] and state [N, 9]."""
+        """The forward pass: values [7, N] and state [N, 9]."""
         rows, columns = self.tile_shape()
         splits = self.tiles.splits(rows, columns)
         sums = self.student.new_zeros((splits, len(self.student), len(SUM_NAMES)), dtype=torch.float64)
@@ -416,7 +416,7 @@ def add_jsd(values: torch.Tensor, state: torch.Tensor, shares: torch.Tensor, tas
 
 
 def logits_forward(student: torch.Tensor, teacher: torch.Tensor | None, task: TileTask, backend: str):
-    """values [7, N] and state [N, 9] of given logits [N, V]: one tile that covers the vocabulary."""
+    """The forward pass of given logits [N, V]: values [7, N], state [N, 9]; one tile that covers the vocabulary."""
     tiles, pair = BACKENDS[backend], (Tile(student), None if teacher is None else Tile(teacher))
     splits = tiles.splits(*student.shape)
     sums = student.new_zeros((splits, len(student), len(SUM_NAMES)), dtype=torch.float64)

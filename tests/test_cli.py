@@ -125,7 +125,7 @@ class Never(Episode):
     def step(self, text):
         return Reply()
 
-    def outcome(self):
+    def outcome(self, end):
         return Outcome(0.0, False)
 
 
@@ -135,7 +135,7 @@ class Engine:
     def __init__(self):
         self.seeds, self.wake = [], lambda: None
 
-    def generate(self, requests, temperature):
+    def generate(self, requests):
         self.seeds += [q.seed for q in requests]
         return [Completion([1], [-1.0], False) for _ in requests]
 

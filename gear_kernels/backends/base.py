@@ -65,7 +65,7 @@ class Backend:
         return False
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-        """out [m, n] = a [m, k] @ b [k, n] or out += a @ b in float32; or, not with `add`, rounded once to a's dtype."""
+        """Writes the product a [m, k] @ b [k, n] to `out`, or adds it, in float32; or, not to `add`, rounds it to a's dtype."""
         raise NotImplementedError
 
     def scan(self, pack: Pack, rule: Rule) -> Credit:

@@ -94,7 +94,7 @@ class Segment(NamedTuple):
 
 
 def entropy_limits(entropy: torch.Tensor, ratio: float, floor: float = 0.0) -> torch.Tensor:
-    """Per token [n] (nats): the entropy above which a segment opened there ends. The floor is [ours]; 0 is the literal rule."""
+    """The entropy above which a segment opened at each token ends, [n] nats. The floor is [ours]; 0 is the literal rule."""
     return ratio * entropy.clamp(min=floor)
 
 
@@ -143,7 +143,7 @@ def entropy_segments(onset: list[bool], tested: list[float], limit: list[float],
 
 
 def trigger_segments(onset: list[bool], last: list[int]) -> list[Segment]:
-    """kl_only: each onset opens a segment that lasts to just before the next onset."""
+    """Segments of kl_only: each onset opens a segment that lasts to just before the next onset."""
     n = len(onset)
     starts = [t for t in range(n) if onset[t]]
     ends = [min(following - 1, last[t]) for t, following in zip(starts, [*starts[1:], n], strict=False)]
@@ -151,7 +151,7 @@ def trigger_segments(onset: list[bool], last: list[int]) -> list[Segment]:
 
 
 def turn_segments(turn_ids: list[int]) -> list[Segment]:
-    """A segment per turn (a run of equal turn ids); they cover the trajectory."""
+    """Segments of turns, one each (a run of equal turn ids); they cover the trajectory."""
     starts = [t for t in range(len(turn_ids)) if t == 0 or turn_ids[t] != turn_ids[t - 1]]
     return [Segment(a, b - 1, True) for a, b in zip(starts, [*starts[1:], len(turn_ids)], strict=False)]
 
@@ -223,7 +223,7 @@ def renormalise(weights: torch.Tensor, sequence: torch.Tensor, lengths: torch.Te
 
 
 def bounded_ratio(signal: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:
-    """exp(sign(A) delta) clipped to 1 +- clip, with delta = -signal the teacher's log-prob minus the student's. Elementwise."""
+    """The ratio exp(sign(A) delta) clipped to 1 +- clip, delta = -signal: the teacher's log-prob minus the student's."""
     return torch.exp(-bounded(signal) * advantage.sign()).clamp(1 - clip, 1 + clip)
 
 
@@ -298,14 +298,14 @@ def lift(saliency: torch.Tensor, gamma: float, cap: float) -> torch.Tensor:
 
 
 def turn_onsets(turn_ids: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
-    """Bool [n]: the first token of each turn."""
+    """The first token of each turn, bool [n]."""
     first = torch.ones_like(sequence, dtype=torch.bool)
     first[1:] = (turn_ids[1:] != turn_ids[:-1]) | (sequence[1:] != sequence[:-1])
     return first
 
 
 def turn_numbers(onsets: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
-    """int32 [n]: the number of each token's turn, from 0 within its trajectory."""
+    """The number of each token's turn, int32 [n], from 0 within its trajectory."""
     number = onsets.cumsum(0) - 1
     starts = torch.ones_like(onsets)
     starts[1:] = sequence[1:] != sequence[:-1]
@@ -314,7 +314,7 @@ def turn_numbers(onsets: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
 
 
 def turn_returns(rewards: torch.Tensor, onsets: torch.Tensor, sequence: torch.Tensor, gamma: float) -> torch.Tensor:
-    """float64 [n]: each token's turn's reward plus gamma times the return of the trajectory's next turn (GiGPO, Eq. 5)."""
+    """The return of each token's turn, float64 [n]: its reward plus gamma times the next turn's return (GiGPO, Eq. 5)."""
     n = rewards.numel()
     last = torch.ones_like(onsets)
     last[:-1] = onsets[1:]
@@ -332,7 +332,7 @@ def turn_returns(rewards: torch.Tensor, onsets: torch.Tensor, sequence: torch.Te
 def group_relative(
     x: torch.Tensor, counted: torch.Tensor, keys: tuple[torch.Tensor, ...], std: bool, eps: float = 1e-6
 ) -> torch.Tensor:
-    """float64 [n]: x minus the mean of its group, over (standard deviation + eps) with `std`; exactly 0 where a group agrees.
+    """The advantage within groups, float64 [n]: x minus the mean, with `std` over (deviation + eps); exactly 0 where one agrees.
 
     A group is the tokens whose keys [n] (integers) all agree; mean and deviation are those of its `counted` tokens (bool [n]).
     """

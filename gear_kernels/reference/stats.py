@@ -76,7 +76,7 @@ class TokenStats(NamedTuple):
 
     @property
     def dtype(self):
-        """What a wrapper reads first that takes a FusedHead's result for logits: peft's LoRA layer around an adopted head."""
+        """The dtype of logits, which a wrapper asks for that takes these for them: peft's LoRA layer around an adopted head."""
         given = "token statistics were taken for logits: a layer around FusedHead, such as peft's LoRA, adds to its output"
         mend = "leave the head out of target_modules, or use Head.from_model(model), which merges the adapter"
         raise _NotLogits(*bad_input(given, "FusedHead called by its model, without an adapter around it", mend).args)
@@ -89,7 +89,7 @@ assert TokenStats._fields == STAT_NAMES  # written out for those who read or typ
 
 
 class Rows(NamedTuple):
-    """What a tile needs per row beside the logits: targets int64 [n] or None (whole-vocabulary ids), 1 / temperature [n]."""
+    """The rows of a tile beside their logits: targets int64 [n] or None (whole-vocabulary ids), 1 / temperature [n]."""
 
     targets: torch.Tensor | None
     inv_temperature: torch.Tensor
@@ -101,7 +101,7 @@ class Rows(NamedTuple):
         return self._replace(targets=targets, inv_temperature=self.inv_temperature[rows])
 
     def keep(self) -> torch.Tensor:
-        """bool [n]: rows that are not ignored."""
+        """The rows that are not ignored, bool [n]."""
         if self.targets is None:
             return torch.ones_like(self.inv_temperature, dtype=torch.bool)
         return self.targets != self.ignore_index
@@ -118,7 +118,7 @@ class _Relative(NamedTuple):
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias=None, softcap=None, scale=None, valid_vocab=None):
-    """[..., D] -> [..., V]: softcap * tanh((h W' + bias) * scale / softcap); columns from `valid_vocab` on are -inf."""
+    """Logits [..., V] of hidden states [..., D]: softcap * tanh((h W' + bias) * scale / softcap); -inf from `valid_vocab` on."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if scale is not None:
         logits = logits * scale
@@ -256,7 +256,7 @@ def _log_ratios(s: _Relative, t: _Relative, d: torch.Tensor, beta: float) -> tup
 
 
 def jsd(mixture: torch.Tensor, beta: float) -> torch.Tensor:
-    """beta KL(T || M) + (1 - beta) KL(S || M) (generalised Jensen-Shannon divergence, arXiv 2306.13649), from [n, 2]."""
+    """The generalised Jensen-Shannon divergence beta KL(T || M) + (1 - beta) KL(S || M) (arXiv 2306.13649), from [n, 2]."""
     from_s, from_t = _not_negative(mixture).unbind(-1)
     return beta * from_t + (1 - beta) * from_s
 
@@ -264,7 +264,7 @@ def jsd(mixture: torch.Tensor, beta: float) -> torch.Tensor:
 def gradient(
     student, teacher, rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], first: int, beta: float
 ):
-    """d(sum of grads * statistics) / d(student logits) of a tile [n, c]: what autograd makes of `token_stats`, tile by tile.
+    """The gradient of sum(grads * statistics) in a tile [n, c] of student logits: what autograd makes of `token_stats`.
 
     dz_v = [gl (1[v = y] - p) - gH p (log p + H) + gK p (log p/q - KL) + gF (p - q) + gJ (1 - beta) p (log p/m - KL(S||M))] / T.
     state, grads: [n] each, by name; an output that is infinite, and an ignored row, passes none.

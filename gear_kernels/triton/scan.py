@@ -61,7 +61,7 @@ class ScanRows(NamedTuple):
 
 
 class ScanOutputs(NamedTuple):
-    """As in Credit; tallies [B, 11] float64 in the order of reference.credit.TALLIES."""
+    """The outputs of a scan, as in Credit; tallies [B, 11] float64 in the order of reference.credit.TALLIES."""
 
     token_advantages: Any
     weights: Any
