@@ -22,7 +22,7 @@ from gear_trainer import build
 from gear_trainer.config import load_config
 from gear_trainer.errors import ConfigError
 from gear_trainer.policy.zero import deepspeed_config
-from gear_trainer.rollout import engine, vllm_colocated
+from gear_trainer.rollout import Completion, Request, engine, vllm_colocated
 from gear_trainer.rollout.vllm_colocated import ColocatedVllm, engine_kwargs
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +111,34 @@ def test_T1_a_model_on_another_ranks_gpu_ends_the_run(gpus, monkeypatch):
         ColocatedVllm(load_config(DEMO), "model")
     where[0] = torch.device("cuda", 3)
     assert ColocatedVllm(load_config(DEMO), "model").sleeping == set()
+
+
+def test_requests_join_and_leave_vllms_running_batch(monkeypatch):
+    """By `enqueue` and single steps; vLLM names a request otherwise where it takes it than where it hands it back."""
+    added = []
+
+    def enqueue(prompt, params, use_tqdm):
+        added.append((prompt["prompt_token_ids"], params.seed, params.temperature, params.max_tokens))
+        return [f"{len(added) - 1}-1f2e3d4c"]
+
+    def output(number, ids, finished=True, reason="stop"):
+        logprobs = [{token: SimpleNamespace(logprob=-0.5)} for token in ids]
+        out = SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason)
+        return SimpleNamespace(request_id=str(number), finished=finished, outputs=[out])
+
+    steps = iter([[], [output(1, [4, 0]), output(0, [7], finished=False)], [output(0, [7, 8], reason="length")]])
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    engine = object.__new__(ColocatedVllm)
+    engine.llm = SimpleNamespace(enqueue=enqueue, llm_engine=SimpleNamespace(step=lambda: next(steps)))
+    engine.eos, engine.stale, engine.tickets, engine.version = 0, False, {}, 3
+    engine.submit(17, Request([1, 2], 5, seed=11, temperature=0.5))
+    engine.submit(4, Request([3], 6, seed=12))
+    assert added == [([1, 2], 11, 0.5, 5), ([3], 12, 1.0, 6)] and engine.collect() == []
+    assert engine.collect() == [(4, Completion([4, 0], [-0.5, -0.5], True, 3))]
+    assert engine.collect() == [(17, Completion([7, 8], [-0.5, -0.5], False, 3))] and not engine.tickets
+    engine.stale = True
+    with pytest.raises(RuntimeError, match="push before generating"):
+        engine.submit(1, Request([1], 1, 1))
 
 
 def test_T1_the_gpu_of_a_rank(gpus, monkeypatch):

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from gear_trainer.config import load_config
-from gear_trainer.demo.warm_start import check_demonstrations, draw_demo
+from gear_trainer.demo.warm_start import draw_demo
 from gear_trainer.errors import ConfigError
 from gear_trainer.preflight.checks import check
 from gear_trainer.recipe import resolve
 from gear_trainer.tasks import Demonstrable, TaskError, make_task
+from gear_trainer.tasks.demonstrations import check_demonstrations
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "gear_trainer" / "configs" / "mathapi_cpu.yaml"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from gear_trainer.config import Config
-from gear_trainer.demo.warm_start import check_demonstrations
 from gear_trainer.errors import ConfigError
 from gear_trainer.hints import endpoint
 from gear_trainer.hints.siblings import Siblings
@@ -17,6 +16,7 @@ from gear_trainer.recipe import Recipe, resolve
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.tasks import make_task, task_class
 from gear_trainer.tasks.base import DataAway, Task
+from gear_trainer.tasks.demonstrations import check_demonstrations
 
 
 def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:

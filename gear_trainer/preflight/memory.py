@@ -568,7 +568,9 @@ def notes(plan: Plan, cfg: Config) -> list[str]:
             f"{kv.own:.0f} of the longest that the run makes; {kv.wanted} are sampled at a time"
         )
         if kv.own < kv.wanted:
-            out.append("  where lengths are that long the rest waits, or is begun again: more for rollout.vllm." + _cache_key(cfg))
+            out.append(
+                "  where lengths are that long the rest waits, or is begun again: more for rollout.vllm." + _cache_key(cfg)
+            )
     out.append(f"logits that the fused head never holds: {plan.logits / GIB:.1f} GiB for a micro-batch, of each model")
     if plan.host:
         out.append(f"in the machine's memory: {plan.host / GIB:.1f} GiB a rank (offloaded)")

@@ -88,12 +88,14 @@ class Course:
 
     def call(self) -> Future[Any]:
         """Start the call that is waited for."""
+        assert isinstance(self.waits_for, Ask)
         if self.waits_for.what == "close":
             self.episode = None
         return self.world.begin(self.waits_for)
 
     def take(self, answer: Future[Any]) -> None:
         """Go on with what that call came to."""
+        assert isinstance(self.waits_for, Ask)
         try:
             value = self.world.result(self.waits_for, answer)
         except EpisodeError as error:
