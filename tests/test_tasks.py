@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gear_trainer.tasks import TASKS, TaskError, make_task, tool_calls
+from gear_trainer.tasks import TASKS, Outcome, TaskError, make_task, tool_calls
 from gear_trainer.tasks.common import fill, last_number
 from gear_trainer.tasks.math.answer import final_answer
 from gear_trainer.tasks.math.checker import answer_checker
@@ -134,6 +134,13 @@ def test_problems_are_stateless_and_held_out_ones_disjoint(name):
     pairs = {(p.data["a"], p.data["b"]) for p in held_out}
     assert not pairs & {(p.data["a"], p.data["b"]) for p in map(task.train_problem, range(3000))}
     assert len({p.messages[0]["content"] for p in held_out}) == len(held_out) == (200 if name == "mathapi" else 17)
+
+
+def test_a_report_averages_what_outcomes_measured(mathapi):
+    """Beside success, each number over the outcomes that have it."""
+    problem = mathapi.train_problem(0)
+    scored = [(problem, Outcome(1.0, True, {"turns": 2.0, "cost": 5.0})), (problem, Outcome(0.0, False, {"turns": 1.0}))]
+    assert mathapi.report(scored) == {"turns": 1.5, "cost": 5.0} and mathapi.report([]) == {}
 
 
 def test_sums_episode():
