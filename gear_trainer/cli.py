@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def launched(argv: list[str] | None = None) -> int:
-    """What gear_trainer/run.py does with its arguments: a run, or with --dry-run its plan. Returns the exit code."""
+    """The command gear_trainer/run.py: a run, or with --dry-run its plan. Returns the exit code."""
     args = parse(argv)
     return _guarded(lambda: _plan(_config(args), args.card) if args.dry_run else _train(_config(args), args.resume))
 

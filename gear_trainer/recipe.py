@@ -1,4 +1,4 @@
-"""What `credit`, `signal`, `teacher`, `writer` and `distill` mean together: one `Recipe`, made once, which everyone else reads.
+"""The meaning of `credit`, `signal`, `teacher`, `writer` and `distill` together: one `Recipe`, made once, read by everyone else.
 
 Nobody else parses `credit`, compares a signal's name or asks what a credit method declares.
 """
@@ -45,7 +45,7 @@ class Distillation:
 
     @property
     def stats(self) -> tuple[str, ...]:
-        """What the update pass must compute beside the log-probs."""
+        """The statistics that the update pass must compute beside the log-probs."""
         return (divergence_stat(self.beta)[0],) if self.full else ()
 
     @property
@@ -69,7 +69,7 @@ class Distillation:
 
 
 class Declared(NamedTuple):
-    """What a credit method may declare beside `needs` and `apply`, and what is meant where it does not."""
+    """The parts that a credit method may declare beside `needs` and `apply`, and what is meant where it does not."""
 
     signals: tuple[str, ...] = ("k1", FULL_KL)  # what its signal may be, its own first
     teacher_sees: str = "ground_truth"  # or sibling: a correct rollout of the group
@@ -88,7 +88,7 @@ def declared(method: Any, name: str) -> Declared:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does with its rollouts; made by `resolve`, read everywhere.
+    """A run's way with its rollouts; made by `resolve`, read everywhere.
 
     teacher_weights: of a teacher with weights of its own; None where the policy itself is the teacher, or nothing reads one.
     references: who puts something else than the ground truth into the teacher's prompt. gen_batches: batches that a step may
@@ -110,22 +110,22 @@ class Recipe:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the method asks for the teacher's view of the trajectories that have an advantage."""
+        """True where the method asks for the teacher's view of the trajectories that have an advantage."""
         return bool(self.teacher_columns)
 
     @property
     def teaches_all(self) -> bool:
-        """Whether the scoring pass asks the teacher about every trajectory: a distillation loss of the sampled tokens."""
+        """True where the scoring pass asks the teacher about every trajectory: a distillation loss of the sampled tokens."""
         return self.distillation is not None and not self.distillation.full
 
     @property
     def by_turn(self) -> bool:
-        """Whether trajectories of advantage 0 can teach too, by the rewards of their turns."""
+        """True where trajectories of advantage 0 can teach too, by the rewards of their turns."""
         return "turn_rewards" in self.method.needs
 
     @property
     def stretches_noise(self) -> bool:
-        """Whether the method divides a trajectory's signal by its own scale, however small that is."""
+        """True where the method divides a trajectory's signal by its own scale, however small that is."""
         method = self.method
         return isinstance(method, Gear) and method.normalizer != "none" and method.signal_floor == 0
 

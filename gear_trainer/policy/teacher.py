@@ -61,7 +61,7 @@ class Teacher:
 
     @property
     def follows(self) -> bool:
-        """Whether there is state to save: the starting model is read again instead."""
+        """True where the weights follow the policy's and are state to save: the starting model is read again instead."""
         return self.cfg.weights != "initial"
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ def check_teacher(cfg: Config) -> None:
 
 
 def check_references(cfg: Config, recipe: Recipe) -> None:
-    """What a writer of references is told is usable. Raises ConfigError or TaskError."""
+    """Check that a writer of references can use what it is told. Raises ConfigError or TaskError."""
     if recipe.references == "writer":
         endpoint.check_settings(cfg.writer)
         templates(cfg.writer)

@@ -1,4 +1,4 @@
-"""What a run needs of its machine, its model's sizes, its engine and DeepSpeed, looked at before any of them starts."""
+"""Checks of a run's machine, its model's sizes, its engine and DeepSpeed, made before any of them starts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_folder(key: str, folder: Path) -> None:
 
 
 def check_port() -> None:
-    """Whether rank 0 can open the port that all ranks meet at. Raises ConfigError.
+    """Check that rank 0 can open the port that all ranks meet at. Raises ConfigError.
 
     Under torchrun the launcher's own process holds it, and has opened it already.
     """

@@ -42,7 +42,7 @@ SUMS = 200  # bytes a row: 12 float64 sums, 7 values and 9 numbers of state in f
 
 
 class Card(NamedTuple):
-    """What one rank may fill: `total` bytes of a GPU, or its share of this machine's memory."""
+    """The memory that one rank may fill: `total` bytes of a GPU, or its share of this machine's memory."""
 
     name: str
     total: float
@@ -89,7 +89,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(lm: nn.Module, threshold: int) -> Sizes:
-    """Of a model on the meta device; threshold: stage3_param_persistence_threshold."""
+    """The parameter counts of a model on the meta device; threshold: stage3_param_persistence_threshold."""
     head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
     whole = list(lm.parameters())
     tables = {id(head), id(embedding)}
@@ -206,7 +206,7 @@ class Planner:
         return min(cfg.train.tokens_per_micro_batch, rollouts * wide)
 
     def passes(self, cfg: Config) -> Passes:
-        """Of `tokens`: counted at one number of them, then in proportion."""
+        """The bytes of a forward and backward of `tokens`: counted at one number of them, then in proportion."""
         tokens, wide = self.tokens(cfg), max(self.student, self.teacher) + self.response
         checkpointing = cfg.model.gradient_checkpointing
         if checkpointing not in self._passes:
@@ -559,7 +559,7 @@ def _order(row: str) -> int:
 
 
 def notes(plan: Plan, cfg: Config) -> list[str]:
-    """What the table cannot say: sizes, the KV cache in sequences, logits that are never made, memory beside the card."""
+    """Lines for what the table cannot say: sizes, the KV cache in sequences, logits that are never made, memory beside the card."""
     kv, r = plan.cache, cfg.rollout
     out = [f"{plan.sizes.total / 1e9:.2f} B parameters" + (" (head tied)" if plan.sizes.tied else "")]
     if kv.tokens < float("inf"):

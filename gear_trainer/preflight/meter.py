@@ -1,4 +1,4 @@
-"""What a model's passes hold in memory, counted without any: its own code runs on meta tensors, and every storage is noted."""
+"""The memory of a model's passes, counted without any: its own code runs on meta tensors, and every storage is noted."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _flash() -> Iterator[None]:
 
 @cache
 def passes(lm: nn.Module, rows: int, width: int, checkpointing: bool) -> Passes:
-    """What a micro-batch [rows, width] of a model on the meta device holds, its head apart.
+    """The bytes that a micro-batch [rows, width] of a model on the meta device holds, its head apart.
 
     Two and three of the model's layers are run (or all that it has) and the rest is counted as the third: layers are alike.
     """

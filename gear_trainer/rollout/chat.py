@@ -57,7 +57,7 @@ class Chat:
         return text
 
     def escapes(self, messages: list[dict[str, Any]]) -> int:
-        """How many texts of a chat `plain` has to change."""
+        """The number of a chat's texts that `plain` has to change."""
         changed: list[bool] = []
 
         def look(text: str) -> str:
@@ -83,7 +83,7 @@ class Chat:
         return self.encode(self.render(messages, tools))
 
     def observation_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """What stands between the end-of-turn token of a turn and the next turn's first sampled token: what was said between."""
+        """The tokens between a turn's end-of-turn token and the next turn's first sampled one: what was said between."""
         roles = [message.role for message in messages]
         return self._said(roles, [self.plain(message.content) for message in messages], tools)
 

@@ -1,4 +1,4 @@
-"""What the trainer needs of an inference engine, and which engine a configuration names."""
+"""The contract of an inference engine with the trainer, and the engine that a configuration names."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Callers:
         self._threads: list[_Caller] = []
 
     def start(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        """What the call will have returned or raised; Overdue where it takes too long, which somebody has to `wait` to see."""
+        """A call's result or error, once it is there; Overdue where it takes too long, which somebody has to `wait` to see."""
         answer: Future[Any] = Future()
         work = partial(contextvars.copy_context().run, call, *args)  # as a decimal context of the caller's
         if self.limit_s is None:
@@ -164,7 +164,7 @@ class Environment:
         return Ask("step", problem, _checked_reply, episode.step, (text,))
 
     def outcome(self, problem: Problem, episode: Episode, end: End) -> Ask:
-        """What the episode earned, an Outcome of finite numbers."""
+        """The episode's Outcome, of finite numbers."""
         return Ask("outcome", problem, _checked_outcome, episode.outcome, (end,))
 
     def close(self, problem: Problem, episode: Episode) -> Ask:

@@ -14,7 +14,7 @@ DEMANDED = ("demo_mix", "demonstrate", "wrong_answer")  # of Demonstrable
 
 
 def play(task: Task, problem: Problem, turns: list[str]) -> list[tuple[Message, ...]]:
-    """What the environment says after each turn of a demonstration."""
+    """The environment's messages after each turn of a demonstration."""
     episode = task.episode(problem)
     try:
         return [tuple(resolved(episode.step(turn)).messages) for turn in turns]

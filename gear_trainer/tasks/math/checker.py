@@ -21,7 +21,7 @@ MEMORY_LIMIT = 4 << 30  # bytes of address space of the worker
 
 
 class AnswerChecker:
-    """Whether a text's final answer (answer.py) is the gold one. One worker, started on first use, and after a kill."""
+    """Tells whether a text's final answer (answer.py) is the gold one. One worker, started on first use, and after a kill."""
 
     def __init__(self, limit_s: float):
         self.limit_s, self.timeouts = limit_s, 0
