@@ -61,7 +61,9 @@ class Distillation:
         """
         if self.full:
             loss, metrics = divergence_loss(getattr(out, self.stats[0]), weights)
-        elif self.name == "sdar":
+            return self.coefficient * loss, metrics["divergence"]
+        assert out.logprobs is not None and teacher is not None
+        if self.name == "sdar":
             loss, metrics = sdar_loss(out.logprobs, teacher, weights)
         else:
             loss, metrics = sampled_distillation_loss(out.logprobs, old, teacher, weights)
@@ -88,7 +90,7 @@ def declared(method: Any, name: str) -> Declared:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run's way with its rollouts; made by `resolve`, read everywhere.
+    """A run's recipe: what it does with its rollouts; made by `resolve`, read everywhere.
 
     teacher_weights: of a teacher with weights of its own; None where the policy itself is the teacher, or nothing reads one.
     references: who puts something else than the ground truth into the teacher's prompt. gen_batches: batches that a step may
@@ -152,7 +154,11 @@ class Recipe:
 
     def signal_of(self, out: TokenStats) -> torch.Tensor:
         """The signal [n] (nats) out of a pass with the teacher's rows."""
-        return out.reverse_kl if self.signal == FULL_KL else out.logprobs - out.teacher_logprobs
+        if self.signal == FULL_KL:
+            assert out.reverse_kl is not None
+            return out.reverse_kl
+        assert out.logprobs is not None and out.teacher_logprobs is not None
+        return out.logprobs - out.teacher_logprobs
 
     def method_at(self, step: int) -> Any:
         """The credit method of the 1-based step."""
@@ -171,14 +177,14 @@ def resolve(cfg: Config) -> Recipe:
         raise ConfigError(f"credit={cfg.credit} reads {', '.join(missing)}, which this trainer does not make: choose another")
     distillation = _make_distillation(loss, cfg)
     asks = any(column in method.needs for column in TEACHER_COLUMNS)
-    own_weights = cfg.teacher.weights != "rollout" and (asks or distillation is not None)
+    weights = cfg.teacher.weights
     filtered = own.mixed_groups if cfg.rollout.filter_groups is None else cfg.rollout.filter_groups
     return Recipe(
         method=method,
         declared=own,
         signal=cfg.signal or own.signals[0],
         distillation=distillation,
-        teacher_weights=cfg.teacher.weights if own_weights else None,
+        teacher_weights=weights if weights != "rollout" and (asks or distillation is not None) else None,
         references=_references(cfg, own, asks),
         gen_batches=cfg.rollout.max_num_gen_batches if filtered else 1,
     )

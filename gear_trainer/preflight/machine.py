@@ -56,6 +56,7 @@ def check_port() -> None:
     try:
         socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
     except OSError as error:
+        assert error.errno is not None  # the system's own
         raise ConfigError(
             f"port {port} of this machine cannot be opened ({os.strerror(error.errno)}), another run may hold it: start with "
             f"`deepspeed --master_port {port + 1} ...`, or `make train PORT={port + 1}`"

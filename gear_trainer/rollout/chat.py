@@ -199,8 +199,7 @@ def _control(tokenizer: Any) -> tuple[re.Pattern[str], str, Callable[[str], str]
     for those of them that it looks for in normalised text."""
     added = [token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    looks = normalizer is not None and any(token.normalized for token in added)
-    normal = normalizer.normalize_str if looks else str
+    normal = normalizer.normalize_str if normalizer is not None and any(token.normalized for token in added) else str
     spelled = {str(token) for token in added}
     spelled |= {form for form in map(normal, spelled) if form.strip()}
     longest_first = sorted(spelled, key=lambda s: (-len(s), s))

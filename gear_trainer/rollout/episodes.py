@@ -123,8 +123,8 @@ class Course:
     def _whole(self) -> Generator[Request | Ask, Any, None]:
         r, world = self.rollout, self.world
         try:
-            self.episode = yield world.start(r.problem)
-            yield from self._scored(self.episode)
+            self.episode = episode = yield world.start(r.problem)
+            yield from self._scored(episode)
         except EpisodeError as error:
             self._broken(error)
         if self.episode is not None:
@@ -201,11 +201,11 @@ def lockstep(engine: Engine, courses: list[Course], world: Environment) -> None:
     while True:
         while _call(courses, calls):
             _take_answers(calls, world, block=True)
-        asking = [course for course in courses if isinstance(course.waits_for, Request)]
+        asking = [(course, course.waits_for) for course in courses if isinstance(course.waits_for, Request)]
         if not asking:
             return
-        completions = engine.generate([course.waits_for for course in asking])
-        for course, completion in zip(asking, completions, strict=True):
+        completions = engine.generate([request for _, request in asking])
+        for (course, _), completion in zip(asking, completions, strict=True):
             course.go_on(completion)
 
 

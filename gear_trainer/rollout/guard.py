@@ -71,13 +71,15 @@ class Callers:
 
     def _patience(self) -> float | None:
         """Seconds to the next call that may be overdue."""
+        if self.limit_s is None:
+            return None
         begun = [job[1] for thread in self._threads if (job := thread.job)]
         return max(0.0, min(begun, default=time.monotonic()) + self.limit_s - time.monotonic())
 
     def _leave_overdue(self) -> None:
         for thread in list(self._threads):
             job = thread.job
-            if job is None or time.monotonic() - job[1] < self.limit_s:
+            if job is None or self.limit_s is None or time.monotonic() - job[1] < self.limit_s:
                 continue
             if _settled(job[0].set_exception, Overdue(f"no answer within {self.limit_s:g} s (rollout.turn_timeout)")):
                 self.abandoned += 1

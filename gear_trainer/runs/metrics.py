@@ -119,6 +119,7 @@ def step_values(
 ) -> dict[str, Any]:
     """A step's line of metrics.jsonl: what `Sums.read` and `Phases.split` say, and the learning rate."""
     tokens, total = values.pop("policy_tokens"), sum(seconds.values())
+    assert tokens is not None  # a total, and none of those is missing
     out = {"step": step} | {name: _six_digits(value) for name, value in values.items()}
     out |= {"lr": rate, "policy_tokens": tokens}
     if held_out is not None:

@@ -107,7 +107,7 @@ class Beats:
             self._warn()
             lost = self.lost()
             since = since or time.monotonic() if lost else None
-            if lost and time.monotonic() - since > GRACE and not self._stopped.is_set():
+            if since is not None and time.monotonic() - since > GRACE and not self._stopped.is_set():
                 self.leave(self._line(lost))
 
     def leave(self, line: str) -> None:

@@ -63,7 +63,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The earnings of an episode. metrics: named finite numbers beside the reward, which evaluation averages."""
+    """The outcome of an episode: what it earned. metrics: named finite numbers beside it, which evaluation averages."""
 
     reward: float
     success: bool
@@ -136,6 +136,12 @@ class Demonstrable(Protocol):
 
     def demonstrate(self, problem: Problem, kind: str, rng: random.Random) -> list[str]:
         """The assistant's turns, at least one, without end-of-turn tokens."""
+        ...
 
     def wrong_answer(self, problem: Problem, rng: random.Random) -> str:
         """A last turn that is wrong, of the right one's form and length: how far the prompts tell them apart is reported."""
+        ...
+
+
+class DemonstrableTask(Task, Demonstrable):
+    """Both in one, for annotations: nobody has to derive from it."""
