@@ -162,6 +162,7 @@ def finish(cfg: Config, trainer: Any, done: int) -> int:
         else:
             why = f" ({trainer.interrupts.why})" if trainer.interrupts.why else ""
             print(f"stopped after step {done}{why}; --resume goes on from there", flush=True)
+    assert Beats.running is not None  # since the ranks met
     Beats.running.stop()  # from here on a rank that ends is not lost
     dist.barrier()  # vLLM's own shutdown at exit takes the process groups down
     return 0 if finished else 130

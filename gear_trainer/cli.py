@@ -22,14 +22,14 @@ def main(argv: list[str] | None = None) -> int:
     """`gear-trainer COMMAND ...`. Returns the exit code."""
     given = sys.argv[1:] if argv is None else argv
     if not given or given[0] not in COMMANDS:
-        about = "\n".join(f"  {name:10}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items())
+        about = "\n".join(f"  {name:10}{(command.__doc__ or name).splitlines()[0]}" for name, command in COMMANDS.items())
         print(f"usage: gear-trainer COMMAND ...\n\n{about}", file=sys.stdout if given in (["-h"], ["--help"]) else sys.stderr)
         return 0 if given in (["-h"], ["--help"]) else 2
     return COMMANDS[given[0]](given[1:])
 
 
 def launched(argv: list[str] | None = None) -> int:
-    """What gear_trainer/run.py does with its arguments: a run, or with --dry-run its plan. Returns the exit code."""
+    """The command gear_trainer/run.py: a run, or with --dry-run its plan. Returns the exit code."""
     args = parse(argv)
     return _guarded(lambda: _plan(_config(args), args.card) if args.dry_run else _train(_config(args), args.resume))
 
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _parser(prog: str, description: str, config: bool = True) -> argparse.ArgumentParser:
+def _parser(prog: str, description: str | None, config: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", required=config, help="YAML file, see gear_trainer/configs")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher's
@@ -184,15 +184,14 @@ def _tell(error: Exception) -> int:
     from gear_trainer.tasks.base import TaskError
 
     beats, rank = Beats.running, int(os.environ.get("RANK", 0))
-    line = beats.blame(error) if beats else None
-    if line:
-        beats.leave(line)
     if beats:
+        if line := beats.blame(error):
+            beats.leave(line)
         beats.fail(error)
     mendable = isinstance(error, (ConfigError, TaskError, GearKernelsError))
     if mendable or isinstance(error, RunError):
         said = f"gear_trainer: {error}\n"
-    elif getattr(error, "errno", None) == errno.ENOSPC:
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         said = f"gear_trainer: the disk is full ({error.filename or 'a file of the run'}): make room, then --resume goes on\n"
     else:
         said = "".join(traceback.format_exception(error))

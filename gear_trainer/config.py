@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,9 +32,13 @@ class ModelConfig(Section):
     path: str = Field(
         description="HF directory or hub name; builtin:tiny-qwen3 (the task's warm-started demo model) or builtin:smollm2"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the parameters and of vLLM; masters are float32")
-    attn_implementation: str = Field("sdpa", description="as in transformers: sdpa, flash_attention_2, eager, a hub kernel")
-    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass (non-reentrant)")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="of the parameters and of vLLM; masters are float32"
+    )
+    attn_implementation: str = Field(
+        default="sdpa", description="as in transformers: sdpa, flash_attention_2, eager, a hub kernel"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass (non-reentrant)")
 
     @field_validator("attn_implementation")
     @classmethod
@@ -45,147 +49,178 @@ class ModelConfig(Section):
 
 
 class VllmConfig(Section):
-    max_num_seqs: int = Field(64, ge=1, description="sequences that one engine decodes at a time")
-    gpu_memory_utilization: float = Field(0.45, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache)")
-    kv_cache_mib: int | None = Field(None, ge=1, description="size of the KV cache instead of a share; needed on a CPU")
-    sleep_level: Literal[0, 1, 2] = Field(0, description="GPU: 1 offloads, 2 drops vLLM's weights while the trainer works")
+    max_num_seqs: int = Field(default=64, ge=1, description="sequences that one engine decodes at a time")
+    gpu_memory_utilization: float = Field(default=0.45, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache)")
+    kv_cache_mib: int | None = Field(default=None, ge=1, description="size of the KV cache instead of a share; needed on a CPU")
+    sleep_level: Literal[0, 1, 2] = Field(
+        default=0, description="GPU: 1 offloads, 2 drops vLLM's weights while the trainer works"
+    )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="anything else for vLLM's LLM(...)")
 
 
 class RolloutConfig(Section):
-    prompts_per_step: int = Field(8, ge=1, description="over all ranks; each rank takes an equal share of whole groups")
-    group_size: int = Field(8, ge=2, description="rollouts per prompt (G): the group that advantages are relative to")
-    temperature: float = Field(1.0, gt=0, description="of the sampler, and of every log-prob; top_p and top_k stay off (bias)")
-    max_new_tokens: int = Field(256, ge=1, description="per assistant turn")
-    max_model_len: int = Field(1024, ge=8, description="vLLM's context: prompt, all turns and tool replies together")
+    prompts_per_step: int = Field(default=8, ge=1, description="over all ranks; each rank takes an equal share of whole groups")
+    group_size: int = Field(default=8, ge=2, description="rollouts per prompt (G): the group that advantages are relative to")
+    temperature: float = Field(
+        default=1.0, gt=0, description="of the sampler, and of every log-prob; top_p and top_k stay off (bias)"
+    )
+    max_new_tokens: int = Field(default=256, ge=1, description="per assistant turn")
+    max_model_len: int = Field(default=1024, ge=8, description="vLLM's context: prompt, all turns and tool replies together")
     turn_timeout: float | None = Field(
-        60.0, gt=0, description="seconds that the task's environment may take for a turn; null: no limit, in the main thread"
+        default=60.0,
+        gt=0,
+        description="seconds that the task's environment may take for a turn; null: no limit, in the main thread",
     )
     schedule: Literal["lockstep", "continuous"] | None = Field(
-        None,
+        default=None,
         description="lockstep: every turn of all rollouts in one batch; continuous: a finished turn's next request joins the "
         "running batch at once; null: lockstep on a CPU, where a resumed run is exact, continuous on a GPU",
     )
     max_failed_share: float = Field(
-        0.5, ge=0, le=1, description="of a step's rollouts on a rank: where environments break more of them, the run ends"
+        default=0.5, ge=0, le=1, description="of a step's rollouts on a rank: where environments break more of them, the run ends"
     )
-    engine: str = Field("vllm_colocated", description="vllm_colocated: in each rank's process; or module:Class")
+    engine: str = Field(default="vllm_colocated", description="vllm_colocated: in each rank's process; or module:Class")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="arguments of an engine of your own")
     vllm: VllmConfig = VllmConfig()
     filter_groups: bool | None = Field(
-        None, description="sample again for groups that all succeed or all fail (DAPO); null is the method's own (on for sgcd)"
+        default=None,
+        description="sample again for groups that all succeed or all fail (DAPO); null is the method's own (on for sgcd)",
     )
     max_num_gen_batches: int = Field(
-        3, ge=1, description="of filter_groups: batches sampled for one step at most, the first included; then such groups stay"
+        default=3,
+        ge=1,
+        description="of filter_groups: batches sampled for one step at most, the first included; then such groups stay",
     )
     records: int = Field(
-        128, ge=0, description="rollouts of a step that are kept with all their tokens in rollouts/step-N.jsonl, rounded up to "
+        default=128,
+        ge=0,
+        description="rollouts of a step that are kept with all their tokens in rollouts/step-N.jsonl, rounded up to "
         "whole groups, as many of each rank; 0: none",
-    )  # fmt: skip
+    )
 
 
 class WriterConfig(Section):
     enabled: bool | None = Field(
-        None, description="write credit references and show them to the teacher; null is the method's own (on for sgcd)"
+        default=None, description="write credit references and show them to the teacher; null is the method's own (on for sgcd)"
     )
     url: str | None = Field(
-        None, description="base URL of an OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1; null: the policy itself"
+        default=None,
+        description="base URL of an OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1; null: the policy itself",
     )
-    model: str | None = Field(None, description="the endpoint's name of it; may be left out where it serves one model")
-    api_key_env: str | None = Field(None, description="the environment variable that holds the endpoint's key")
-    max_tokens: int = Field(512, ge=1, description="of a reference")
-    temperature: float = Field(1.0, ge=0)
+    model: str | None = Field(default=None, description="the endpoint's name of it; may be left out where it serves one model")
+    api_key_env: str | None = Field(default=None, description="the environment variable that holds the endpoint's key")
+    max_tokens: int = Field(default=512, ge=1, description="of a reference")
+    temperature: float = Field(default=1.0, ge=0)
     max_model_len: int | None = Field(
-        None, ge=8, description="the endpoint's context; null: what it reports, else rollout.max_model_len"
+        default=None, ge=8, description="the endpoint's context; null: what it reports, else rollout.max_model_len"
     )
-    template: str | None = Field(None, description="text file with {question} and {attempts} in place of the shipped prompt")
-    teacher_template: str | None = Field(None, description="text file with {question} and {reference}")
-    timeout: float = Field(60.0, gt=0, description="seconds, of one request to the endpoint")
-    max_retries: int = Field(2, ge=0, description="of a request, with growing pauses; then its group goes without a reference")
+    template: str | None = Field(
+        default=None, description="text file with {question} and {attempts} in place of the shipped prompt"
+    )
+    teacher_template: str | None = Field(default=None, description="text file with {question} and {reference}")
+    timeout: float = Field(default=60.0, gt=0, description="seconds, of one request to the endpoint")
+    max_retries: int = Field(
+        default=2, ge=0, description="of a request, with growing pauses; then its group goes without a reference"
+    )
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
-    steps: int = Field(100, ge=1, description="rollout steps")
-    lr: float = Field(1e-6, gt=0, description="of AdamW, 1 at most")
+    steps: int = Field(default=100, ge=1, description="rollout steps")
+    lr: float = Field(default=1e-6, gt=0, description="of AdamW, 1 at most")
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = Field(0, ge=0)
+    lr_warmup_steps: int = Field(default=0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clipping: float = Field(1.0, ge=0, description="global norm; 0 is off")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped to [1 - clip_low, 1 + clip_high]")
-    clip_high: float = Field(0.2, gt=0, description="above clip_low for DAPO's clip-higher")
-    dual_clip: float | None = Field(None, gt=1, description="bounds a token of negative advantage by dual_clip * A; 3 is usual")
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0, description="global norm; 0 is off")
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    clip_high: float = Field(default=0.2, gt=0, description="above clip_low for DAPO's clip-higher")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="bounds a token of negative advantage by dual_clip * A; 3 is usual"
+    )
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = Field(
-        "seq_mean_token_mean", description="GEAR's and GRPO's: mean over tokens, then over trajectories"
+        default="seq_mean_token_mean", description="GEAR's and GRPO's: mean over tokens, then over trajectories"
     )
-    std_advantages: bool = Field(True, description="divide the group's advantages by their standard deviation (Dr. GRPO: false)")
+    std_advantages: bool = Field(
+        default=True, description="divide the group's advantages by their standard deviation (Dr. GRPO: false)"
+    )
     importance_cap: float | None = Field(
-        2.0, gt=0, description="truncated importance weights min(p_trainer / p_sampler, cap) against vLLM's mismatch; null is off"
+        default=2.0,
+        gt=0,
+        description="truncated importance weights min(p_trainer / p_sampler, cap) against vLLM's mismatch; null is off",
     )
-    updates_per_step: int = Field(1, ge=1, description="optimizer steps over a step's rollouts, split by prompt")
+    updates_per_step: int = Field(default=1, ge=1, description="optimizer steps over a step's rollouts, split by prompt")
     tokens_per_micro_batch: int = Field(
-        16384, ge=16, description="padded tokens in one forward, of the student's rows or of the teacher's"
+        default=16384, ge=16, description="padded tokens in one forward, of the student's rows or of the teacher's"
     )
 
 
 class TeacherConfig(Section):
     weights: Literal["rollout", "initial", "ema", "synced"] = Field(
-        "rollout",
+        default="rollout",
         description="whose: the policy's own (no second copy; in the update pass those of the moment), the starting model's, "
         "their moving average, or the policy's at the last sync",
     )
-    ema_rate: float = Field(0.01, gt=0, le=1, description="of ema: share of the policy mixed in after each step")
-    sync_every: int = Field(10, ge=1, description="of synced: steps between copies of the policy")
+    ema_rate: float = Field(default=0.01, gt=0, le=1, description="of ema: share of the policy mixed in after each step")
+    sync_every: int = Field(default=10, ge=1, description="of synced: steps between copies of the policy")
     sees: Literal["ground_truth", "sibling"] | None = Field(
-        None, description="in its prompt: the task's ground truth, or a correct rollout of the group; null is the method's own"
+        default=None,
+        description="in its prompt: the task's ground truth, or a correct rollout of the group; null is the method's own",
     )
 
 
 class DistillConfig(Section):
     variant: Literal["full", "sampled"] = Field(
-        "full", description="of opsd: divergence over the whole vocabulary, or policy gradient of the sampled tokens' log ratio"
+        default="full",
+        description="of opsd: divergence over the whole vocabulary, or policy gradient of the sampled tokens' log ratio",
     )
     beta: float = Field(
-        0.5, ge=0, le=1, description="of opsd, full: 0 is KL(teacher || student), 1 KL(student || teacher), between them JSD"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="of opsd, full: 0 is KL(teacher || student), 1 KL(student || teacher), between them JSD",
     )
     coefficient: float | None = Field(
-        None, gt=0, description="of the distillation loss; null: 1 for opsd alone, 0.1 beside a credit method, 0.01 for sdar"
+        default=None,
+        gt=0,
+        description="of the distillation loss; null: 1 for opsd alone, 0.1 beside a credit method, 0.01 for sdar",
     )
 
 
 class EvalConfig(Section):
-    every: int = Field(20, ge=0, description="steps between held-out evaluations; before and after training always; 0: none")
-    prompts: int = Field(200, ge=1)
-    temperature: float = Field(1.0, ge=0)
+    every: int = Field(
+        default=20, ge=0, description="steps between held-out evaluations; before and after training always; 0: none"
+    )
+    prompts: int = Field(default=200, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
 
 
 class CheckpointConfig(Section):
-    every: int = Field(20, ge=1, description="steps between checkpoints; the last step always writes one")
-    keep: int = Field(2, ge=1, description="how many are kept")
-    export: bool = Field(True, description="write the final policy in HF format to runs/NAME/model")
+    every: int = Field(default=20, ge=1, description="steps between checkpoints; the last step always writes one")
+    keep: int = Field(default=2, ge=1, description="how many are kept")
+    export: bool = Field(default=True, description="write the final policy in HF format to runs/NAME/model")
 
 
 class Config(Section):
     name: str = Field(description="the run's folder under output_dir: letters, digits, _ - and dots, not dots alone")
     output_dir: str = "runs"
-    cache_dir: str = Field(".cache", description="warm starts and unpacked models")
-    seed: int = Field(0, ge=0, lt=2**32, description="of everything; below 2**32, as numpy and vLLM take no other")
+    cache_dir: str = Field(default=".cache", description="warm starts and unpacked models")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of everything; below 2**32, as numpy and vLLM take no other")
     world_size: int = Field(ge=1, description="ranks (GPUs, or processes on a CPU) that the run is planned for")
     model: ModelConfig
     task: str = Field(description="mathapi, sums, gsm8k, math, or module:Class")
     task_args: dict[str, Any] = Field(default_factory=dict)
     chat_template_args: dict[str, Any] = Field(default_factory=dict, description="for example enable_thinking: false")
     credit: str = Field(
-        "gear",
+        default="gear",
         description="a credit method such as gear or grpo, or your own module:Class; a distillation loss (opsd, sdar); "
         "or both: opsd+gear",
     )
     credit_args: dict[str, Any] = Field(default_factory=dict, description="fields of the method, for example alpha: 0.4")
     signal: Literal["k1", "reverse_kl"] | None = Field(
-        None, description="sampled-token log ratio, or the full-vocabulary KL; null is the method's own (k1 but for sgcd)"
+        default=None, description="sampled-token log ratio, or the full-vocabulary KL; null is the method's own (k1 but for sgcd)"
     )
     rollout: RolloutConfig = RolloutConfig()
     writer: WriterConfig = WriterConfig()
@@ -195,10 +230,14 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_logprob_gap: float = Field(
-        0.5, gt=0, description="nats; a mean trainer-vs-vLLM gap above it on the first step stops the run (weights not in sync)"
+        default=0.5,
+        gt=0,
+        description="nats; a mean trainer-vs-vLLM gap above it on the first step stops the run (weights not in sync)",
     )
     rank_timeout: float = Field(
-        600.0, gt=0, description="seconds without a sign of life after which a rank counts as lost, and the run ends naming it"
+        default=600.0,
+        gt=0,
+        description="seconds without a sign of life after which a rank counts as lost, and the run ends naming it",
     )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged over the generated DeepSpeed config")
 
@@ -363,7 +402,7 @@ def _override(data: dict[str, Any], item: str) -> None:
         raise ConfigError(f"override {item!r}: the value is not valid YAML ({error.__class__.__name__}); quote it") from None
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
         if key in MOVED:

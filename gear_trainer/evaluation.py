@@ -24,7 +24,7 @@ def held_out(
 
 @dataclass(frozen=True)
 class Result:
-    """What a held-out pass found: `samples` rollouts of each of `problems` problems."""
+    """The figures of a held-out pass: `samples` rollouts of each of `problems` problems."""
 
     problems: int
     samples: int

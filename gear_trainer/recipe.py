@@ -1,4 +1,4 @@
-"""What `credit`, `signal`, `teacher`, `writer` and `distill` mean together: one `Recipe`, made once, which everyone else reads.
+"""The meaning of `credit`, `signal`, `teacher`, `writer` and `distill` together: one `Recipe`, made once, read by everyone else.
 
 Nobody else parses `credit`, compares a signal's name or asks what a credit method declares.
 """
@@ -45,7 +45,7 @@ class Distillation:
 
     @property
     def stats(self) -> tuple[str, ...]:
-        """What the update pass must compute beside the log-probs."""
+        """The statistics that the update pass must compute beside the log-probs."""
         return (divergence_stat(self.beta)[0],) if self.full else ()
 
     @property
@@ -61,7 +61,9 @@ class Distillation:
         """
         if self.full:
             loss, metrics = divergence_loss(getattr(out, self.stats[0]), weights)
-        elif self.name == "sdar":
+            return self.coefficient * loss, metrics["divergence"]
+        assert out.logprobs is not None and teacher is not None
+        if self.name == "sdar":
             loss, metrics = sdar_loss(out.logprobs, teacher, weights)
         else:
             loss, metrics = sampled_distillation_loss(out.logprobs, old, teacher, weights)
@@ -69,7 +71,7 @@ class Distillation:
 
 
 class Declared(NamedTuple):
-    """What a credit method may declare beside `needs` and `apply`, and what is meant where it does not."""
+    """The parts that a credit method may declare beside `needs` and `apply`, and what is meant where it does not."""
 
     signals: tuple[str, ...] = ("k1", FULL_KL)  # what its signal may be, its own first
     teacher_sees: str = "ground_truth"  # or sibling: a correct rollout of the group
@@ -88,7 +90,7 @@ def declared(method: Any, name: str) -> Declared:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does with its rollouts; made by `resolve`, read everywhere.
+    """A run's recipe: what it does with its rollouts; made by `resolve`, read everywhere.
 
     teacher_weights: of a teacher with weights of its own; None where the policy itself is the teacher, or nothing reads one.
     references: who puts something else than the ground truth into the teacher's prompt. gen_batches: batches that a step may
@@ -110,22 +112,22 @@ class Recipe:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the method asks for the teacher's view of the trajectories that have an advantage."""
+        """True where the method asks for the teacher's view of the trajectories that have an advantage."""
         return bool(self.teacher_columns)
 
     @property
     def teaches_all(self) -> bool:
-        """Whether the scoring pass asks the teacher about every trajectory: a distillation loss of the sampled tokens."""
+        """True where the scoring pass asks the teacher about every trajectory: a distillation loss of the sampled tokens."""
         return self.distillation is not None and not self.distillation.full
 
     @property
     def by_turn(self) -> bool:
-        """Whether trajectories of advantage 0 can teach too, by the rewards of their turns."""
+        """True where trajectories of advantage 0 can teach too, by the rewards of their turns."""
         return "turn_rewards" in self.method.needs
 
     @property
     def stretches_noise(self) -> bool:
-        """Whether the method divides a trajectory's signal by its own scale, however small that is."""
+        """True where the method divides a trajectory's signal by its own scale, however small that is."""
         method = self.method
         return isinstance(method, Gear) and method.normalizer != "none" and method.signal_floor == 0
 
@@ -152,7 +154,11 @@ class Recipe:
 
     def signal_of(self, out: TokenStats) -> torch.Tensor:
         """The signal [n] (nats) out of a pass with the teacher's rows."""
-        return out.reverse_kl if self.signal == FULL_KL else out.logprobs - out.teacher_logprobs
+        if self.signal == FULL_KL:
+            assert out.reverse_kl is not None
+            return out.reverse_kl
+        assert out.logprobs is not None and out.teacher_logprobs is not None
+        return out.logprobs - out.teacher_logprobs
 
     def method_at(self, step: int) -> Any:
         """The credit method of the 1-based step."""
@@ -171,14 +177,14 @@ def resolve(cfg: Config) -> Recipe:
         raise ConfigError(f"credit={cfg.credit} reads {', '.join(missing)}, which this trainer does not make: choose another")
     distillation = _make_distillation(loss, cfg)
     asks = any(column in method.needs for column in TEACHER_COLUMNS)
-    own_weights = cfg.teacher.weights != "rollout" and (asks or distillation is not None)
+    weights = cfg.teacher.weights
     filtered = own.mixed_groups if cfg.rollout.filter_groups is None else cfg.rollout.filter_groups
     return Recipe(
         method=method,
         declared=own,
         signal=cfg.signal or own.signals[0],
         distillation=distillation,
-        teacher_weights=cfg.teacher.weights if own_weights else None,
+        teacher_weights=weights if weights != "rollout" and (asks or distillation is not None) else None,
         references=_references(cfg, own, asks),
         gen_batches=cfg.rollout.max_num_gen_batches if filtered else 1,
     )

@@ -32,5 +32,5 @@ def said(error: BaseException, where: bool = False) -> str:
     text = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__) if where else []
     file = Path(frames[-1].filename) if frames else None
-    theirs = file is not None and Path(__file__).parent not in file.parents
-    return f"{type(error).__name__}: {text}" + (f" at {file.name}:{frames[-1].lineno}" if theirs else "")
+    theirs = file if file is not None and Path(__file__).parent not in file.parents else None
+    return f"{type(error).__name__}: {text}" + (f" at {theirs.name}:{frames[-1].lineno}" if theirs else "")

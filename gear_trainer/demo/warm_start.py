@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from filelock import FileLock
@@ -28,6 +28,7 @@ from filelock import FileLock
 from gear_trainer.demo.qwen3_tokenizer import COMPACT_TEMPLATE, default_cache, subset_tokenizer
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.tasks import Problem, Task, make_task
+from gear_trainer.tasks.base import DemonstrableTask
 from gear_trainer.tasks.demonstrations import OFFSET, check_demonstrations, play
 
 CORPUS = 600  # demonstrations whose texts fix the vocabulary; numbers are single digits, so it is complete long before
@@ -78,7 +79,7 @@ def encode_demo(chat: Chat, task: Task, problem: Problem, turns: list[str], teac
     return Demo(ids, mask)
 
 
-def draw_demo(task: Task, seed: int, index: int, teacher_share: float) -> tuple[Problem, list[str], bool]:
+def draw_demo(task: DemonstrableTask, seed: int, index: int, teacher_share: float) -> tuple[Problem, list[str], bool]:
     """The index-th demonstration, a function of (seed, index): its problem, its assistant turns, and whose prompt it takes."""
     rng = random.Random(f"warm-start/{seed}/{index}")
     problem = task.train_problem(OFFSET + index)
@@ -88,11 +89,11 @@ def draw_demo(task: Task, seed: int, index: int, teacher_share: float) -> tuple[
     return problem, task.demonstrate(problem, kind, rng), teacher
 
 
-def _draws(task: Task, seed: int, spec: WarmStartSpec, count: int) -> Iterator[tuple[Problem, list[str], bool]]:
+def _draws(task: DemonstrableTask, seed: int, spec: WarmStartSpec, count: int) -> Iterator[tuple[Problem, list[str], bool]]:
     return (draw_demo(task, seed, index, spec.teacher_share) for index in range(count))
 
 
-def fingerprint(task: Task, seed: int, spec: WarmStartSpec) -> str:
+def fingerprint(task: DemonstrableTask, seed: int, spec: WarmStartSpec) -> str:
     """A hash of what determines the model: sizes, versions, the chat template, and 64 demonstrations as the task writes them."""
     import tokenizers
     import transformers
@@ -107,7 +108,7 @@ def fingerprint(task: Task, seed: int, spec: WarmStartSpec) -> str:
     return hashlib.sha256(json.dumps([code, *parts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _corpus(task: Task, seed: int, spec: WarmStartSpec) -> Iterable[str]:
+def _corpus(task: DemonstrableTask, seed: int, spec: WarmStartSpec) -> Iterable[str]:
     """Every text the tokenizer must hold whole tokens for, rendered piece by piece (pieces meet at special tokens)."""
     yield "system user assistant tool \n"
     yield from (f"\n{tool['function']['name']}(a, b)# Tools\n\n" for tool in task.tools or [])
@@ -117,7 +118,9 @@ def _corpus(task: Task, seed: int, spec: WarmStartSpec) -> Iterable[str]:
         yield from ("\n" + message.content + "\n" for replies in play(task, problem, turns) for message in replies)
 
 
-def build_tokenizer(task: Task, seed: int, spec: WarmStartSpec, out_dir: Path, cache_dir: Path | str | None = None) -> Any:
+def build_tokenizer(
+    task: DemonstrableTask, seed: int, spec: WarmStartSpec, out_dir: Path, cache_dir: Path | str | None = None
+) -> Any:
     """The subset tokenizer of the task's texts, tool signatures and tool answers included, saved in `out_dir`."""
     tokenizer = subset_tokenizer(_corpus(task, seed, spec), out_dir, cache_dir=cache_dir, max_length=spec.max_length)
     # A second pass over whole conversations, rendered by the first one's template, so pieces are seen in their context.
@@ -165,7 +168,7 @@ def _rate(step: int, spec: WarmStartSpec) -> float:
     return spec.lr * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / spec.steps))
 
 
-def train(model: Any, chat: Chat, task: Task, seed: int, spec: WarmStartSpec) -> list[float]:
+def train(model: Any, chat: Chat, task: DemonstrableTask, seed: int, spec: WarmStartSpec) -> list[float]:
     """The supervised phase: cross-entropy on policy tokens. Returns the loss of every step."""
     from tqdm import trange
 
@@ -194,7 +197,7 @@ def train(model: Any, chat: Chat, task: Task, seed: int, spec: WarmStartSpec) ->
 
 
 @torch.no_grad()
-def conditioning_report(model: Any, chat: Chat, task: Task, count: int = 100) -> dict[str, dict[str, float]]:
+def conditioning_report(model: Any, chat: Chat, task: DemonstrableTask, count: int = 100) -> dict[str, dict[str, float]]:
     """Mean log-prob of right and wrong continuations of held-out problems under the student's and the teacher's prompt.
 
     `right_episode` is the reference solution, `wrong_tool` and `guess` what the mixed demonstrations do wrong; the last two split
@@ -236,7 +239,7 @@ def _reproducible(seed: int, threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _build(task: Task, seed: int, spec: WarmStartSpec, out_dir: Path, cache_dir: Path) -> None:
+def _build(task: DemonstrableTask, seed: int, spec: WarmStartSpec, out_dir: Path, cache_dir: Path) -> None:
     start = time.perf_counter()
     tokenizer = build_tokenizer(task, seed, spec, out_dir, cache_dir)
     chat = Chat(tokenizer, task.tools)
@@ -275,6 +278,7 @@ def ensure_warm_start(task: Task, seed: int, cache_dir: Path | str | None = None
     model, tokenizer, chat template and `warm_start.json` with the conditioning report.
     """
     check_demonstrations(task)
+    task = cast(DemonstrableTask, task)
     spec = spec or WarmStartSpec()
     root = Path(cache_dir) if cache_dir else default_cache()
     root.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What stands in the teacher's prompt: the ground truth, a correct sibling, or a reference that a writer made of attempts."""
+"""Hints that the teacher's prompt shows: the ground truth, a correct sibling, or a reference that a writer made of attempts."""
 
 from pathlib import Path
 

@@ -78,7 +78,7 @@ def connect(cfg: WriterConfig, context: int) -> Endpoint:
 
 
 def check_settings(cfg: WriterConfig) -> None:
-    """What is wrong, without asking the endpoint. Raises ConfigError."""
+    """Check the endpoint's settings without asking it. Raises ConfigError."""
     if not cfg.url:
         return
     if not cfg.url.startswith(("http://", "https://")):

@@ -1,4 +1,4 @@
-"""What a credit reference must not tell the teacher: how an attempt was judged, credentials, and the literal answer."""
+"""Masks for what a credit reference must not tell the teacher: how an attempt was judged, credentials, and the literal answer."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ class WriterModel(Protocol):
 
     def complete(self, prompts: list[str], seeds: list[int]) -> list[str | None]:
         """One text for each prompt, None where there is none. Never raises for what an endpoint does."""
+        ...
 
 
 class PolicyWriter:
@@ -57,6 +58,7 @@ class Writer:
         groups = [group for group in groups_of(rollouts) if is_mixed(group)]
         asked = [(group, prompt) for group in groups if (prompt := self.prompt(group)) is not None]
         seeds = [seed_of(*key, group[0].group, "writer") for group, _ in asked]
+        assert self.model is not None  # a run has one
         texts = self.model.complete([prompt for _, prompt in asked], seeds)
         masked = [self._splice(group, text) for (group, _), text in zip(asked, texts, strict=True) if text]
         written = [text for text in masked if text is not None]

@@ -28,7 +28,7 @@ from gear_trainer.policy.teacher import Teacher
 from gear_trainer.runs.files import aside, sync, write_whole
 
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-\d+")
 
 
 def save(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) -> None:
@@ -206,7 +206,7 @@ def _finished(root: Path) -> list[Path]:
 
 
 def _number(path: Path) -> int:
-    return int(_STEP.fullmatch(path.name).group(1))
+    return int(path.name.removeprefix("step-"))
 
 
 def _clear_above(root: Path, step: int) -> None:

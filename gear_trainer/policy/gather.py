@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|^module\.")
 
@@ -30,7 +34,7 @@ def buckets(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Pa
     return [list(group) for _, group in groupby(named, key=lambda item: _layer(item[0]))]
 
 
-def gathered_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def gathered_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (HF name, whole tensor) of every parameter; a tied head is sent under both of its names.
 
     Collective: every rank must run it to its end, in step. A yielded tensor is valid until the next one is asked for.
@@ -46,7 +50,7 @@ def gathered_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield alias[0], p.data
 
 
-def tied_head(model: nn.Module) -> tuple[str, str] | None:
+def tied_head(model: PreTrainedModel) -> tuple[str, str] | None:
     """(head name, embedding name) where both are one Parameter. vLLM's CPU head keeps a packed copy: it must be sent too."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
@@ -66,6 +70,6 @@ def gathered(params: list[nn.Parameter]):
     return deepspeed.zero.GatheredParameters(params)  # all ranks gather; no modifier: read only
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+def whole_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's parameters on the CPU, for export. Collective; every rank builds it, rank 0 has a use for it."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in gathered_weights(model)}

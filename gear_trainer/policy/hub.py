@@ -74,7 +74,7 @@ def model_sizes(spec: str) -> dict[str, Any] | None:
 
 
 def known_config(spec: str) -> Any | None:
-    """transformers' configuration of a directory or hub name, without the network; None where it is not at hand."""
+    """The configuration that transformers makes of a directory or hub name, without the network; None where it is not at hand."""
     from transformers import AutoConfig
 
     if shipped := _shipped_sizes(spec):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from gear_kernels import FusedHead, Head, TokenStats
 from gear_trainer.policy.batching import MicroBatch, Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Policy(nn.Module):
@@ -18,12 +21,12 @@ class Policy(nn.Module):
     head is gathered only around its own use and gradients are exact. Never call the backbone outside `engine(...)`.
     """
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm = lm
         config = lm.config.get_text_config()
         FusedHead.adopt(
-            lm.get_output_embeddings(),
+            cast(nn.Linear, lm.get_output_embeddings()),  # anything else is refused
             softcap=getattr(config, "final_logit_softcapping", None),
             scale=_logit_scale(config),
         )
@@ -44,7 +47,7 @@ class Policy(nn.Module):
         student, taught = self._hidden(batch)
         taught, own_head = teacher or (taught, None)
         options = {"teacher_head": own_head, "temperature": temperature, "stats": stats, "jsd_beta": jsd_beta}
-        return self.lm.get_output_embeddings()(student, batch.targets, taught, **options)
+        return cast(Any, self.lm.get_output_embeddings())(student, batch.targets, taught, **options)
 
     def _hidden(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[n, D] of the student's and of the teacher's rows. Two forwards, each as wide as its own longest row: in one, students
@@ -56,7 +59,7 @@ class Policy(nn.Module):
         return hidden_states(self.lm, batch.student), taught
 
 
-def hidden_states(lm: nn.Module, rows: Rows) -> torch.Tensor:
+def hidden_states(lm: PreTrainedModel, rows: Rows) -> torch.Tensor:
     """The last hidden states [n, D] of an HF causal LM, without its head, that predict the n policy tokens of the rows."""
     return lm.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows.index]
 

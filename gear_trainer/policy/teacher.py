@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +17,12 @@ from gear_trainer.policy.gather import gathered
 from gear_trainer.policy.model import hidden_states
 from gear_trainer.policy.zero import deepspeed_config, load_partitioned
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class _Backbone(nn.Module):
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm = lm
 
@@ -61,7 +64,7 @@ class Teacher:
 
     @property
     def follows(self) -> bool:
-        """Whether there is state to save: the starting model is read again instead."""
+        """True where the weights follow the policy's, so there is state to save: the starting model is read again instead."""
         return self.cfg.weights != "initial"
 
     @torch.no_grad()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from gear_trainer.config import Config
 from gear_trainer.policy.model import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def choose_accelerator() -> None:
@@ -54,12 +56,16 @@ def build_engine(cfg: Config, model_path: str):
     lm, keep_alive = load_partitioned(cfg, model_path, config)
     if cfg.model.gradient_checkpointing:
         checkpoint_layers(lm)
-    engine, *_ = deepspeed.initialize(model=Policy(lm), config=config, model_parameters=list(lm.parameters()))
+    engine, *_ = deepspeed.initialize(
+        model=Policy(lm),
+        config=config,
+        model_parameters=list(lm.parameters()),  # pyright: ignore[reportArgumentType]  (annotated as one module)
+    )
     engine.hf_deepspeed_config = keep_alive
     return engine
 
 
-def checkpoint_layers(lm: nn.Module) -> None:
+def checkpoint_layers(lm: PreTrainedModel) -> None:
     """HF recomputes only layers in training mode, and from_pretrained leaves all in evaluation mode: switch on these alone.
 
     What is inside them stays in evaluation mode: dropout would make the update's log-probs differ from the scored ones.
@@ -72,10 +78,10 @@ def checkpoint_layers(lm: nn.Module) -> None:
             module.training = True
 
 
-def load_partitioned(cfg: Config, model_path: str, config: dict[str, Any]) -> tuple[nn.Module, Any]:
+def load_partitioned(cfg: Config, model_path: str, config: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
     """The HF model, partitioned as `config` (DeepSpeed's) says, and an object to keep as long as its engine. Collective."""
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     keep_alive = HfDeepSpeedConfig(config)  # from_pretrained partitions only while this object lives
     dtype = getattr(torch, cfg.model.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import cast
 
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
@@ -36,7 +37,7 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
         if away is None:
             raise
         away.append(f"task={cfg.task}: {error}; the checks of its data and prompts are left out")
-        task = task_class(cfg.task)
+        task = cast(Task, task_class(cfg.task))
     if cfg.model.path == "builtin:tiny-qwen3":
         if not hasattr(task, "demonstrate"):
             raise ConfigError(
@@ -67,7 +68,7 @@ def check_teacher(cfg: Config) -> None:
 
 
 def check_references(cfg: Config, recipe: Recipe) -> None:
-    """What a writer of references is told is usable. Raises ConfigError or TaskError."""
+    """Check that a writer of references can use what it is told. Raises ConfigError or TaskError."""
     if recipe.references == "writer":
         endpoint.check_settings(cfg.writer)
         templates(cfg.writer)

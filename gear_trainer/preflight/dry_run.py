@@ -1,4 +1,4 @@
-"""What `plan`, or `--dry-run`, prints: the resolved run, the shape of a step, memory, both engines' configurations."""
+"""The dry run (`plan`, or `--dry-run`) prints the resolved run, the shape of a step, memory, both engines' configurations."""
 
 from __future__ import annotations
 

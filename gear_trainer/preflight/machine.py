@@ -1,4 +1,4 @@
-"""What a run needs of its machine, its model's sizes, its engine and DeepSpeed, looked at before any of them starts."""
+"""Checks of a run's machine, its model's sizes, its engine and DeepSpeed, made before any of them starts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_folder(key: str, folder: Path) -> None:
 
 
 def check_port() -> None:
-    """Whether rank 0 can open the port that all ranks meet at. Raises ConfigError.
+    """Check that rank 0 can open the port that all ranks meet at. Raises ConfigError.
 
     Under torchrun the launcher's own process holds it, and has opened it already.
     """
@@ -56,6 +56,7 @@ def check_port() -> None:
     try:
         socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
     except OSError as error:
+        assert error.errno is not None  # the system's own
         raise ConfigError(
             f"port {port} of this machine cannot be opened ({os.strerror(error.errno)}), another run may hold it: start with "
             f"`deepspeed --master_port {port + 1} ...`, or `make train PORT={port + 1}`"

@@ -10,10 +10,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
 from gear_kernels import tiling
 from gear_trainer.config import Config
@@ -24,6 +23,9 @@ from gear_trainer.preflight.meter import Passes, passes
 from gear_trainer.recipe import Recipe
 from gear_trainer.rollout.vllm_colocated import kv_bytes
 from gear_trainer.user_code import said
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GIB, MIB = 2**30, 2**20
 
@@ -42,7 +44,7 @@ SUMS = 200  # bytes a row: 12 float64 sums, 7 values and 9 numbers of state in f
 
 
 class Card(NamedTuple):
-    """What one rank may fill: `total` bytes of a GPU, or its share of this machine's memory."""
+    """The memory that one rank may fill: `total` bytes of a GPU, or its share of this machine's memory."""
 
     name: str
     total: float
@@ -88,9 +90,11 @@ class Sizes(NamedTuple):
     vocabulary: int
 
 
-def sizes_of(lm: nn.Module, threshold: int) -> Sizes:
-    """Of a model on the meta device; threshold: stage3_param_persistence_threshold."""
-    head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
+def sizes_of(lm: PreTrainedModel, threshold: int) -> Sizes:
+    """The parameter counts of a model on the meta device; threshold: stage3_param_persistence_threshold."""
+    layer = lm.get_output_embeddings()
+    assert layer is not None  # a causal model's head
+    head, embedding = layer.weight, lm.get_input_embeddings().weight
     whole = list(lm.parameters())
     tables = {id(head), id(embedding)}
     inner = [p for p in whole if id(p) not in tables]
@@ -105,7 +109,7 @@ def sizes_of(lm: nn.Module, threshold: int) -> Sizes:
 
 
 @cache
-def meta_model(path: str, dtype: str, attention: str) -> nn.Module:
+def meta_model(path: str, dtype: str, attention: str) -> PreTrainedModel:
     """The model of a path whose `model_sizes` are at hand, without memory."""
     from transformers import AutoModelForCausalLM
 
@@ -206,7 +210,7 @@ class Planner:
         return min(cfg.train.tokens_per_micro_batch, rollouts * wide)
 
     def passes(self, cfg: Config) -> Passes:
-        """Of `tokens`: counted at one number of them, then in proportion."""
+        """The bytes of a forward and backward of `tokens`: counted at one number of them, then in proportion."""
         tokens, wide = self.tokens(cfg), max(self.student, self.teacher) + self.response
         checkpointing = cfg.model.gradient_checkpointing
         if checkpointing not in self._passes:
@@ -454,7 +458,7 @@ def check_plan(planner: Planner, plan: Plan, cfg: Config) -> None:
             f"rollout.max_model_len={cfg.rollout.max_model_len}: set {mend}"
         )
     rows = plan.phases[over[0]]
-    largest = max(rows, key=rows.get)
+    largest = max(rows, key=rows.__getitem__)
     raise ConfigError(
         f"memory: {over[0]} takes {plan.total(over[0]) / GIB:.1f} GiB a rank ({largest}: {rows[largest] / GIB:.1f}), more than "
         f"{card.name}: set {mend}"
@@ -559,7 +563,7 @@ def _order(row: str) -> int:
 
 
 def notes(plan: Plan, cfg: Config) -> list[str]:
-    """What the table cannot say: sizes, the KV cache in sequences, logits that are never made, memory beside the card."""
+    """Lines for what the table cannot say: sizes, KV cache in sequences, logits that are never made, memory beside the card."""
     kv, r = plan.cache, cfg.rollout
     out = [f"{plan.sizes.total / 1e9:.2f} B parameters" + (" (head tied)" if plan.sizes.tied else "")]
     if kv.tokens < float("inf"):

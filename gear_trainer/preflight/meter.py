@@ -1,4 +1,4 @@
-"""What a model's passes hold in memory, counted without any: its own code runs on meta tensors, and every storage is noted."""
+"""The memory of a model's passes, counted without any: its own code runs on meta tensors, and every storage is noted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,14 +16,17 @@ from torch.utils._pytree import tree_leaves
 
 from gear_trainer.policy.zero import checkpoint_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class Passes(NamedTuple):
     """Bytes of a micro-batch beside the weights and their gradients: the most that a pass without gradients holds; what is kept
     from the forward to the backward; the most that the backward holds, the kept part included."""
 
-    score: int
-    kept: int
-    backward: int
+    score: float
+    kept: float
+    backward: float
 
 
 class Meter(TorchDispatchMode):
@@ -75,8 +78,8 @@ def _flash() -> Iterator[None]:
 
 
 @cache
-def passes(lm: nn.Module, rows: int, width: int, checkpointing: bool) -> Passes:
-    """What a micro-batch [rows, width] of a model on the meta device holds, its head apart.
+def passes(lm: PreTrainedModel, rows: int, width: int, checkpointing: bool) -> Passes:
+    """The bytes that a micro-batch [rows, width] of a model on the meta device holds, its head apart.
 
     Two and three of the model's layers are run (or all that it has) and the rest is counted as the third: layers are alike.
     """
@@ -91,11 +94,11 @@ def passes(lm: nn.Module, rows: int, width: int, checkpointing: bool) -> Passes:
     return Passes(*(a + left * (b - a) for a, b in zip(few, more, strict=True)))
 
 
-def _layers(lm: nn.Module) -> nn.ModuleList:
+def _layers(lm: PreTrainedModel) -> nn.ModuleList:
     return max((m for m in lm.modules() if isinstance(m, nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
-def _run(lm: nn.Module, layers: nn.ModuleList, count: int, rows: int, width: int) -> Passes:
+def _run(lm: PreTrainedModel, layers: nn.ModuleList, count: int, rows: int, width: int) -> Passes:
     given = [*lm.parameters(), *lm.buffers()]
     with _flash(), _only(layers, count), _no_gradients_kept(lm):
         with Meter(given) as score, torch.no_grad():
@@ -107,9 +110,10 @@ def _run(lm: nn.Module, layers: nn.ModuleList, count: int, rows: int, width: int
     return Passes(score.peak, kept, meter.peak)
 
 
-def _hidden(lm: nn.Module, rows: int, width: int) -> torch.Tensor:
+def _hidden(lm: PreTrainedModel, rows: int, width: int) -> torch.Tensor:
     """From embeddings: the gradient of the table that gives them is not a layer's."""
     like = lm.get_input_embeddings().weight
+    assert isinstance(like, torch.Tensor)
     embeddings = torch.empty(rows, width, like.shape[1], dtype=like.dtype, device="meta", requires_grad=True)
     return lm.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
 
@@ -125,7 +129,7 @@ def _only(layers: nn.ModuleList, count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_gradients_kept(lm: nn.Module) -> Iterator[None]:
+def _no_gradients_kept(lm: PreTrainedModel) -> Iterator[None]:
     """ZeRO-3 moves each parameter's gradient away as it comes."""
     hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in lm.parameters()]
     try:

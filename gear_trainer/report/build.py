@@ -114,7 +114,7 @@ def _view(rollout: dict[str, Any]) -> dict[str, Any]:
     columns = ("tokens", "mask", "weight", "segment", "signal", "entropy", "logprobs", "teacher_logprobs")
     length = len(rollout["ids"])
     lists = [rollout[c] or [None] * length for c in columns]
-    tokens = [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+    tokens: list[dict[str, Any]] = [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
     spread = max([abs(t["weight"] - 1) for t in tokens if t["weight"] is not None], default=0) or 1
     for i, t in enumerate(tokens):
         t["style"] = _style(t, spread)

@@ -57,7 +57,7 @@ class Chat:
         return text
 
     def escapes(self, messages: list[dict[str, Any]]) -> int:
-        """How many texts of a chat `plain` has to change."""
+        """The number of a chat's texts that `plain` has to change."""
         changed: list[bool] = []
 
         def look(text: str) -> str:
@@ -83,7 +83,7 @@ class Chat:
         return self.encode(self.render(messages, tools))
 
     def observation_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """What stands between the end-of-turn token of a turn and the next turn's first sampled token: what was said between."""
+        """The tokens between a turn's end-of-turn token and the next turn's first sampled one: what was said between."""
         roles = [message.role for message in messages]
         return self._said(roles, [self.plain(message.content) for message in messages], tools)
 
@@ -199,8 +199,7 @@ def _control(tokenizer: Any) -> tuple[re.Pattern[str], str, Callable[[str], str]
     for those of them that it looks for in normalised text."""
     added = [token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    looks = normalizer is not None and any(token.normalized for token in added)
-    normal = normalizer.normalize_str if looks else str
+    normal = normalizer.normalize_str if normalizer is not None and any(token.normalized for token in added) else str
     spelled = {str(token) for token in added}
     spelled |= {form for form in map(normal, spelled) if form.strip()}
     longest_first = sorted(spelled, key=lambda s: (-len(s), s))

@@ -1,12 +1,12 @@
-"""What the trainer needs of an inference engine, and which engine a configuration names."""
+"""The contract of an inference engine with the trainer, and the engine that a configuration names."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
@@ -36,12 +36,12 @@ class Engine(ABC):
 
     def submit(self, ticket: int, request: Request) -> None:
         """Let a request join the running batch; `collect` hands it back under its ticket. Here: it waits for `collect`."""
-        self.__dict__.setdefault("_waiting", {})[ticket] = request
+        vars(self).setdefault("_waiting", {})[ticket] = request
 
     def collect(self) -> list[tuple[int, Completion]]:
         """Work on what was submitted until something ended or a step is done; what ended, each with its ticket. May be nothing
         while requests are under way. Here: all that waits, to its end."""
-        waiting = self.__dict__.pop("_waiting", {})
+        waiting = vars(self).pop("_waiting", {})
         return list(zip(waiting, self.generate(list(waiting.values())), strict=True))
 
     def sleep(self) -> None:  # noqa: B027  (may do nothing, as the next two)
@@ -91,7 +91,8 @@ def engine_class(cfg: Config) -> type[Engine]:
 
 def make_engine(cfg: Config, model_path: str) -> Engine:
     """The engine that `rollout.engine` names, holding the model of that folder. Raises ConfigError."""
-    return engine_class(cfg)(cfg, model_path, **cfg.rollout.engine_options)
+    make = cast("Callable[..., Engine]", engine_class(cfg))
+    return make(cfg, model_path, **cfg.rollout.engine_options)
 
 
 def take_device() -> torch.device:

@@ -124,8 +124,8 @@ class Course:
     def _whole(self) -> Generator[Request | Ask, Any, None]:
         r, world = self.rollout, self.world
         try:
-            self.episode = yield world.start(r.problem)
-            yield from self._scored(self.episode)
+            self.episode = episode = yield world.start(r.problem)
+            yield from self._scored(episode)
         except EpisodeError as error:
             self._broken(error)
         if self.episode is not None:
@@ -204,8 +204,9 @@ def lockstep(engine: Engine, courses: list[Course], world: Environment) -> None:
         _call(ready, calls)
         while calls:
             _call(_answered(calls, world, block=True), calls)
-        ready = [course for course in courses if isinstance(course.waits_for, Request)]
-        completions = engine.generate([course.waits_for for course in ready]) if ready else []
+        asking = [(course, course.waits_for) for course in courses if isinstance(course.waits_for, Request)]
+        ready = [course for course, _ in asking]
+        completions = engine.generate([request for _, request in asking]) if asking else []
         for course, completion in zip(ready, completions, strict=True):
             course.go_on(completion)
 

@@ -39,7 +39,7 @@ def check_failures(rollouts: list[Rollout], limits: Limits) -> None:
 
 
 def is_mixed(group: list[Rollout]) -> bool:
-    """Whether some succeeded and some failed: such a group shows what made the difference. Without an outcome there is none."""
+    """True where some succeeded and some failed: such a group shows what made the difference; one without an outcome does not."""
     return not any(r.failed for r in group) and 0 < sum(r.success for r in group) < len(group)
 
 

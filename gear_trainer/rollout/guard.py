@@ -52,7 +52,7 @@ class Callers:
         self._threads: list[_Caller] = []
 
     def start(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        """What the call will have returned or raised; Overdue where it took too long when somebody looked (`leave_overdue`)."""
+        """A future of what the call returns or raises; Overdue where it took too long when somebody looked (`leave_overdue`)."""
         answer: Future[Any] = Future()
         work = partial(contextvars.copy_context().run, call, *args)  # as a decimal context of the caller's
         if self.limit_s is None:
@@ -79,7 +79,7 @@ class Callers:
         """Answer calls that took too long with Overdue, and put fresh threads in their threads' place."""
         for thread in list(self._threads):
             job = thread.job
-            if job is None or time.monotonic() - job[1] < self.limit_s:
+            if job is None or self.limit_s is None or time.monotonic() - job[1] < self.limit_s:
                 continue
             if _settled(job[0].set_exception, Overdue(f"no answer within {self.limit_s:g} s (rollout.turn_timeout)")):
                 self.abandoned += 1
@@ -167,7 +167,7 @@ class Environment:
         return Ask("step", problem, _checked_reply, episode.step, (text,))
 
     def outcome(self, problem: Problem, episode: Episode, end: End) -> Ask:
-        """What the episode earned, an Outcome of finite numbers."""
+        """The episode's Outcome, of finite numbers."""
         return Ask("outcome", problem, _checked_outcome, episode.outcome, (end,))
 
     def close(self, problem: Problem, episode: Episode) -> Ask:

@@ -1,4 +1,4 @@
-"""What goes to an engine and comes back, a rollout as one flat token stream, and the limits of both."""
+"""Requests to an engine and their completions, a rollout as one flat token stream, and the limits of both."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Completion:
 
 
 class Status(StrEnum):
-    """How a rollout ended: by itself, with the last turn it may have, where tokens ran out, or because its environment broke."""
+    """The end of a rollout: by itself, with the last turn it may have, where tokens ran out, or because its environment broke."""
 
     DONE = "done"
     TURNS = "turns"
@@ -79,12 +79,12 @@ class Rollout:
 
     @property
     def truncated(self) -> bool:
-        """Whether tokens ran out: a turn was cut, or no turn fitted behind what there was."""
+        """True where tokens ran out: a turn was cut, or no turn fitted behind what there was."""
         return self.status is Status.LENGTH
 
     @property
     def failed(self) -> bool:
-        """Whether its last try broke off too: what it earned is unknown."""
+        """True where its last try broke off too: what it earned is unknown."""
         return self.status is Status.ERROR
 
     @property
@@ -102,7 +102,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Limits:
-    """How many rollouts a problem gets, and what each of them may take."""
+    """The number of rollouts that a problem gets, and what each of them may take."""
 
     group_size: int
     temperature: float

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -16,6 +16,9 @@ from gear_trainer.config import Config, near
 from gear_trainer.errors import ConfigError, RunError
 from gear_trainer.rollout.engine import Engine, take_device
 from gear_trainer.rollout.types import Completion, Request
+
+if TYPE_CHECKING:
+    from vllm.inputs import TokensPrompt
 
 
 class PlacementError(RunError):
@@ -77,7 +80,7 @@ class ColocatedVllm(Engine):
 
     def generate(self, requests: list[Request]) -> list[Completion]:
         self._check_weights()
-        prompts = [{"prompt_token_ids": q.prompt_ids} for q in requests]
+        prompts: list[TokensPrompt] = [{"prompt_token_ids": q.prompt_ids} for q in requests]
         outputs = self.llm.generate(prompts, [_sampling(q) for q in requests], use_tqdm=False)
         return [self._completion(o.outputs[0]) for o in outputs]
 
@@ -88,7 +91,8 @@ class ColocatedVllm(Engine):
 
     def collect(self) -> list[tuple[int, Completion]]:
         outputs = self.llm.llm_engine.step()
-        return [(self.tickets.pop(_own_name(o.request_id)), self._completion(o.outputs[0])) for o in outputs if o.finished]
+        finished = ((o.request_id, o.outputs[0]) for o in outputs if o.finished)  # pyright: ignore[reportIndexIssue]  (no pooling)
+        return [(self.tickets.pop(_own_name(name)), self._completion(out)) for name, out in finished]
 
     def _check_weights(self) -> None:
         if self.stale:
@@ -217,8 +221,10 @@ def check_engine_args(cfg: Config) -> None:
 def engine_arguments() -> set[str]:
     """Fields of vLLM's EngineArgs, read from its source: importing it takes 17 s and settles its environment variables."""
     spec = find_spec("vllm")
-    file = Path(spec.submodule_search_locations[0]) / "engine" / "arg_utils.py" if spec else None
+    folders = spec.submodule_search_locations if spec else None
+    file = Path(folders[0]) / "engine" / "arg_utils.py" if folders else None
     if file is None or not file.is_file():
         return set()
     classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"]
-    return {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)}
+    fields = (node.target for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign))
+    return {target.id for target in fields if isinstance(target, ast.Name)}

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: a progress bar, one line a step, and the run's result."""
+"""The terminal of a run: a progress bar, one line a step, and the result."""
 
 from __future__ import annotations
 

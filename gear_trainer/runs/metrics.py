@@ -46,7 +46,7 @@ class Sums:
         self._peaks.setdefault(name, [0.0]).append(_wide(value))
 
     def read(self, device: torch.device) -> dict[str, float | None]:
-        """What every name is over all ranks, by name, peaks last. Collective."""
+        """Each name's value over all ranks, by name, peaks last. Collective."""
         means, totals, peaks = sorted(self._means), sorted(self._totals), sorted(self._peaks)
         summed = _stacked([x for name in means for x in self._means[name]] + [self._totals[name] for name in totals], device)
         largest = [_stacked(self._peaks[name], device).amax() for name in peaks]
@@ -119,6 +119,7 @@ def step_values(
 ) -> dict[str, Any]:
     """A step's line of metrics.jsonl: what `Sums.read` and `Phases.split` say, and the learning rate."""
     tokens, total = values.pop("policy_tokens"), sum(seconds.values())
+    assert tokens is not None  # a total, and none of those is missing
     out = {"step": step} | {name: _six_digits(value) for name, value in values.items()}
     out |= {"lr": rate, "policy_tokens": tokens}
     if held_out is not None:

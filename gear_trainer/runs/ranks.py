@@ -1,4 +1,4 @@
-"""Which rank was lost: every rank leaves a beat a second beside the run's folder, and reads the others' when a collective breaks.
+"""Lost ranks, named: each rank leaves a beat a second beside the run's folder, and reads the others' when a collective breaks.
 
 A rank that dies shows to the others as a broken connection (gloo) or as a collective that never ends (NCCL); neither names it.
 """
@@ -64,7 +64,7 @@ class Beats:
         self._write()
 
     def said_by(self, rank: int, error: BaseException) -> bool:
-        """Whether another rank ended by the same error."""
+        """True where another rank ended by the same error."""
         return (self._read(rank) or {}).get("ended") == _word(error)
 
     def blame(self, error: BaseException, wait: float = 5.0) -> str | None:
@@ -107,7 +107,7 @@ class Beats:
             self._warn()
             lost = self.lost()
             since = since or time.monotonic() if lost else None
-            if lost and time.monotonic() - since > GRACE and not self._stopped.is_set():
+            if since is not None and time.monotonic() - since > GRACE and not self._stopped.is_set():
                 self.leave(self._line(lost))
 
     def leave(self, line: str) -> None:

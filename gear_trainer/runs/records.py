@@ -1,4 +1,4 @@
-"""What a run keeps of its rollouts: runs/NAME/rollouts/step-NNNNN.jsonl, one JSON object a rollout, in whole groups."""
+"""The rollouts that a run keeps: runs/NAME/rollouts/step-NNNNN.jsonl, one JSON object a rollout, in whole groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task family gives the trainer: problems, tools, and an episode that answers the model and scores it."""
+"""The contract of a task family: problems, tools, and an episode that answers the model and scores it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Message:
-    """What the environment says next: a tool's answer, or a user's words.
+    """One message of the environment: a tool's answer, or a user's words.
 
     The content is data: control tokens spelled in it are broken up, and it is cut where it does not fit into the context.
     """
@@ -63,7 +63,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an episode earned. metrics: named finite numbers beside it, which evaluation averages."""
+    """The outcome of an episode: what it earned. metrics: named finite numbers beside it, which evaluation averages."""
 
     reward: float
     success: bool
@@ -124,7 +124,7 @@ class Task(ABC):
 
 @runtime_checkable
 class Demonstrable(Protocol):
-    """What a task must have beside `Task` for model.path=builtin:tiny-qwen3, whose policy is warmed up on demonstrations.
+    """The parts that a task needs beside `Task` for model.path=builtin:tiny-qwen3, whose policy is warmed up on demonstrations.
 
     `train_problem` is asked for indices from 2**40 on, `held_out` for 100 problems; the turns of a demonstration are played
     through an episode, whose replies become part of it. Every random choice comes from the `rng` that is handed in.
@@ -136,6 +136,12 @@ class Demonstrable(Protocol):
 
     def demonstrate(self, problem: Problem, kind: str, rng: random.Random) -> list[str]:
         """The assistant's turns, at least one, without end-of-turn tokens."""
+        ...
 
     def wrong_answer(self, problem: Problem, rng: random.Random) -> str:
         """A last turn that is wrong, of the right one's form and length: how far the prompts tell them apart is reported."""
+        ...
+
+
+class DemonstrableTask(Task, Demonstrable):
+    """Both in one, for annotations: nobody has to derive from it."""

@@ -19,7 +19,7 @@ def last_number(text: str) -> str | None:
 
 
 def same_number(text: str | None, truth: str) -> bool:
-    """Whether a number read by `last_number` equals the truth ("19.0" equals "19")."""
+    """True where a number read by `last_number` equals the truth ("19.0" equals "19")."""
     return text is not None and float(text) == float(truth)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from typing import cast
 
 from gear_trainer.tasks.awaiting import resolved
-from gear_trainer.tasks.base import Demonstrable, Message, Problem, Task, TaskError
+from gear_trainer.tasks.base import DemonstrableTask, Message, Problem, Task, TaskError
 from gear_trainer.user_code import said
 
 OFFSET = 1 << 40  # demonstrations use problem indices that no run reaches
@@ -14,7 +15,7 @@ DEMANDED = ("demo_mix", "demonstrate", "wrong_answer")  # of Demonstrable
 
 
 def play(task: Task, problem: Problem, turns: list[str]) -> list[tuple[Message, ...]]:
-    """What the environment says after each turn of a demonstration."""
+    """The environment's messages after each turn of a demonstration."""
     episode = task.episode(problem)
     try:
         return [tuple(resolved(episode.step(turn)).messages) for turn in turns]
@@ -30,14 +31,14 @@ def check_demonstrations(task: Task) -> None:
     if missing := [part for part in DEMANDED if not hasattr(task, part)]:
         raise TaskError(f"{name} has no {', '.join(missing)}, which a warm start asks for: see docs/tasks.md")
     try:
-        wrong = _wrong_demonstrations(task)
+        wrong = _wrong_demonstrations(cast(DemonstrableTask, task))
     except Exception as error:  # the task's own code
         raise TaskError(f"{name}: a demonstration fails ({said(error, where=True)}): see docs/tasks.md") from error
     if wrong:
         raise TaskError(f"{name}{wrong}: see docs/tasks.md")
 
 
-def _wrong_demonstrations(task: Demonstrable) -> str | None:
+def _wrong_demonstrations(task: DemonstrableTask) -> str | None:
     weights = dict(task.demo_mix)
     if "right" not in weights:
         return f'.demo_mix has no kind "right", only {", ".join(map(repr, weights)) or "nothing"}'

@@ -6,7 +6,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from gear_trainer.tasks.awaiting import resolved
 from gear_trainer.tasks.base import Problem, Task, TaskError
@@ -29,9 +29,10 @@ def make_task(name: str, seed: int, args: dict[str, Any] | None = None) -> Task:
     cls = task_class(name)
     args = args or {}
     _check(name, cls, args)
+    make = cast("Callable[..., Task]", cls)
     if name in TASKS:
-        return cls(seed=seed, **args)
-    task = _asked(name, f"{cls.__name__}(...)", lambda: cls(seed=seed, **args))
+        return make(seed=seed, **args)
+    task = _asked(name, f"{cls.__name__}(...)", lambda: make(seed=seed, **args))
     _try_task(name, task)
     return task
 

@@ -49,7 +49,7 @@ class Finite:
 
 
 def agreed(asked: bool, device: torch.device) -> bool:
-    """Whether any rank asks for it. Collective."""
+    """True where any rank asks for it. Collective."""
     flag = torch.tensor(int(asked), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)

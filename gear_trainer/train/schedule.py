@@ -1,4 +1,4 @@
-"""What each pass of a step runs over, laid out by the host and agreed by all ranks before the first of them."""
+"""The passes of a step and what each runs over, laid out by the host and agreed by all ranks before the first of them."""
 
 from __future__ import annotations
 

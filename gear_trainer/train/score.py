@@ -30,4 +30,5 @@ def _keep(recipe: Recipe, experience: Experience, rows: list[int], out: TokenSta
         found["signal"] = recipe.signal_of(out)
     places = experience.tokens(rows)
     for name, values in found.items():
+        assert values is not None, name
         experience.write(name, places, values.float())

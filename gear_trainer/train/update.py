@@ -12,7 +12,7 @@ from gear_kernels.losses import policy_gradient_loss
 from gear_trainer.config import Config
 from gear_trainer.policy.batching import MicroBatch
 from gear_trainer.policy.forward import Forward
-from gear_trainer.recipe import Recipe
+from gear_trainer.recipe import Distillation, Recipe
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.train.experience import Experience
 from gear_trainer.train.schedule import Pass
@@ -54,6 +54,7 @@ class Updater:
         world = self.cfg.world_size
         for batch in part.micro_batches(experience):
             out = self.forward(batch, self.recipe.stats_to_update)
+            assert out.logprobs is not None
             inputs = self._inputs(batch, experience, out.logprobs)
             loss, parts = self._loss(out, inputs)
             # DeepSpeed averages over ranks; the weights already are global means. A loss that is not finite makes every gradient
@@ -84,9 +85,10 @@ class Updater:
         return Inputs(old, advantages, weights, importance, teacher, e["moves"].index_select(0, places).sum().double())
 
     def _loss(self, out: TokenStats, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert out.logprobs is not None
         loss, parts = self._policy_loss(out.logprobs, inputs)
         if self.distill:
-            added, divergence = self._distillation(out, inputs)
+            added, divergence = self._distillation(self.distill, out, inputs)
             return loss + added, parts | {"divergence": divergence}
         return loss, parts
 
@@ -107,12 +109,12 @@ class Updater:
         )
         return loss, {name: parts[name] for name in LOGGED}
 
-    def _distillation(self, out: TokenStats, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def _distillation(self, distill: Distillation, out: TokenStats, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The distillation loss of a micro-batch and its mean divergence; a sampled one is corrected as the surrogate is."""
-        if self.distill.full:
-            return self.distill.loss(out, inputs.old, None, inputs.weights)
+        if distill.full:
+            return distill.loss(out, inputs.old, None, inputs.weights)
         weights = inputs.weights if inputs.importance is None else inputs.weights * inputs.importance
-        return self.distill.loss(out, inputs.old, inputs.teacher, weights)
+        return distill.loss(out, inputs.old, inputs.teacher, weights)
 
 
 def learning_rate(cfg: Config, step: int) -> float:

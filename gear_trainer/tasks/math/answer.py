@@ -1,4 +1,4 @@
-"""Which words of a turn are its answer: a rule that is written down, so that a reward is never an accident of parsing.
+"""The words of a turn that are its answer: a rule that is written down, so that a reward is never an accident of parsing.
 
 The answer is what the last `\\boxed{}` holds; earlier boxes, and whatever stands around them, do not count. A turn without a box
 answers where its end says so, and only there, by one of

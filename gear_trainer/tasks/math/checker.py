@@ -21,7 +21,7 @@ MEMORY_LIMIT = 4 << 30  # bytes of address space of the worker
 
 
 class AnswerChecker:
-    """Whether a text's final answer (answer.py) is the gold one. One worker, started on first use, and after a kill."""
+    """Tells whether a text's final answer (answer.py) is the gold one. One worker, started on first use, and after a kill."""
 
     def __init__(self, limit_s: float):
         self.limit_s, self.timeouts = limit_s, 0
@@ -39,6 +39,7 @@ class AnswerChecker:
         with self._lock:
             try:
                 worker = self._worker or self._start()
+                assert worker.stdin is not None  # _start made the pipes
                 worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
                 worker.stdin.flush()
                 return self._read(worker, self.limit_s) == "true"
@@ -66,6 +67,7 @@ class AnswerChecker:
 
     @staticmethod
     def _read(worker: subprocess.Popen[bytes], limit_s: float) -> str:
+        assert worker.stdout is not None
         if not select.select([worker.stdout], [], [], limit_s)[0]:
             raise TimeoutError
         line = worker.stdout.readline()  # the worker writes whole short lines, so this does not block
