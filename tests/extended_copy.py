@@ -1,5 +1,5 @@
-"""What a copy of gear_kernels, extended by the recipes of docs/extending.md, computes: run by test_extending.py with the copy first
-on the path, and TRITON_INTERPRET=1. Prints JSON: where the package lay, and the worst relative error of each comparison.
+"""What a copy of gear_kernels that was extended by the recipes of docs/extending.md computes: run by test_extending.py with the copy
+first on the path, and TRITON_INTERPRET=1. Prints JSON: where the package lay, and the worst relative error of each comparison.
 
     python tests/extended_copy.py statistic|method
 """
@@ -24,7 +24,7 @@ def difference(got, want):
     return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
-# --- log_normalizers: log sum exp(z / T), its gradient the student's probabilities -----------------------------------------------
+# --- log_normalizers: log sum exp(z / T), its gradient the student's probabilities ---------------------------------------------
 
 
 def statistic():

@@ -1,7 +1,7 @@
 """Each recipe of docs/extending.md, followed to the letter.
 
-What changes the package is done to a copy of its sources: the insertions below are all that is written, in the files that the recipe
-names and in no other, and the copy's compiled module is built. The mathematics is held against plain torch in float64.
+What changes the package is done to a copy of its sources: the insertions below are all that is written, in the files that the
+recipe names and in no other, and the copy's compiled module is built. The mathematics is held against plain torch in float64.
 """
 
 import ast
@@ -141,7 +141,8 @@ class SurpriseRule(Rule):
         ('("gear", "ratio", "gated_ratio", "share", "margin", "at_least", "lift")\n)\n',
          '_SURPRISE = _constant([rule.name for rule in RULES].index("surprise"))\n'),
         ("        shown = _divide(_bounded(e), _bounded(e) + level)\n        weight = shown\n",
-         "    elif RULE == _SURPRISE:\n        shown = _divide(e, level + e * 0)\n        weight = _clip(1 + a * (shown - 1), 0.5, 1.5)\n"),
+         "    elif RULE == _SURPRISE:\n        shown = _divide(e, level + e * 0)\n"
+         "        weight = _clip(1 + a * (shown - 1), 0.5, 1.5)\n"),
     ],
     "methods.py": [
         ("    ShareRule,\n", "    SurpriseRule,\n"),
@@ -258,7 +259,7 @@ def test_the_new_method_runs_compiled(built):
     assert len(worst) == 6 and max(worst.values()) < 2e-7, f"`apply` sums its level over the policy tokens alone: {worst}"
 
 
-# --- 4 and 5: a task, an engine ---------------------------------------------------------------------------------------------------
+# --- 4 and 5: a task, an engine ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -312,7 +313,7 @@ def test_the_pages_engine_serves_a_run(lookup):
     assert [r.ids for r in rollouts[0]] == [r.ids for r in rollouts[1]] and not engine.running
 
 
-# --- 6: a back end -----------------------------------------------------------------------------------------------------------------
+# --- 6: a back end --------------------------------------------------------------------------------------------------------------
 
 
 class Counting(Reference):

@@ -16,7 +16,7 @@ from gear_kernels import GearKernelsError, Head, TokenStats, backends, linear_to
 from gear_kernels.reference import GRADIENT_NAMES
 
 ALL = reference.STAT_NAMES
-BACKENDS = ("native", "reference", "triton")
+BACKENDS = sorted(backends.BACKENDS)
 VOCABS = (1, 2, 127, 1187, 32003, 151936)
 INF = float("inf")
 OPERATORS = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()  # what it says of limits is tested here
