@@ -1,4 +1,4 @@
-"""What a model does with its last hidden states: its output layer, adapters on it, and what its configuration does to logits.
+"""Output heads of models: the layer behind the last hidden states, adapters on it, and what the configuration does to logits.
 
 transformers models and peft layers are read by their attributes, neither is imported. What cannot be read is refused by name: a
 head that leaves an adapter out gives log-probs that are wrong by whole nats, silently.

@@ -54,7 +54,7 @@ def limits(device: torch.device) -> Limits:
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether this is a GPU: torch's GEMMs of half inputs have float32 results, and looking at a value waits for the device."""
+    """True of a GPU: torch's GEMMs of half inputs have float32 results, and looking at a value waits for the device."""
     return device.type not in ("cpu", "meta")
 
 
@@ -121,7 +121,7 @@ class Linear:
         return weight.dtype != self.wide and not self.multiplies(weight.dtype)
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether GEMMs of this half dtype have float32 results here; torch's on a CPU do not, the compiled pass' may."""
+        """True where GEMMs of this half dtype have float32 results here; torch's on a CPU do not, the compiled pass' may."""
         return self.on_gpu or self.tiles.multiplies(dtype)
 
     def span(self, rows: int, columns: int, summed: bool) -> int:
@@ -360,7 +360,7 @@ class Linear:
 
 @cache
 def addmm_into_float32(device: str) -> bool:
-    """Whether this torch adds a product of half matrices to a float32 one on this type of device ("cuda"), asked of it once.
+    """True where this torch adds a product of half matrices to a float32 one on this type of device ("cuda"); it is asked once.
 
     Its first releases with out_dtype refused a float32 sum, and those before have no such argument; there each round of gradient
     GEMMs makes a second float32 matrix of the hidden states' size (128 MiB at 8192 x 4096) and adds it.

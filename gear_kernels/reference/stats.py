@@ -55,7 +55,7 @@ STATE_NAMES = ("max", "log_z", "teacher_max", "teacher_log_z", "entropy", "rever
 
 
 def needs_teacher(names: Iterable[str]) -> bool:
-    """Whether any of these statistics reads the teacher's logits."""
+    """True where any of these statistics reads the teacher's logits."""
     return any(BY_NAME[name].needs_teacher for name in names)
 
 
