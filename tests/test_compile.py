@@ -173,4 +173,4 @@ def test_gpu_path_neither_looks_at_values_nor_keeps_logits(monkeypatch, n):
             call.forward()
         assert sum(rows * columns for rows, columns in tiles) == n * v
         held = sum(x.nbytes for x in call.scratch.values()) + (n * d * 4 if backward else 0)  # + the hidden gradient's sums
-        assert held <= 0.3 * 2**30, f"{held / 2**20:.0f} MiB"  # DESIGN's limit on extra memory
+        assert held <= 0.3 * 2**30, f"{held / 2**20:.0f} MiB"  # docs/architecture.md, Goals on a GPU

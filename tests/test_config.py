@@ -264,7 +264,7 @@ def test_turn_methods_need_a_task_with_turns(credit):
     assert task.turn_rewards and recipe.by_turn
 
 
-# --- what use found (reference/defects.md) ------------------------------------------------------------------------------
+# --- what use found -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [".", "..", "....", "a/b", "a b", ""])

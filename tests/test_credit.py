@@ -1,4 +1,4 @@
-"""Credit weights against METHOD's worked example, a slow literal transcription of the paper, and their invariances."""
+"""Credit weights: the worked example of docs/mathematics.md, a slow literal transcription of the paper, their invariances."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """token_stats and linear_token_stats, every back end of this machine, against float64 plain logits.
 
-Tolerances: 2e-6 nats (DESIGN's contract) plus the float32 spacing of large values for float32 inputs; for half inputs the inputs
-are compared after rounding, so the same bound holds for values, and gradients may differ by their own rounding.
+Tolerances: 2e-6 nats (docs/mathematics.md's contract) plus the float32 spacing of large values for float32 inputs; for half
+inputs the inputs are compared after rounding, so the same bound holds for values, and gradients may differ by their own rounding.
 """
 
 from pathlib import Path
