@@ -12,6 +12,7 @@ import os
 LONGEST = (
     "test_drills.py", "test_end_to_end.py", "test_stats.py", "test_credit.py", "test_methods.py", "test_trainer.py",
     "test_compile_report.py", "test_benchmarks.py", "test_compile.py", "test_teacher.py", "test_config.py",
+    "test_extending.py",
 )  # fmt: skip
 
 
