@@ -1,5 +1,5 @@
-"""What a copy of gear_kernels that was extended by the recipes of docs/extending.md computes: run by test_extending.py with the copy
-first on the path, and TRITON_INTERPRET=1. Prints JSON: where the package lay, and the worst relative error of each comparison.
+"""What a copy of gear_kernels that was extended by the recipes of docs/extending.md computes. test_extending.py runs it with the
+copy first on the path, and TRITON_INTERPRET=1. It prints JSON: where the package lay, and each comparison's worst relative error.
 
     python tests/extended_copy.py statistic|method
 """
