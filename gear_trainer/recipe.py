@@ -80,7 +80,7 @@ class Declared(NamedTuple):
 
     @classmethod
     def by(cls, method: Any) -> Declared:
-        """What the method says, or Method's own defaults."""
+        """The parts as the method declares them, or as Method's defaults are."""
         return cls(*(getattr(method, part, getattr(Method, part)) for part in cls._fields))
 
 
