@@ -122,7 +122,7 @@ class Trainer:
                 sums.total(name, value)
 
     def push(self) -> None:
-        """Hand the policy's weights to vLLM, layer by layer. Collective."""
+        """Hand the policy's weights to the rollout engine, layer by layer. Collective."""
         self.sampler.push(gathered_weights(self.engine.module.lm))
 
     def evaluate(self) -> float | None:
