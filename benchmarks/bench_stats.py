@@ -73,7 +73,7 @@ def moved(case: Case, passes: str) -> int:
     """Bytes that a pass must move at least: tensors of [N, V] where logits are given; else inputs read, gradients written."""
     if case.kind == "logits":
         return TRAFFIC[passes] * case.student.nbytes
-    inputs, gradients = case.student.nbytes + case.teacher.nbytes + case.weight.nbytes, sum(x.nbytes for x in case.leaves)
+    inputs, gradients = case.student.nbytes + case.teacher.nbytes + case.head.nbytes, sum(x.nbytes for x in case.leaves)
     return inputs if passes == "forward" else 2 * inputs + gradients
 
 
@@ -86,7 +86,7 @@ def bench_statistics(benchmark, given: Given, peer: Peer, passes: str):
     case, truth = inputs(given)
     row, call, _ = first_call(peer, case, truth, passes)
     if call is None:
-        pytest.skip(row.failure)
+        pytest.skip(str(row.failure))
     assert not (row.wrong and peer.name == OURS), row.errors
     benchmark.group = f"{given.kind}, {plain(given.dtype)}, {passes}, {given.name} {list(given.shape)}"
     benchmark.pedantic(call, rounds=3) if given in FULL else benchmark(call)

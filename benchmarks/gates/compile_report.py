@@ -318,12 +318,13 @@ class _Recorder:
 
 def worker(target: str, only: str, config: tuple[int, int] | None) -> None:
     """Print the number of launches, then each Kernel as a line of JSON. config: block and warps in place of the package's own."""
-    import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    triton.knobs.nvidia.dump_ptxas_log = True
-    driver.set_active(StubDriver(GPUTarget(*TARGETS[target][0])))
+    knobs.nvidia.dump_ptxas_log = True
+    stub: Any = StubDriver(GPUTarget(*TARGETS[target][0]))  # as much of a DriverBase as compiling asks for
+    driver.set_active(stub)
     compiled: list = []
     chosen = [(kernel, launch) for kernel, launch in _launches(compiled, config) if re.search(only, launch.case)]
     print(json.dumps(len(chosen)), flush=True)
@@ -340,7 +341,7 @@ def worker(target: str, only: str, config: tuple[int, int] | None) -> None:
 
 def _launches(compiled: list, config: tuple[int, int] | None) -> Iterator[tuple[str, Launch]]:
     for family in FAMILIES:
-        module = importlib.import_module(family.module)
+        module: Any = importlib.import_module(family.module)
         for name in kernels_of(module):
             setattr(module, name, _Recorder(getattr(module, name), compiled))
         if config:
@@ -445,6 +446,7 @@ def _compile(target: str, options: Options, progress: Progress, task: Any) -> tu
             environment["PYTHONPATH"] = os.pathsep.join([str(options.triton.resolve()), os.environ.get("PYTHONPATH", "")])
         pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
         with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+            assert process.stdout is not None
             for line in process.stdout:
                 found = json.loads(line)
                 if isinstance(found, int):
@@ -619,7 +621,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled. Unset it.")
-    config = tuple(int(x) for x in given.config.split(",")) if given.config else None
+    config = None
+    if given.config:
+        block, warps = map(int, given.config.split(","))
+        config = block, warps
     if given.worker:
         worker(given.worker, given.only, config)
         return 0

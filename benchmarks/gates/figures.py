@@ -216,8 +216,8 @@ def _timed(only: str) -> Iterator[tuple[str, Callable, Callable]]:
         for passes in PASSES:
             name = _name(kind, torch.float32, passes)
             if only in ("", name):
-                both = (_statistics("cpu", kind, torch.float32, shape, passes, peer) for peer in (OURS, EAGER))
-                yield name, *both
+                ours, eager = (_statistics("cpu", kind, torch.float32, shape, passes, peer) for peer in (OURS, EAGER))
+                yield name, ours, eager
     if only in ("", CREDIT):
         p, rows = pack(*SMALL_PACK), torch.ones(TOKEN_BYTES, SMALL_PACK[0], dtype=torch.uint8)
         copy = torch.empty_like(rows)

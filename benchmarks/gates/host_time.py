@@ -62,7 +62,7 @@ def measure(width: int, repeats: int = 20) -> dict[str, float]:
     state, grads = (torch.empty(HEAD_SHAPE[0], length, device="meta") for length in (len(STATE_NAMES), len(STAT_NAMES)))
     passes = {"forward": Linear.forward, "backward": lambda call: call.backward(state, grads, [True, True, False])}
     tiles = -(-HEAD_SHAPE[0] // rows) * -(-HEAD_SHAPE[1] // columns)
-    found = {"rows": rows, "columns": columns, "tiles": tiles}
+    found: dict[str, float] = {"rows": rows, "columns": columns, "tiles": tiles}
     for name, run in passes.items():
         run(linear(width))  # compiles
         found[name] = min(_seconds(run, linear(width)) for _ in range(repeats)) / tiles * 1e6

@@ -43,9 +43,16 @@ class Problem:
         """The definition, in float64."""
         return definition(self.student if student is None else student, self.teacher, self.targets, names, self.temperature)
 
+    @property
+    def known(self) -> torch.Tensor:
+        """The targets of a problem that has them."""
+        assert self.targets is not None
+        return self.targets
+
     def part(self, rows: list[int]) -> Problem:
         """Some of the rows."""
-        return Problem(*(None if x is None else x[rows] for x in (self.student, self.teacher, self.targets, self.temperature)))
+        targets = None if self.targets is None else self.targets[rows]
+        return Problem(self.student[rows], self.teacher[rows], targets, self.temperature[rows])
 
 
 def problem(setting: Setting, n: int, vocab: int, dtype: torch.dtype = F32, seed: int = 0, masked: bool = True) -> Problem:
@@ -102,8 +109,8 @@ def weighted(values: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def gradients(function: Callable, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Gradients of `weighted` outputs of the function, with respect to copies of its leaves."""
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    return torch.autograd.grad(weighted(function(*leaves)), leaves)
+    copies = [leaf.detach().requires_grad_() for leaf in leaves]
+    return torch.autograd.grad(weighted(function(*copies)), copies)
 
 
 def check(given: Problem, names: Sequence[str] = STAT_NAMES, atol: float = 2e-6) -> dict:
@@ -249,7 +256,7 @@ def _edge_items(setting: Setting) -> list[Item]:
 
 def _all_ignored(setting: Setting) -> dict:
     given = problem(setting, 7, 1187)
-    given.targets.fill_(-100)
+    given.known.fill_(-100)
     given.student[2] = math.nan
     values = given.run()
     (gradient,) = gradients(lambda s: given.run(STAT_NAMES, s), given.student)
@@ -264,8 +271,8 @@ def _masked_vocabulary(setting: Setting) -> dict:
         z[0, :-5] = -math.inf
         z[1, : z.shape[1] // 2] = -math.inf
         z[2, ::3] = -math.inf
-    given.targets[:3] = given.student.shape[1] - 1
-    given.targets[4] = 0
+    given.known[:3] = given.student.shape[1] - 1
+    given.known[4] = 0
     given.student[4, 0] = given.teacher[4, 0] = -math.inf  # a target that cannot be
     return check(given)
 
@@ -274,7 +281,7 @@ def _teacher_zero(setting: Setting) -> dict:
     """Finite under the student, -inf under the teacher, and the other way round: one of the divergences is infinite."""
     given = problem(setting, 6, 1187, masked=False)
     given.teacher[0, 7] = given.student[1, 9] = -math.inf
-    given.targets[:2] = 11
+    given.known[:2] = 11
     found = check(given)
     values = given.run()
     assert values["reverse_kl"][0] == math.inf and values["forward_kl"][1] == math.inf
@@ -296,7 +303,7 @@ def _strided(setting: Setting) -> dict:
     errors = []
     for view in views:
         student, teacher = view(wide.student), view(wide.teacher)
-        targets = torch.where(wide.targets >= 0, wide.targets % student.shape[1], wide.targets)
+        targets = torch.where(wide.known >= 0, wide.known % student.shape[1], wide.known)
         errors.append(check(Problem(student, teacher, targets, wide.temperature)))
     return {name: max(e[name] for e in errors) for name in errors[0]}
 
@@ -320,7 +327,7 @@ def _tiny_divergence(setting: Setting) -> dict:
 
 def _targets_out_of_range(setting: Setting) -> dict:
     given = problem(setting, 6, 1187, masked=False)
-    given.targets[1], given.targets[2] = 1187, -7
+    given.known[1], given.known[2] = 1187, -7
     nan = given.run(("logprobs",))["logprobs"].isnan()
     assert nan.tolist() == [False, True, True, False, False, False], f"NaN in {nan.tolist()}"
     return {}
@@ -543,6 +550,7 @@ def _credit_launches(setting: Setting) -> dict:
             p.credit()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    names = [event.key for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    cuda = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage] - its only name
+    names = [event.key for event in profile.key_averages() if event.device_type == cuda]
     assert sum("_scan_kernel" in name for name in names) == 1 and len(names) <= 3, names
     return {"kernels": len(names)}

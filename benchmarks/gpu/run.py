@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,7 +113,7 @@ def work(items: Sequence[Item], setting: Setting, part: Part = WHOLE) -> Iterato
     for item in part.take(items):
         yield {"begin": item.name, "of": count, "seconds": item.seconds, "peer": item.peer}
         begin, fatal = time.perf_counter(), False
-        outcome = {"name": item.name, "status": "passed"}
+        outcome: dict[str, Any] = {"name": item.name, "status": "passed"}
         try:
             if item.gpu_only and setting.self_test:
                 raise Skip(f"needs a GPU: {item.gpu_only}")
@@ -253,14 +253,16 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)  # its compiler's helpers too, or the pipe would stay open
 
     def lines(self) -> Iterator[dict]:
+        output = self.process.stdout
+        assert output is not None
         try:
-            for line in self.process.stdout:
+            for line in output:
                 if line.startswith('{"') and line.endswith("}\n"):  # anything else is a library's chatter
                     yield json.loads(line)
             self.process.wait()
         finally:
             self._kill()
-            self.process.stdout.close()
+            output.close()
 
 
 def _tail(errors) -> str:

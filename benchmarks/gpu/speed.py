@@ -10,7 +10,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -91,7 +91,7 @@ def _gemm_ceiling(setting: Setting, product: Product, count: int = 12) -> dict:
         a, b = (torch.randn(*shape, device=setting.device).to(BF16) for shape in ((rows, inner), (columns, inner)))
         a = a.T.contiguous().T if product.turned else a
         sets.append((a, b.T, torch.zeros(rows, columns, dtype=setting.pick(product.result, BF16), device=setting.device)))
-    options = {"out_dtype": product.result} if product.result != BF16 and not setting.self_test else {}
+    options: dict[str, Any] = {"out_dtype": product.result} if product.result != BF16 and not setting.self_test else {}
 
     def call() -> None:
         for i in range(count):
@@ -137,7 +137,7 @@ def _ours_items(setting: Setting, label: str, names: tuple[str, ...], suffix: st
 def _bare(setting: Setting, passes: str) -> dict:
     """One head's logits kept in bfloat16; with the backward, the two products of their gradient."""
     case = head_case(setting)
-    student, weight = case.student.detach(), case.weight.detach()
+    student, weight = case.student.detach(), case.head.detach()
     logits = torch.empty(len(student), len(weight), dtype=BF16, device=setting.device)
 
     def call() -> tuple[torch.Tensor, ...]:
@@ -182,7 +182,7 @@ def _shaped(setting: Setting, rows: int, width: int, passes: str) -> dict:
 
 @functools.lru_cache(maxsize=1)
 def _shaped_case(setting: Setting, rows: int, width: int) -> Case:
-    return make_case("hidden", BF16, rows, setting.pick(HEAD_SHAPE[1], 1187), width, setting.device, sampled=False)
+    return make_case("hidden", BF16, rows, setting.pick(HEAD_SHAPE[1], 1187), width, device=setting.device, sampled=False)
 
 
 def peer_items(setting: Setting) -> list[Item]:
@@ -200,7 +200,7 @@ def _bare_trl() -> None:
     """Import trl's kernels where transformers is missing: they ask it for one function, whether there is triton."""
     if importlib.util.find_spec("trl") is None or importlib.util.find_spec("transformers") is not None:
         return
-    stand_ins = {name: types.ModuleType(name) for name in ("transformers", "transformers.utils")}
+    stand_ins: dict[str, Any] = {name: types.ModuleType(name) for name in ("transformers", "transformers.utils")}
     stand_ins["transformers.utils"].is_triton_available = lambda *_: True
     sys.modules.update(stand_ins)
     try:
@@ -227,7 +227,7 @@ def head_case(setting: Setting) -> Case:
 @functools.lru_cache(maxsize=1)  # some 6 GB; items of one case follow each other
 def _case(setting: Setting, kind: str, dtype: torch.dtype) -> Case:
     n, vocab, width = setting.pick(HEAD_SHAPE, (16, 1187, 32))
-    return make_case(kind, dtype, n, vocab, width, setting.device)
+    return make_case(kind, dtype, n, vocab, width, device=setting.device)
 
 
 def _peer(setting: Setting, peer: Peer, kind: str, dtype: torch.dtype, passes: str, label: str) -> dict:
@@ -248,7 +248,7 @@ def ours_hidden(setting: Setting, names: tuple[str, ...], label: str, passes: st
     case = head_case(setting)
 
     def function(case: Case) -> dict[str, torch.Tensor]:
-        return named(linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=names), names)
+        return named(linear_token_stats(case.student, case.head, case.targets, case.teacher, stats=names), names)
 
     return {
         **_measured(setting, case, function, weighted, passes),
@@ -277,7 +277,7 @@ def _error(case: Case, outputs: dict[str, torch.Tensor], rows: int = 32) -> floa
     """The largest error of the default outputs among these, over the first rows, in nats."""
     student, teacher = case.student.detach()[:rows].double(), case.teacher[:rows].double()
     if case.weight is not None:
-        weight = case.weight.detach().double()
+        weight = case.head.detach().double()
         student, teacher = student @ weight.T, teacher @ weight.T
     want = definition(student, teacher, case.targets[:rows])
     errors = [(outputs[k][:rows].double() - w).abs().max().item() for k, w in want.items() if k in outputs and outputs[k].dim()]
@@ -303,7 +303,7 @@ def _floor(case: Case, passes: str, label: str) -> dict:
         tensors = 2 * sweeps + (3 if passes != "forward" else 0)
         return {"floor_bytes": tensors * case.student.numel() * case.student.element_size()}
     gemms = heads * sweeps + (heads + 2 if passes != "forward" else 0)
-    return {"floor_flops": gemms * 2 * n * case.weight.numel()}
+    return {"floor_flops": gemms * 2 * n * case.head.numel()}
 
 
 # --- overheads ----------------------------------------------------------------------------------------------------------------

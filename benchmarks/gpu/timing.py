@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ def alone_ms(call: Callable, setting: Setting, rounds: int = 10) -> float:
     return statistics.median(elapsed_ms(call, setting.device, filler=False) for _ in range(setting.pick(rounds, 3)))
 
 
-def capture(call: Callable) -> tuple[torch.cuda.CUDAGraph, object]:
+def capture(call: Callable) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A CUDA graph of a call that has run three times on a side stream, as capturing wants it, and the call's results in it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -68,7 +68,7 @@ def counted(text: str) -> dict:
         raise Skip(f"ncu counted nothing: {text[-300:]}")
     if absent := [counter for counter in _COUNTERS if not re.fullmatch(r"[\d.,]+", rows[0].get(counter) or "")]:
         raise Skip(f"ncu gives no {', '.join(absent)}")
-    found = {"launches": len(rows)}
+    found: dict[str, float] = {"launches": len(rows)}
     for counter, name in _COUNTERS.items():
         found[name] = statistics.median(float(row[counter].replace(",", "")) for row in rows) * _SCALE[name]
     return found
@@ -112,7 +112,7 @@ def main(what: str, device: str = "cuda") -> None:
 
 
 def _call(kind: str, rows: int, columns: int, width: int = 0, device: str = "cuda") -> Callable[[], tuple]:
-    return ours_call(make_case(kind, BF16, rows, columns, width, device, sampled=False), "forward+backward")
+    return ours_call(make_case(kind, BF16, rows, columns, width, device=device, sampled=False), "forward+backward")
 
 
 if __name__ == "__main__":

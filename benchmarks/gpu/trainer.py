@@ -92,10 +92,11 @@ def _batch(setting: Setting, vocabulary: int, teacher: bool) -> tuple[Any, list[
     from gear_trainer.rollout import Rollout
 
     (rows, tokens), (prompt, hint) = setting.pick(*SHAPES), setting.pick((PROMPT, HINT), (5, 3))
+    no_problem: Any = None  # nobody reads it: there is no task
     draw, found = torch.Generator().manual_seed(0), []
     for i in range(rows):
         ids = torch.randint(vocabulary, (prompt + hint + tokens,), generator=draw).tolist()
-        rollout = Rollout(None, 0, i, ids[:prompt], ids[: prompt + hint])
+        rollout = Rollout(no_problem, 0, i, ids[:prompt], ids[: prompt + hint])
         rollout.append(ids[prompt + hint :], [0.0] * tokens)
         found.append(rollout)
     batch = micro_batch(found, list(range(rows)), teacher).to(torch.device(setting.device))
@@ -109,7 +110,7 @@ def _engine(device: str) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before its first import
     import deepspeed
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from gear_trainer.config import Config
     from gear_trainer.policy.hub import model_sizes
@@ -127,11 +128,12 @@ def _engine(device: str) -> Any:
     )
     config = deepspeed_config(cfg)
     keep_alive = HfDeepSpeedConfig(config)  # parameters are partitioned where they are made
-    sizes = model_sizes(MODEL) | (TINY if device == "cpu" else {})
+    sizes: dict[str, Any] = (model_sizes(MODEL) or {}) | (TINY if device == "cpu" else {})
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=F32 if device == "cpu" else BF16)
     checkpoint_layers(lm.eval())
-    engine, *_ = deepspeed.initialize(model=Policy(lm), config=config, model_parameters=list(lm.parameters()))
+    parameters: Any = list(lm.parameters())  # annotated as a module there
+    engine, *_ = deepspeed.initialize(model=Policy(lm), config=config, model_parameters=parameters)
     engine.hf_deepspeed_config = keep_alive
     return engine
 
@@ -151,7 +153,7 @@ def _process_group(device: str) -> None:
     deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
 
 
-def _flops(lm: torch.nn.Module, rows: int, length: int, scored: int) -> float:
+def _flops(lm: Any, rows: int, length: int, scored: int) -> float:
     """Of one forward: two for each weight of the layers and token, for each weight of the head and scored token, and attention's
     products, of which a causal mask needs half."""
     c = lm.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class Case:
         return "logits" if self.weight is None else "hidden"
 
     @property
+    def head(self) -> torch.Tensor:
+        """The weight that hidden states come with."""
+        assert self.weight is not None
+        return self.weight
+
+    @property
     def leaves(self) -> list[torch.Tensor]:
         """The tensors that get gradients: the student's and, where there is one, the head's weight."""
         return [self.student] if self.weight is None else [self.student, self.weight]
@@ -70,7 +77,7 @@ def plain(dtype: torch.dtype) -> str:
 
 
 def make_case(
-    kind: str, dtype: torch.dtype, rows: int, columns: int, width: int = 0, device: str = "cpu", sampled: bool = True
+    kind: str, dtype: torch.dtype, rows: int, columns: int, width: int = 0, *, device: str = "cpu", sampled: bool = True
 ) -> Case:
     """Random inputs, the same on every run: kind "logits" [rows, columns], or "hidden" [rows, width] with its head.
 
@@ -84,12 +91,13 @@ def make_case(
     if kind == "logits":
         student, weight = normal(rows, columns, scale=_LOGIT_STD), None
         teacher = student + normal(rows, columns, scale=_TEACHER_GAP)
-        logits = student
     else:
         student, weight = normal(rows, width), normal(columns, width, scale=_LOGIT_STD / math.sqrt(width))
         teacher = student + normal(rows, width, scale=_TEACHER_GAP / _LOGIT_STD)
-        logits = student @ weight.T if sampled else None
-    targets = _sampled(logits, random) if sampled else torch.randint(columns, (rows,), generator=random, device=device)
+    if sampled:
+        targets = _sampled(student if weight is None else student @ weight.T, random)
+    else:
+        targets = torch.randint(columns, (rows,), generator=random, device=device)
     weight = None if weight is None else weight.to(dtype).requires_grad_()
     row_grads = normal(2, rows, scale=1 / rows).double()
     return Case(student.to(dtype).requires_grad_(), teacher.to(dtype), targets, row_grads, weight)
@@ -149,15 +157,19 @@ class Truth:
         found = {name: self._output_error(name, value) for name, value in outputs.items()}
         if grads is not None:
             terms = [TERMS[name] for name in outputs]
-            found["grad_student"] = _relative(grads[0][:_CHECKED_ROWS], sum(self.student_grads[t] for t in terms))
+            found["grad_student"] = _relative(grads[0][:_CHECKED_ROWS], _added(self.student_grads, terms))
             if self.weight_rows is not None:
-                found["grad_weight"] = _relative(grads[1][self.weight_rows], sum(self.weight_grads[t] for t in terms))
+                found["grad_weight"] = _relative(grads[1][self.weight_rows], _added(self.weight_grads, terms))
         return found
 
     def _output_error(self, name: str, value: torch.Tensor) -> float:
         truth = self.outputs[TERMS[name]]
         truth = truth.mean() if name.startswith("mean_") else truth
         return (value.detach().double() - truth).abs().max().item()
+
+
+def _added(grads: dict[str, torch.Tensor], terms: list[str]) -> torch.Tensor:
+    return functools.reduce(torch.add, (grads[term] for term in terms))
 
 
 def _relative(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -170,23 +182,28 @@ def find_truth(case: Case, chunk: int = 32) -> Truth:
     picked = None
     if weight is not None:
         picked = torch.cat([torch.arange(min(_CHECKED_COLUMNS, len(weight)), device=weight.device), case.targets]).unique()
-    truth = Truth({name: [] for name in OUTPUTS}, {}, dict.fromkeys(OUTPUTS, 0), picked)
-    for start in range(0, len(case.targets), chunk):
+    truth = Truth({}, {}, {}, picked)
+    parts = [
         _add_truth(truth, case, weight, slice(start, min(start + chunk, len(case.targets))))
-    return Truth({k: torch.cat(v) for k, v in truth.outputs.items()}, truth.student_grads, truth.weight_grads, picked)
+        for start in range(0, len(case.targets), chunk)
+    ]
+    truth.outputs.update({name: torch.cat([part[name] for part in parts]) for name in OUTPUTS})
+    return truth
 
 
-def _add_truth(truth: Truth, case: Case, weight: torch.Tensor | None, rows: slice) -> None:
+def _add_truth(truth: Truth, case: Case, weight: torch.Tensor | None, rows: slice) -> dict[str, torch.Tensor]:
+    """The outputs of these rows; their part of the gradients is added."""
     student, teacher = case.student.detach()[rows].double(), case.teacher[rows].double()
     logits = (student if weight is None else student @ weight.T).requires_grad_()
     teacher_logits = teacher if weight is None else teacher @ weight.T
     values = definition(logits, teacher_logits, case.targets[rows])
     scales = [*case.row_grads[:, rows], torch.full_like(values["entropy"], 1 / len(case.targets))]
     for name, scale in zip(OUTPUTS, scales, strict=True):
-        truth.outputs[name].append(values[name].detach())
         (dz,) = torch.autograd.grad((values[name] * scale).sum(), logits, retain_graph=True)
         if rows.start == 0:
             dz_checked = dz[:_CHECKED_ROWS]
             truth.student_grads[name] = dz_checked if weight is None else dz_checked @ weight
         if weight is not None:
-            truth.weight_grads[name] = truth.weight_grads[name] + dz[:, truth.weight_rows].T @ student
+            own = dz[:, truth.weight_rows].T @ student
+            truth.weight_grads[name] = truth.weight_grads[name] + own if name in truth.weight_grads else own
+    return {name: value.detach() for name, value in values.items()}

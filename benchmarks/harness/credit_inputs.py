@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ class Pack(NamedTuple):
 
     def to(self, device: str) -> Pack:
         """The pack on a device."""
-        return Pack(*(None if x is None else x.to(device) for x in self))
+        return Pack._make(None if x is None else x.to(device) for x in self)
 
     def credit(self, method: object = "gear", **more: torch.Tensor) -> Credit:
         """`credit_weights` of the pack. more: what the method reads beside signal and entropy."""
@@ -64,7 +64,7 @@ def credit_packs(tokens: int = 1 << 20, sequences: int = 512, many: int = 4096) 
     }
 
 
-def credit_inputs(method: object, p: Pack) -> dict[str, torch.Tensor]:
+def credit_inputs(method: Any, p: Pack) -> dict[str, torch.Tensor]:
     """Stand-ins for what a method reads beside signal and entropy."""
     turns = torch.arange(p.signal.numel(), device=p.signal.device) // 50
     sequences = torch.arange(p.advantages.numel(), device=p.signal.device) // 8

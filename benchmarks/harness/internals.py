@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -62,7 +63,7 @@ def serving(device: str, dtype: torch.dtype) -> Backend:
 
 
 @contextlib.contextmanager
-def replaced(name: str, **functions: Callable) -> Iterator[None]:
+def replaced(name: str, **functions: Any) -> Iterator[None]:
     """The back end of this name with other functions, inside the context."""
     with mock.patch.multiple(BACKENDS[name], **functions):
         yield

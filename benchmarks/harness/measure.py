@@ -123,10 +123,11 @@ class OtherLoad:
 
     def share(self) -> float | None:
         """0 (alone) to 1; None where the system does not tell."""
-        if self._others is None:
+        now = self._seconds()
+        if self._others is None or now is None:
             return None
-        spent = (time.perf_counter() - self._start) * os.cpu_count()
-        return min(1.0, max(0.0, (self._seconds() - self._others) / spent))
+        spent = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
+        return min(1.0, max(0.0, (now - self._others) / spent))
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,9 @@ def keep_freed_blocks() -> None:
 
 
 def _status_kib(field: str) -> int:
-    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
 
 
 # --- bandwidth ---------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,16 +66,16 @@ def _ours_logits() -> Function:
 def _ours_hidden() -> Function:
     from gear_kernels import linear_token_stats
 
-    return lambda case: named(linear_token_stats(case.student, case.weight, case.targets, case.teacher, stats=OUTPUTS))
+    return lambda case: named(linear_token_stats(case.student, case.head, case.targets, case.teacher, stats=OUTPUTS))
 
 
 def _ours_update() -> Function:
     from gear_kernels import linear_token_stats
 
-    return lambda case: named(linear_token_stats(case.student, case.weight, case.targets, stats=UPDATE), UPDATE)
+    return lambda case: named(linear_token_stats(case.student, case.head, case.targets, stats=UPDATE), UPDATE)
 
 
-def named(stats, names: tuple[str, ...] = OUTPUTS) -> dict[str, torch.Tensor]:
+def named(stats, names: Sequence[str] = OUTPUTS) -> dict[str, torch.Tensor]:
     """Some of a TokenStats, by name."""
     return {name: getattr(stats, name) for name in names}
 
@@ -108,7 +109,7 @@ def _eager(wrap: Callable[[Callable], Callable] = lambda f: f) -> Function:
     def call(case: Case) -> dict[str, torch.Tensor]:
         if case.weight is None:
             return stats(case.student, case.teacher, case.targets)
-        return linear(case.student, case.weight, case.teacher, case.targets)
+        return linear(case.student, case.head, case.teacher, case.targets)
 
     return call
 
@@ -127,7 +128,7 @@ def gemms(case: Case, dtype: torch.dtype, passes: str) -> Callable[[], None]:
     Operands are cast to `dtype` beforehand, at no cost here.
     """
     n = len(case.targets)
-    weight, hidden = case.weight.detach().to(dtype), torch.cat([case.student.detach(), case.teacher]).to(dtype)
+    weight, hidden = case.head.detach().to(dtype), torch.cat([case.student.detach(), case.teacher]).to(dtype)
     logits = torch.zeros(2 * n, len(weight), dtype=dtype)
     grad_hidden, grad_weight = torch.zeros_like(hidden[:n]), torch.zeros_like(weight)
 
@@ -159,7 +160,7 @@ def trl_kernels(module: str):
     try:
         importlib.import_module("trl.trainer.utils")
     except ImportError:
-        stand_in = types.ModuleType("trl.trainer.utils")
+        stand_in: Any = types.ModuleType("trl.trainer.utils")
         stand_in.maybe_gather_lm_head_ctx = lambda *parameters: contextlib.nullcontext()
         sys.modules["trl.trainer.utils"] = stand_in
     return _imported(f"trl.kernels.{module}", "trl", "1.16.0")
@@ -172,8 +173,8 @@ def _trl_hidden() -> Function:
     logprob = _trl_logprob()
 
     def call(case: Case) -> dict[str, torch.Tensor]:
-        frozen = case.weight.detach()
-        kl, entropy = divergence(case.student, case.weight, None, case.teacher, frozen, None, 1.0)
+        frozen = case.head.detach()
+        kl, entropy = divergence(case.student, case.head, None, case.teacher, frozen, None, 1.0)
         wanted = ("entropy",) if torch.is_grad_enabled() else ()
         logprobs, with_gradient = logprob(case, wanted)
         return {"logprobs": logprobs, "entropy": with_gradient if wanted else entropy, "reverse_kl": kl}
@@ -181,13 +182,13 @@ def _trl_hidden() -> Function:
     return call
 
 
-def _trl_logprob() -> Callable[[Case, tuple[str, ...]], tuple[torch.Tensor, torch.Tensor | None]]:
+def _trl_logprob() -> Callable[[Case, tuple[str, ...]], tuple[torch.Tensor, Any]]:
     """Log-probs, and the entropy where it is named."""
     logprob = trl_kernels("chunked_logprob").ChunkedLogProbFunction.apply
 
-    def call(case: Case, wanted: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def call(case: Case, wanted: tuple[str, ...]) -> tuple[torch.Tensor, Any]:
         options = (1.0, _TRL_VOCABULARY_CHUNK, None, 1.0, wanted)
-        return logprob(case.student, case.weight, None, case.targets, *options)[:2]
+        return logprob(case.student, case.head, None, case.targets, *options)[:2]
 
     return call
 
@@ -203,7 +204,7 @@ def _trl_divergence() -> Function:
     divergence = trl_kernels("chunked_divergence").ChunkedDivergenceFunction.apply
 
     def call(case: Case) -> dict[str, torch.Tensor]:
-        kl, _ = divergence(case.student, case.weight, None, case.teacher, case.weight.detach(), None, 1.0)
+        kl, _ = divergence(case.student, case.head, None, case.teacher, case.head.detach(), None, 1.0)
         return {"reverse_kl": kl}
 
     return call
@@ -229,7 +230,7 @@ def _liger_hidden(compiled: bool = False) -> Function:
     mean_kl = jsd(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled)
 
     def call(case: Case) -> dict[str, torch.Tensor]:
-        kl = mean_kl(case.student, case.weight, case.teacher, case.weight.detach(), case.targets)
+        kl = mean_kl(case.student, case.head, case.teacher, case.head.detach(), case.targets)
         return {**update(case), "mean_reverse_kl": kl}
 
     return call
@@ -240,7 +241,7 @@ def _liger_update() -> Function:
     cross_entropy = module.LigerFusedLinearScaledCrossEntropyFunction.apply
 
     def call(case: Case) -> dict[str, torch.Tensor]:
-        nll, entropy = cross_entropy(case.student, case.weight, case.targets, 1.0, -100, 1, True)
+        nll, entropy = cross_entropy(case.student, case.head, case.targets, 1.0, -100, 1, True)
         return {"logprobs": -nll, "entropy": entropy}
 
     return call
@@ -251,7 +252,7 @@ def _cut_cross_entropy() -> Function:
 
     def call(case: Case) -> dict[str, torch.Tensor]:
         impl = "torch_compile" if case.student.device.type == "cpu" else "cce"
-        return {"logprobs": -linear_cross_entropy(case.student, case.weight, case.targets, reduction="none", impl=impl)}
+        return {"logprobs": -linear_cross_entropy(case.student, case.head, case.targets, reduction="none", impl=impl)}
 
     return call
 
@@ -269,14 +270,16 @@ def _verl():
         return importlib.import_module(name)
     if importlib.util.find_spec("verl") is not None:
         for package in ("verl", "verl.utils"):
-            sys.modules[package] = importlib.util.module_from_spec(importlib.util.find_spec(package))
+            spec = importlib.util.find_spec(package)
+            assert spec is not None
+            sys.modules[package] = importlib.util.module_from_spec(spec)
         sys.modules["verl.utils.device"] = _verl_device()
     return _imported(name, "verl", "0.9.1")
 
 
 def _verl_device() -> types.ModuleType:
     """What verl.utils.device gives on CUDA; the file itself asks for more packages."""
-    stand_in = types.ModuleType("verl.utils.device")
+    stand_in: Any = types.ModuleType("verl.utils.device")
     stand_in.get_device_capability = torch.cuda.get_device_capability
     stand_in.get_device_name = lambda: "cuda"
     stand_in.get_torch_device = lambda: torch.cuda
@@ -288,7 +291,7 @@ def _verl_hidden() -> Function:
     fused = _verl().linear_cross_entropy
 
     def call(case: Case) -> dict[str, torch.Tensor]:
-        logprobs, entropy = fused(case.student, case.weight, case.targets, 1.0, "none")
+        logprobs, entropy = fused(case.student, case.head, case.targets, 1.0, "none")
         return {"logprobs": logprobs, "entropy": entropy}
 
     return call

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .cases import Case, Truth, runner
 from .measure import Timing
@@ -215,7 +215,7 @@ def _markdown_row(texts: list[str]) -> str:
 
 def as_dict(section: Section) -> dict:
     """The section for JSON."""
-    found = finite(asdict(section))
+    found: Any = finite(asdict(section))
     for row, source in zip(found["rows"], section.rows, strict=True):
         row["wrong"] = source.wrong
     return found

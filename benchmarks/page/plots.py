@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..harness.cases import PASSES
@@ -102,7 +103,7 @@ def _ranks(found: dict):
     return figure
 
 
-def _speedup(axis, values: dict[int, float], passes: str, color: str) -> None:
+def _speedup(axis, values: Mapping[int, float], passes: str, color: str) -> None:
     counts = sorted(values)
     axis.plot(counts, [values[c] for c in counts], "o-", color=color, label=passes)
     axis.plot(counts, [values[counts[0]] * counts[0] / c for c in counts], ":", color=color, label="an even split")

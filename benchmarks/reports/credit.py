@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -66,7 +67,7 @@ def measure(device: str, tokens: int, rounds: int, step: Callable) -> list[dict]
     """A row for each pack and each method; ours with its quartiles, the slow ways on the typical pack alone."""
     rows, found = [], {name: p.to(device) for name, p in credit_packs(tokens).items()}
     typical = next(iter(found.values()))
-    calls = {name: p.credit for name, p in found.items()}
+    calls: dict[str, Callable[[], Any]] = {name: p.credit for name, p in found.items()}
     for name, method in METHODS.items():
         if name not in ("gear", "random"):  # random draws its places in Python
             calls[f"method {name}"] = lambda m=method: typical.credit(m, **credit_inputs(m, typical))

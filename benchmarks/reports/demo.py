@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -94,7 +95,7 @@ def scoring(run: Path, rounds: int = 15) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = json.loads((run / "config.json").read_text())
-    lm = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
+    lm: Any = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
     FusedHead.adopt(lm.get_output_embeddings())
     task = make_task(config["task"], config["seed"], config["task_args"])
     rollouts, advantages = _rollouts(run, task, Chat(AutoTokenizer.from_pretrained(run / "model"), task.tools))
@@ -134,7 +135,7 @@ def _parts(lm, rollouts: list[Rollout], batches: list[MicroBatch], advantages: l
         return [head(s, b.targets, t if taught else None, stats=names) for b, s, t in hidden]
 
     with torch.no_grad():
-        scored = stats(TEACHER, True)
+        scored: list[Any] = stats(TEACHER, True)  # of which all that is asked for is there
     signal, entropy = torch.cat([s.logprobs - s.teacher_logprobs for s in scored]), torch.cat([s.entropy for s in scored])
     order = [row for b in batches for row in b.rows]
     own = torch.tensor([advantages[i] for i in order])

@@ -49,13 +49,13 @@ class Sizes:
     rows: tuple[int, ...] = (4, 16, 64, 256, 1024)
     columns: tuple[int, ...] = (2003, 8003, 32003, 128003)
     widths: tuple[int, ...] = (64, 128, 512, 2048)
-    ranks_shape: tuple[int, int, int] = (128, 64000, 512)
+    ranks_shape: tuple[int, ...] = (128, 64000, 512)
     processes: tuple[int, ...] = (1, 2)
     rounds: int = 9
     seconds: float = 12.0
     quick: bool = False
 
-    def shapes(self) -> list[tuple[int, int, int]]:
+    def shapes(self) -> list[tuple[int, ...]]:
         """Every point once, in order of size."""
         varied = ((i, x) for i, values in enumerate((self.rows, self.columns, self.widths)) for x in values)
         return sorted({(*self.base[:i], x, *self.base[i + 1 :]) for i, x in varied})
@@ -67,7 +67,7 @@ QUICK = Sizes((8, 203, 16), (4, 8), (101, 203), (16, 32), (8, 204, 16), (2,), ro
 # --- against N, V and D --------------------------------------------------------------------------------------------------------
 
 
-def point(shape: tuple[int, int, int], passes: str, sizes: Sizes) -> dict:
+def point(shape: tuple[int, ...], passes: str, sizes: Sizes) -> dict:
     """One shape and pass: quartiles and extra memory of ours and eager torch, quartiles of the GEMMs."""
     case = make_case("hidden", torch.float32, *shape)
     entrants = {p.name: runner(p.load(), case, passes) for p in peers("hidden", compiled=False) if p.name in (OURS, EAGER)}
@@ -106,7 +106,7 @@ def worker(path: Path, sizes: Sizes) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     case = make_case("hidden", torch.float32, *sizes.ranks_shape)
     size = sizes.ranks_shape[1] // ranks
-    part = case.weight.detach()[rank * size : (rank + 1) * size].clone().requires_grad_()
+    part = case.head.detach()[rank * size : (rank + 1) * size].clone().requires_grad_()
     head = Head(part, group=dist.group.WORLD) if ranks > 1 else Head(part)
 
     def both() -> tuple[torch.Tensor, ...]:
