@@ -74,7 +74,7 @@ def truth() -> Truth:
 
 
 def trainers(_: Case) -> dict[str, torch.Tensor]:
-    """What the trainer calls."""
+    """The two head modules as the trainer calls them."""
     found = policy()(batch(), 1.0, OUTPUTS)
     return {name: getattr(found, name) for name in OUTPUTS}
 

@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
-    """What pytest-benchmark's own table leaves out: ratios, what must move, peak memory and error beside the times."""
+    """A table beside pytest-benchmark's own, of what that leaves out: ratios, what must move, peak memory and error."""
     session = getattr(config, "_benchmarksession", None)
     found = [one for one in session.benchmarks if one.extra_info] if session else []
     shown = Table("", *_COLUMNS, title="benchmarks on this machine's CPU")

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import backends
@@ -64,22 +66,23 @@ def credit_weights(
     synchronisations: offsets are cut to [0, T], NaN spreads. There nothing synchronises, but for `random`, and for a mask with
     turn, gigpo or a method of your own that has no `rule`.
     """
-    method = _resolve(method)
+    chosen = _resolve(method)
     floats = dict(zip(FLOAT_INPUTS, (signal, entropy, teacher_entropy, forward_kl, turn_rewards), strict=True))
     rows = {**floats, "turn_ids": turn_ids, "anchors": anchors}
-    pack = _checked(method, rows, {"advantages": advantages, "groups": groups}, cu_seqlens, mask)
-    rule = method.rule() if hasattr(method, "rule") else None
-    backend = None if rule is None else backends.BACKENDS[backends.choose(pack.device, torch.float32)]
-    if backend is not None and backend.scans:
-        return backend.scan(pack, rule)
+    pack = _checked(chosen, rows, {"advantages": advantages, "groups": groups}, cu_seqlens, mask)
+    rule = chosen.rule() if hasattr(chosen, "rule") else None
+    if rule is not None:
+        backend = backends.BACKENDS[backends.choose(pack.device, torch.float32)]
+        if backend.scans:
+            return backend.scan(pack, rule)
     if pack.device.type == "cpu":
         check_nan(pack)
     index, tokens = _gather(pack, groups)
-    return _scatter(method.apply(tokens), tokens, index, pack)
+    return _scatter(chosen.apply(tokens), tokens, index, pack)
 
 
 def _dtype(rows: dict[str, torch.Tensor | None]) -> torch.dtype:
-    double = any(rows[name] is not None and rows[name].dtype == torch.float64 for name in FLOAT_INPUTS)
+    double = any((x := rows[name]) is not None and x.dtype == torch.float64 for name in FLOAT_INPUTS)
     return torch.float64 if double else torch.float32
 
 
@@ -91,8 +94,8 @@ def _gather(pack: Pack, groups: torch.Tensor | None) -> tuple[torch.Tensor, Poli
     sequence = pack.sequence()
     index = torch.arange(pack.total, device=pack.device) if pack.mask is None else pack.mask.nonzero().squeeze(1)
     sequence = sequence[index]
-    rows = {name: None if x is None else x[index] for name, x in pack.rows.items()}
-    rows |= {name: rows[name].to(pack.dtype) for name in FLOAT_INPUTS if rows[name] is not None}
+    rows: dict[str, Any] = {name: None if x is None else x[index] for name, x in pack.rows.items()}  # by PolicyTokens' names
+    rows |= {name: x.to(pack.dtype) for name in FLOAT_INPUTS if (x := rows[name]) is not None}
     for name in ("signal", "entropy"):
         if rows[name] is None:
             rows[name] = torch.zeros(index.numel(), dtype=pack.dtype, device=pack.device)
@@ -138,7 +141,8 @@ def _tally(result: PolicyCredit, tokens: PolicyTokens) -> torch.Tensor:
 # --- argument checks --------------------------------------------------------------------------------------------------
 
 
-def _resolve(method: object):
+def _resolve(method: object) -> Any:
+    """The method itself; Any, for a caller's own needs no base class."""
     if isinstance(method, str):
         check_choice("method", method, tuple(METHODS))
         return METHODS[method]
@@ -167,7 +171,10 @@ def _checked(method, rows: dict, sequences: dict, cu_seqlens: torch.Tensor, mask
 
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
-_KINDS = {"mask": ((torch.bool,), "bool"), **{name: (_INTEGERS, "integer") for name in ("turn_ids", "anchors", "groups")}}
+_KINDS: dict[str, tuple[tuple[torch.dtype, ...] | None, str]] = {
+    "mask": ((torch.bool,), "bool"),
+    **{name: (_INTEGERS, "integer") for name in ("turn_ids", "anchors", "groups")},
+}
 
 
 def _check_tensors(rows: dict, sequences: dict, cu_seqlens) -> int | None:
@@ -177,25 +184,27 @@ def _check_tensors(rows: dict, sequences: dict, cu_seqlens) -> int | None:
     batch, total = cu_seqlens.numel() - 1, None
     for name, x in sequences.items():
         if x is not None or name == "advantages":
-            _check_tensor(name, x, *_KINDS.get(name, (None, "floating")), cu_seqlens.device)
+            x = _check_tensor(name, x, *_KINDS.get(name, (None, "floating")), cu_seqlens.device)
             expected = f"{batch}, one per sequence of cu_seqlens"
             require(x.numel() == batch, f"{name}: given {x.numel()}", expected, "pass one per trajectory")
     for name, x in rows.items():
         if x is None:
             continue
-        _check_tensor(name, x, *_KINDS.get(name, (None, "floating")), cu_seqlens.device)
+        x = _check_tensor(name, x, *_KINDS.get(name, (None, "floating")), cu_seqlens.device)
         total = x.numel() if total is None else total
         require(x.numel() == total, f"{name}: given {x.numel()} tokens", f"{total} as in the other [T] inputs", "pack all alike")
     return total
 
 
-def _check_tensor(name: str, x: object, dtypes: tuple | None, kind: str, device: torch.device | None = None) -> None:
-    require(isinstance(x, torch.Tensor), f"{name}: given {type(x).__name__}", f"a 1-D {kind} tensor", "pass a tensor")
+def _check_tensor(name: str, x: object, dtypes: tuple | None, kind: str, device: torch.device | None = None) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise bad_input(f"{name}: given {type(x).__name__}", f"a 1-D {kind} tensor", "pass a tensor")
     fits = x.dtype.is_floating_point if dtypes is None else x.dtype in dtypes
     require(fits, f"{name}: given dtype {x.dtype}", kind, "convert it")
     require(x.dim() == 1, f"{name}: given shape {tuple(x.shape)}", "one packed dimension", "flatten it")
     same = device is None or x.device == device
     require(same, f"{name}: given on {x.device}", f"on {device} like cu_seqlens", "move it")
+    return x
 
 
 def _check_bounds(cu_seqlens: torch.Tensor, total: int) -> None:

@@ -33,5 +33,5 @@ def check_number(name: str, value: object, allowed, expected: str) -> None:
 
 def check_integer(name: str, value: object, least: int, mend: str = "change it") -> None:
     """Raise unless the value is an integer of at least `least`."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= least, f"{name}: given {value!r}", f"an integer of at least {least}", mend)
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(fits, f"{name}: given {value!r}", f"an integer of at least {least}", mend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -38,8 +39,9 @@ class FusedHead(nn.Linear):
         if type(linear) not in (nn.Linear, cls):
             raise model_head.not_plain(linear)
         linear.__class__ = cls
-        linear.softcap, linear.scale = softcap, scale
-        return linear
+        adopted = cast(FusedHead, linear)
+        adopted.softcap, adopted.scale = softcap, scale
+        return adopted
 
     def __call__(self, hidden: torch.Tensor, *positional, **named) -> torch.Tensor | TokenStats:
         """Calls `forward`. What follows hidden travels by name, because the hook of torch's ColwiseParallel drops all but the

@@ -165,7 +165,8 @@ def divergence_stat(beta: float) -> tuple[str, float]:
         raise bad_input(
             f"beta is {beta}", "a number from 0 (forward KL) to 1 (reverse KL)", "0.5 is the Jensen-Shannon divergence"
         )
-    return {0: ("forward_kl", 0.5), 1: ("reverse_kl", 0.5)}.get(beta, ("jsd", float(beta)))  # 0.5: unread at the two ends
+    ends: dict[float, tuple[str, float]] = {0: ("forward_kl", 0.5), 1: ("reverse_kl", 0.5)}  # 0.5: unread there
+    return ends.get(beta, ("jsd", float(beta)))
 
 
 def divergence_loss(divergence: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -256,15 +257,14 @@ def aggregation_weights(
         lengths = torch.tensor(lengths, dtype=torch.int64)
     if lengths.dim() != 1 or lengths.is_floating_point():
         raise bad_input(f"lengths is {lengths.dtype} {tuple(lengths.shape)}", "integers [B]", "count the policy tokens")
-    if mode == "seq_mean_token_sum_norm" and (max_len is None or max_len <= 0):
-        raise bad_input(f"max_len is {max_len}", f"a positive length for {mode}", "pass the longest response allowed")
     tokens = lengths.sum() if n_tokens_global is None else n_tokens_global
     seqs = lengths.numel() if n_seqs_global is None else n_seqs_global
     ones = torch.ones(lengths.shape, dtype=torch.float64, device=lengths.device)
-    per_sequence = {
-        "token_mean": lambda: ones / tokens,
-        "seq_mean_token_mean": lambda: ones / seqs / lengths.clamp_min(1),
-        "seq_mean_token_sum": lambda: ones / seqs,
-        "seq_mean_token_sum_norm": lambda: ones / seqs / max_len,
-    }[mode]()
+    per_sequence = ones / (tokens if mode == "token_mean" else seqs)
+    if mode == "seq_mean_token_mean":
+        per_sequence = per_sequence / lengths.clamp_min(1)
+    elif mode == "seq_mean_token_sum_norm":
+        if max_len is None or max_len <= 0:
+            raise bad_input(f"max_len is {max_len}", f"a positive length for {mode}", "pass the longest response allowed")
+        per_sequence = per_sequence / max_len
     return per_sequence.float().repeat_interleave(lengths)

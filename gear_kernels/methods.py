@@ -11,7 +11,7 @@ import random
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -45,6 +45,8 @@ __all__ = [
 ]
 SEGMENTERS = tuple(name for name in SCAN_SEGMENTERS if name != "stable")  # Gear's
 
+Row = TypeVar("Row", torch.Tensor, list[int])
+
 
 class PolicyTokens(NamedTuple):
     """A method's input: the policy tokens alone, packed without gaps, n of them in B sequences (some may be empty)."""
@@ -66,6 +68,12 @@ class PolicyTokens(NamedTuple):
         sizes = self.lengths.tolist()
         turns = [None] * len(sizes) if self.turn_ids is None else [x.tolist() for x in self.turn_ids.split(sizes)]
         yield from zip(self.signal.split(sizes), self.entropy.split(sizes), turns, strict=True)
+
+
+def _given(row: Row | None) -> Row:
+    """An input that a method names in its `needs`, so that credit_weights has checked that it is there."""
+    assert row is not None
+    return row
 
 
 class PolicyCredit(NamedTuple):
@@ -233,7 +241,7 @@ class Gear(Method):
         if self.segmenter == "token":
             return []
         if self.segmenter == "turn":
-            return reference.turn_segments(turn_ids)
+            return reference.turn_segments(_given(turn_ids))
         if self.segmenter == "fixed":
             return reference.fixed_segments(n, self.fixed_len)
         onset = [True] * n if self.segmenter == "entropy_only" else (g > self.kl_threshold).tolist()
@@ -335,8 +343,8 @@ class Egrsd(Method):
         return GatedRatioRule(self.clip, self.slope, self.floor, self.look_ahead)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        entropy = reference.least_ahead(tokens.teacher_entropy, tokens.sequence, self.look_ahead)
-        gate = reference.entropy_gate(entropy, reference.largest_or_one(tokens.teacher_entropy), self.slope, self.floor)
+        entropy = reference.least_ahead(_given(tokens.teacher_entropy), tokens.sequence, self.look_ahead)
+        gate = reference.entropy_gate(entropy, reference.largest_or_one(_given(tokens.teacher_entropy)), self.slope, self.floor)
         return _unsegmented(tokens, reference.bounded_ratio(tokens.signal, tokens.advantages, self.clip) * gate, gate)
 
 
@@ -361,8 +369,8 @@ class ScGrpo(Method):
         return ShareRule(self.quantile, self.least)
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        level = reference.share_level(tokens.forward_kl, self.quantile, self.least)
-        weights = reference.share(tokens.forward_kl, level)
+        level = reference.share_level(_given(tokens.forward_kl), self.quantile, self.least)
+        weights = reference.share(_given(tokens.forward_kl), level)
         return _unsegmented(tokens, weights, weights)
 
 
@@ -447,7 +455,7 @@ class Sgcd(Method):
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
         sizes, found, silent = tokens.lengths.tolist(), [], 0
-        for signal, entropy in zip(tokens.signal.split(sizes), tokens.teacher_entropy.split(sizes), strict=True):
+        for signal, entropy in zip(tokens.signal.split(sizes), _given(tokens.teacher_entropy).split(sizes), strict=True):
             g, quiet = reference.normalise(signal, "quantile", self.quantile)
             silent += quiet
             found.append((g, reference.stable_segments((g > self.kl_threshold).tolist(), entropy.tolist(), self.stable)))
@@ -464,7 +472,7 @@ class Sgcd(Method):
 
 def _turns(tokens: PolicyTokens, relative: torch.Tensor, weight: float) -> PolicyCredit:
     """The trajectory's advantage and on top of it its turn's: `relative` [n], the same within a turn, times `weight`."""
-    onsets = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
+    onsets = reference.turn_onsets(_given(tokens.turn_ids), tokens.sequence)
     ids = reference.turn_numbers(onsets, tokens.sequence)
     none, extra = torch.zeros_like(onsets), reference.turn_part(relative, weight, tokens.advantages)
     return PolicyCredit(torch.ones_like(extra), extra, extra, ids, onsets, none, 0, tokens.advantages + extra)
@@ -490,8 +498,10 @@ class Turn(Method):
     needs = ("turn_rewards", "turn_ids", "groups")
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        first = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
-        turn = reference.group_relative(tokens.turn_rewards, first, (tokens.groups, tokens.turn_ids), self.std)
+        first = reference.turn_onsets(_given(tokens.turn_ids), tokens.sequence)
+        turn = reference.group_relative(
+            _given(tokens.turn_rewards), first, (_given(tokens.groups), _given(tokens.turn_ids)), self.std
+        )
         return _turns(tokens, turn, self.weight)
 
 
@@ -518,9 +528,9 @@ class Gigpo(Method):
     outcome_in_last_turn = True
 
     def apply(self, tokens: PolicyTokens) -> PolicyCredit:
-        first = reference.turn_onsets(tokens.turn_ids, tokens.sequence)
-        returns = reference.turn_returns(tokens.turn_rewards, first, tokens.sequence, self.gamma)
-        step = reference.group_relative(returns, first, (tokens.groups, tokens.anchors), self.std)
+        first = reference.turn_onsets(_given(tokens.turn_ids), tokens.sequence)
+        returns = reference.turn_returns(_given(tokens.turn_rewards), first, tokens.sequence, self.gamma)
+        step = reference.group_relative(returns, first, (_given(tokens.groups), _given(tokens.anchors)), self.std)
         return _turns(tokens, step, self.weight)
 
 

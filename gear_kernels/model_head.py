@@ -1,4 +1,4 @@
-"""What a model does with its last hidden states: its output layer, adapters on it, and what its configuration does to logits.
+"""Output heads of models: the layer behind the last hidden states, adapters on it, and what the configuration does to logits.
 
 transformers models and peft layers are read by their attributes, neither is imported. What cannot be read is refused by name: a
 head that leaves an adapter out gives log-probs that are wrong by whole nats, silently.
@@ -6,6 +6,7 @@ head that leaves an adapter out gives log-probs that are wrong by whole nats, si
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 
 # The forwards that are hidden @ weight.T + bias: nn.Linear's own, and FusedHead's, which head.py adds.
-PLAIN_FORWARDS = [nn.Linear.forward]
+PLAIN_FORWARDS: list[Callable[..., Any]] = [nn.Linear.forward]
 
 
 class ModelHead(NamedTuple):
@@ -62,22 +63,25 @@ def _first(config: Any, names: tuple[str, ...]) -> float | None:
 
 def weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An output layer's weight and bias as its next forward has them, adapters merged (differentiably) into the weight."""
-    layer = _saved_module(layer)
-    base = getattr(layer, "base_layer", layer)
-    if not _is_plain(base) or (base is not layer and not hasattr(layer, "lora_A")):
-        raise not_plain(layer)
-    names = [] if base is layer else _active_adapters(layer)
+    own = _saved_module(layer)
+    base = getattr(own, "base_layer", own)
+    if not _is_plain(base) or (base is not own and not hasattr(own, "lora_A")):
+        raise not_plain(own)
+    names = [] if base is own else _active_adapters(own)
     if not names:
         return base.weight, base.bias
     _check_whole(base.weight)
     weight = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))  # bfloat16 would round most of B A away
     for name in names:
-        product = layer.lora_B[name].weight.to(weight.dtype) @ layer.lora_A[name].weight.to(weight.dtype)
-        weight = weight + layer.scaling[name] * product
+        product = own.lora_B[name].weight.to(weight.dtype) @ own.lora_A[name].weight.to(weight.dtype)
+        weight = weight + own.scaling[name] * product
     return weight, None if base.bias is None else base.bias.to(weight.dtype)
 
 
-def _saved_module(layer: nn.Module) -> nn.Module:
+# A layer of peft is Any below: what it holds is known by name alone.
+
+
+def _saved_module(layer: Any) -> Any:
     """What peft's modules_to_save wrapper runs: the active adapter's own copy of the layer."""
     copies = getattr(layer, "modules_to_save", None)
     if copies is None or not hasattr(layer, "original_module"):
@@ -90,7 +94,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and type(layer).forward in PLAIN_FORWARDS
 
 
-def _active_adapters(layer: nn.Module) -> list[str]:
+def _active_adapters(layer: Any) -> list[str]:
     """The LoRA adapters that the layer's next forward adds to its base; none where they are merged into it or off."""
     if layer.disable_adapters or layer.merged:
         if layer.disable_adapters and layer.merged:  # its next forward takes them out first
@@ -105,7 +109,7 @@ def _active_adapters(layer: nn.Module) -> list[str]:
     return names
 
 
-def _no_product(layer: nn.Module, name: str) -> tuple[str, str] | None:
+def _no_product(layer: Any, name: str) -> tuple[str, str] | None:
     """Why this adapter is more than scaling * B A, and the mend."""
     variant, dropout = getattr(layer, "lora_variant", {}).get(name), layer.lora_dropout[name]
     elsewhere = "leave the head out of target_modules, or train it whole by modules_to_save"

@@ -39,7 +39,8 @@ def group_name(name: str, group) -> str:
 
 def resolve(name: str) -> dist.ProcessGroup:
     """The process group of this name."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    # torch has no public name for it
+    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
 
 
 @constant_when_traced

@@ -242,7 +242,7 @@ def _checked_head(name: str, head: Head | torch.Tensor) -> Head:
     if head.weight.dim() != 2 or 0 in head.weight.shape:
         raise bad_input(f"{name}.weight has shape {tuple(head.weight.shape)}", "[V, D]", "pass the head's weight matrix")
     if head.bias is not None:
-        _check_bias(name, head)
+        _check_bias(name, head.bias, head.weight)
     if head.group is None and getattr(head.weight, "tensor_model_parallel", False):
         given = f"{name}.weight is marked tensor_model_parallel: a vocabulary shard without its group"
         raise bad_input(given, "Head(weight, group=...)", "pass the tensor-parallel process group")
@@ -256,13 +256,13 @@ def _checked_head(name: str, head: Head | torch.Tensor) -> Head:
     return head
 
 
-def _check_bias(name: str, head: Head) -> None:
-    _check_plain(f"{name}.bias", head.bias)
-    ops.check_gathered(f"{name}.bias", head.bias)
-    wanted = (head.weight.shape[0],)
-    if tuple(head.bias.shape) != wanted or head.bias.dtype != head.weight.dtype or head.bias.device != head.weight.device:
-        given = f"{name}.bias is {head.bias.dtype} {tuple(head.bias.shape)} on {head.bias.device}"
-        raise bad_input(given, f"{head.weight.dtype} {wanted} on {head.weight.device}", "give the bias of the same layer")
+def _check_bias(name: str, bias: torch.Tensor, weight: torch.Tensor) -> None:
+    _check_plain(f"{name}.bias", bias)
+    ops.check_gathered(f"{name}.bias", bias)
+    wanted = (weight.shape[0],)
+    if tuple(bias.shape) != wanted or bias.dtype != weight.dtype or bias.device != weight.device:
+        given = f"{name}.bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        raise bad_input(given, f"{weight.dtype} {wanted} on {weight.device}", "give the bias of the same layer")
 
 
 def _checked_hidden(name: str, hidden, head: Head) -> torch.Tensor:

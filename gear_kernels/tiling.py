@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVarTuple, cast
 
 import torch
 
 from . import parallel
 from .backends import BACKENDS, Tile, TileTask, wide
 from .reference.stats import STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, jsd
+
+Cuts = TypeVarTuple("Cuts")  # tensors that a _Cut cuts, None among them
 
 
 class Limits(NamedTuple):
@@ -54,8 +56,11 @@ def limits(device: torch.device) -> Limits:
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether this is a GPU: torch's GEMMs of half inputs have float32 results, and looking at a value waits for the device."""
+    """True of a GPU: torch's GEMMs of half inputs have float32 results, and looking at a value waits for the device."""
     return device.type not in ("cpu", "meta")
+
+
+Pair = tuple[Tile, Tile | None]  # of the student and the teacher
 
 
 class HeadPart(NamedTuple):
@@ -121,7 +126,7 @@ class Linear:
         return weight.dtype != self.wide and not self.multiplies(weight.dtype)
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether GEMMs of this half dtype have float32 results here; torch's on a CPU do not, the compiled pass' may."""
+        """True where GEMMs of this half dtype have float32 results here; torch's on a CPU do not, the compiled pass' may."""
         return self.on_gpu or self.tiles.multiplies(dtype)
 
     def span(self, rows: int, columns: int, summed: bool) -> int:
@@ -160,19 +165,19 @@ class Linear:
             flat = self.scratch[name] = torch.empty(count, dtype=dtype, device=self.student.device)
         return self.views.setdefault((name, shape), flat[:count].view(shape))
 
-    def walk(self, rows: slice, columns: slice, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, tuple, TileTask]]:
+    def walk(self, rows: slice, columns: slice, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, Pair, TileTask]]:
         """Each tile of a range: its rows, its columns, both heads' logits (until the next one is made) and its task."""
         task, parts = self.task, []
         for part in _blocks(rows, shape[0]):
-            student, teacher, *own = self.cut[part]
-            parts.append((part, student, teacher, Rows(*own, task.rows.ignore_index)))
+            student, teacher, targets, inv_temperature = self.cut[part]
+            parts.append((part, student, teacher, Rows(targets, inv_temperature, task.rows.ignore_index)))
         for block in _blocks(columns, shape[1]):
             self.operands.clear()
             first = task.first + block.start
             for part, student, teacher, own in parts:
                 yield part, block, self.logits(student, teacher, block), TileTask(own, task.stats, task.beta, first, task.kept)
 
-    def logits(self, student: torch.Tensor, teacher: torch.Tensor | None, columns: slice) -> tuple[Tile, Tile | None]:
+    def logits(self, student: torch.Tensor, teacher: torch.Tensor | None, columns: slice) -> Pair:
         """Both heads' tiles of these hidden states; one GEMM over the stacked rows where they are few and the head is shared."""
         if teacher is None:
             return self._tile("student", self.head, student, columns), None
@@ -181,6 +186,7 @@ class Linear:
             tile = self._tile("student", self.head, student, columns)
             return tile, self._tile("teacher", self.teacher_head, teacher, columns)
         if self.stacked is None:
+            assert self.teacher is not None
             self.stacked = torch.cat([self.student, self.teacher]).to(self.dz_dtype)
         both = self._tile("student", self.head, self.stacked, columns)
         return both._replace(z=both.z[:n]), both._replace(z=both.z[n:])
@@ -251,8 +257,9 @@ class Linear:
     def _mixture(self, state: torch.Tensor, rows: int, columns: int, splits: int) -> torch.Tensor:
         shares = self.student.new_zeros((splits, len(self.student), 2), dtype=torch.float64)
         cut, states, whole = _Cut(shares, dim=1), _Cut(state), (slice(0, len(self.student)), slice(0, self.head.columns))
-        for part, _, pair, task in self.walk(*whole, (rows, columns)):
-            self.tiles.mixture(*pair, task, *states[part], *cut[part])
+        for part, _, (student, teacher), task in self.walk(*whole, (rows, columns)):
+            assert teacher is not None
+            self.tiles.mixture(student, teacher, task, *states[part], *cut[part])
         shares = shares.sum(0)
         if self.group:
             parallel.add_up(shares, self.group)
@@ -269,19 +276,19 @@ class Linear:
         out = _Sums(
             torch.zeros_like(self.student, dtype=self.wide) if hidden else None,
             torch.empty_like(head.weight) if weight else None,
-            torch.zeros_like(head.bias, dtype=self.wide) if bias else None,
+            torch.zeros_like(head.bias, dtype=self.wide) if bias and head.bias is not None else None,
         )
         grads, unit = self._scaled(grads)
         per_row, shape = _Cut(state, grads), self.tile_shape()
         rows = self.part_rows(shape)
-        summed = weight and self._sums_weight(out.weight, rows)
+        summed = out.weight is not None and self._sums_weight(out.weight, rows)
         for span in _blocks(slice(0, head.columns), self.span(rows, shape[1], summed)):
             own = summed or (weight and self._splits_sums(span))
-            block = self._weight_sums(span) if own else out.weight[span] if weight else None
+            block = None if out.weight is None else self._weight_sums(span) if own else out.weight[span]
             for part in _blocks(slice(0, len(self.student)), rows):
                 dz = self._dz(part, span, shape, per_row)
                 self._add(out, block, dz, part, span)
-            if own:
+            if own and out.weight is not None and block is not None:
                 out.weight[span] = block if unit is None else block.mul_(unit)
         if out.weight is not None:
             out.weight[head.columns :] = 0
@@ -293,7 +300,7 @@ class Linear:
         if self.group and out.hidden is not None:
             parallel.add_up(out.hidden, self.group)
         like = (self.student, head.weight, head.bias)
-        return [None if g is None else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
+        return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
 
     def _scaled(self, grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Row gradients as dz is made from, and what sums of dz are to be multiplied by: None, nothing, unless dz is float16.
@@ -329,7 +336,7 @@ class Linear:
     def _weight_sums(self, span: slice) -> torch.Tensor:
         return self.buffer("weight sums", span.stop - span.start, self.head.weight.shape[1], dtype=self.wide)
 
-    def _dz(self, part: slice, span: slice, shape: tuple[int, int], per_row: _Cut) -> torch.Tensor:
+    def _dz(self, part: slice, span: slice, shape: tuple[int, int], per_row: _Cut[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """dz of a round, tile by tile. per_row: of state and row gradients."""
         dz = self.buffer("dz", part.stop - part.start, span.stop - span.start, dtype=self.dz_dtype)
         for rows, block, (student, teacher), task in self.walk(part, span, shape):
@@ -360,7 +367,7 @@ class Linear:
 
 @cache
 def addmm_into_float32(device: str) -> bool:
-    """Whether this torch adds a product of half matrices to a float32 one on this type of device ("cuda"), asked of it once.
+    """True where this torch adds a product of half matrices to a float32 one on this type of device ("cuda"); it is asked once.
 
     Its first releases with out_dtype refused a float32 sum, and those before have no such argument; there each round of gradient
     GEMMs makes a second float32 matrix of the hidden states' size (128 MiB at 8192 x 4096) and adds it.
@@ -379,20 +386,21 @@ class _Sums(NamedTuple):
     bias: torch.Tensor | None
 
 
-class _Cut:
+class _Cut(Generic[*Cuts]):
     """Rows of tensors (along `dim`), each slice made once: it costs the host 2 us, and every block of columns has the same."""
 
-    def __init__(self, *tensors: torch.Tensor | None, dim: int = 0):
+    def __init__(self, *tensors: *Cuts, dim: int = 0):
         self.tensors, self.dim = tensors, dim
-        self.parts: dict[tuple[int, int], tuple[torch.Tensor | None, ...]] = {}
+        self.parts: dict[tuple[int, int], tuple[*Cuts]] = {}
 
-    def __getitem__(self, rows: slice) -> tuple[torch.Tensor | None, ...]:
+    def __getitem__(self, rows: slice) -> tuple[*Cuts]:
         key = rows.start, rows.stop
         part = self.parts.get(key)
         if part is None:
             length = rows.stop - rows.start
-            part = tuple(None if t is None else t.narrow(self.dim, rows.start, length) for t in self.tensors)
-            self.parts[key] = part
+            tensors = cast("tuple[torch.Tensor | None, ...]", self.tensors)
+            part = tuple(None if t is None else t.narrow(self.dim, rows.start, length) for t in tensors)
+            part = self.parts[key] = cast("tuple[*Cuts]", part)
         return part
 
 
@@ -417,14 +425,15 @@ def add_jsd(values: torch.Tensor, state: torch.Tensor, shares: torch.Tensor, tas
 
 def logits_forward(student: torch.Tensor, teacher: torch.Tensor | None, task: TileTask, backend: str):
     """The forward pass of given logits [N, V]: values [7, N], state [N, 9]; one tile that covers the vocabulary."""
-    tiles, pair = BACKENDS[backend], (Tile(student), None if teacher is None else Tile(teacher))
+    tiles, first, second = BACKENDS[backend], Tile(student), None if teacher is None else Tile(teacher)
     splits = tiles.splits(*student.shape)
     sums = student.new_zeros((splits, len(student), len(SUM_NAMES)), dtype=torch.float64)
-    tiles.sweep(*pair, task, sums)
+    tiles.sweep(first, second, task, sums)
     values, state = tiles.finish(sums, task)
     if "jsd" in task.stats:
+        assert second is not None
         shares = torch.zeros_like(sums[..., :2])
-        tiles.mixture(*pair, task, state, shares)
+        tiles.mixture(first, second, task, state, shares)
         add_jsd(values, state, shares.sum(0), task)
     return values, state
 

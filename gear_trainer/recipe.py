@@ -13,13 +13,12 @@ import torch
 
 from gear_kernels import Gear, GearKernelsError, TokenStats, credit_weights
 from gear_kernels.losses import divergence_loss, divergence_stat, sampled_distillation_loss, sdar_loss
-from gear_kernels.methods import FLOAT_INPUTS, INPUTS, METHODS
+from gear_kernels.methods import FLOAT_INPUTS, INPUTS, METHODS, Method
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
 from gear_trainer.user_code import load_class, said
 
 LOSSES = ("opsd", "sdar")
-REFERENCED = ("sgcd",)  # methods whose teacher reads credit references, on mixed groups, unless the config says otherwise
 SIGNAL_STATS = {"k1": (), "reverse_kl": ("reverse_kl",)}  # what a signal takes beside both log-probs
 TEACHER_COLUMNS = ("signal", "teacher_entropy", "forward_kl")  # inputs of methods that a teacher's pass makes
 FULL_KL = "reverse_kl"
@@ -71,21 +70,23 @@ class Distillation:
 
 
 class Declared(NamedTuple):
-    """The parts that a credit method may declare beside `needs` and `apply`, and what is meant where it does not."""
+    """The optional parts of a credit method; a class that does not derive from gear_kernels' Method may leave them out."""
 
-    signals: tuple[str, ...] = ("k1", FULL_KL)  # what its signal may be, its own first
-    teacher_sees: str = "ground_truth"  # or sibling: a correct rollout of the group
-    outcome_in_last_turn: bool = False  # the trajectory's reward is added to that of its last turn
-    wants_references: bool = False  # its teacher reads a written credit reference
-    mixed_groups: bool = False  # groups that all succeed or all fail are sampled again
-    at: Any = None  # step -> the method of that step
+    signals: tuple[str, ...]
+    teacher_sees: str
+    outcome_in_last_turn: bool
+    wants_references: bool
+    mixed_groups: bool
+
+    @classmethod
+    def by(cls, method: Any) -> Declared:
+        """The parts as the method declares them, or as Method's defaults are."""
+        return cls(*(getattr(method, part, getattr(Method, part)) for part in cls._fields))
 
 
-def declared(method: Any, name: str) -> Declared:
-    """The optional parts of a credit method, which `credit` names so."""
-    referenced = Declared(wants_references=name in REFERENCED)
-    found = Declared(*(getattr(method, part, default) for part, default in referenced._asdict().items()))
-    return found._replace(mixed_groups=getattr(method, "mixed_groups", found.wants_references))
+def _at(method: Any, step: int) -> Any:
+    """The method of a step, where it changes by step."""
+    return method.at(step) if hasattr(method, "at") else method
 
 
 @dataclass(frozen=True)
@@ -162,14 +163,14 @@ class Recipe:
 
     def method_at(self, step: int) -> Any:
         """The credit method of the 1-based step."""
-        return self.declared.at(step) if self.declared.at else self.method
+        return _at(self.method, step)
 
 
 def resolve(cfg: Config) -> Recipe:
     """The recipe of a configuration. Raises ConfigError where its parts do not go together."""
     name, loss = _parse(cfg.credit)
     method = _make_method(name, cfg)
-    own = declared(method, name)
+    own = Declared.by(method)
     if cfg.signal is not None and cfg.signal not in own.signals:
         raise ConfigError(f"signal={cfg.signal}: {name} reads {' or '.join(own.signals)}; leave signal out")
     missing = [need for need in method.needs if need not in INPUTS]
@@ -288,13 +289,12 @@ def _try_method(method: Any) -> None:
     """One call as the trainer makes it, on two sequences of three tokens."""
     rows: dict[str, Any] = {name: torch.linspace(-0.1, 0.4, 6) if name in method.needs else None for name in FLOAT_INPUTS}
     turns = torch.tensor([0, 0, 1, 0, 1, 1])
-    at = declared(method, "").at
     credit = credit_weights(
         rows.pop("signal"),
         rows.pop("entropy"),
         torch.tensor([1.0, -1.0]),
         torch.tensor([0, 3, 6], dtype=torch.int32),
-        method=at(1) if at else method,
+        method=_at(method, 1),
         turn_ids=turns,
         anchors=turns,
         groups=torch.tensor([0, 0]),

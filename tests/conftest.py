@@ -65,5 +65,6 @@ def pytest_configure(config):
         _patch_once()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    side_by_side.longest_first(items)
+    side_by_side.arrange(items)

@@ -7,12 +7,21 @@ core cost more than they bring.
 
 import os
 
-# The files above half a minute by their processor seconds on two cores, what a test starts included, longest first. The order
-# alone counts; a file that is not here is begun after these, in its place in the alphabet.
+# The files that are begun first, longest first; one that is not here comes after these, in its place in the alphabet. Files that
+# launch runs take turns with others, because their first run makes the demo's warm start, which the next ones wait for.
 LONGEST = (
-    "test_drills.py", "test_end_to_end.py", "test_stats.py", "test_credit.py", "test_methods.py", "test_trainer.py",
-    "test_compile_report.py", "test_benchmarks.py", "test_compile.py", "test_teacher.py", "test_config.py",
+    "test_end_to_end.py", "test_credit.py", "test_drills.py", "test_stats.py", "test_methods.py", "test_teacher.py",
+    "test_benchmarks.py", "test_head_zero3.py", "test_config.py", "test_gpu_report.py", "test_foreign_text.py", "test_gates.py",
+    "test_compile_report.py", "test_extending.py", "test_compile.py", "test_warm_start.py", "test_head_fsdp.py",
+    "test_parallel.py",
 )  # fmt: skip
+
+# `slow` as a whole, beside what is marked so: about the instruments (benchmarks, gates, compile tables) or about torch.compile.
+SLOW = (
+    "test_benchmarks.py", "test_compile.py", "test_compile_report.py", "test_gates.py", "test_gpu_report.py",
+    "test_parallel.py", "test_performance_page.py",
+)  # fmt: skip
+SLOW_TESTS = ("test_fuzz",)
 
 
 def share_cores():
@@ -27,6 +36,9 @@ def is_controller(config) -> bool:
     return config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
 
 
-def longest_first(items):
-    """Sorts tests in place by what their file costs; tests of one file keep their order."""
+def arrange(items):
+    """Mark what is slow, and sort tests in place by what their file costs; tests of one file keep their order."""
+    for item in items:
+        if item.path.name in SLOW or getattr(item, "originalname", "") in SLOW_TESTS:
+            item.add_marker("slow")
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

@@ -1,8 +1,10 @@
 """Commands: what they take, what they say, how they end; and what a start refuses before any engine."""
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,11 @@ def test_the_package_is_a_program():
     assert (
         done.returncode == 2 and done.stderr.startswith("gear_trainer: /nowhere: no run there") and done.stderr.count("\n") == 1
     )
+
+
+def test_the_installed_command_is_that_program():
+    module, name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["gear-trainer"].split(":")
+    assert getattr(importlib.import_module(module), name) is cli.main
 
 
 def test_a_plan_and_a_dry_run_are_one(capsys):

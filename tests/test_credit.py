@@ -1,4 +1,4 @@
-"""Credit weights against METHOD's worked example, a slow literal transcription of the paper, and their invariances."""
+"""Credit weights: the worked example of docs/mathematics.md, a slow literal transcription of the paper, their invariances."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gear_kernels
+from gear_kernels import backends
 from gear_kernels.credit import credit_weights
 from gear_kernels.errors import GearKernelsError
 from gear_kernels.methods import METHODS, NORMALIZERS, SEGMENTERS, Gear, Grpo
@@ -20,7 +21,7 @@ ENTROPY = [0.5, 0.4, 1.0, 0.2, 0.9, 1.6, 0.8, 0.7, 1.1, 1.3]
 FLOATS = ("token_advantages", "weights", "signal", "credit")
 
 
-@pytest.fixture(params=("native", "reference", "triton"), autouse=True)
+@pytest.fixture(params=sorted(backends.BACKENDS), autouse=True)
 def backend(request):
     """Every test of this file runs on the compiled scan, the reference and the Triton scan (interpreted)."""
     with gear_kernels.backend(request.param):
@@ -661,7 +662,7 @@ def test_bad_arguments(change, message):
 # --- the scans against the reference, bit by bit -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+@pytest.mark.parametrize("backend", [name for name in sorted(backends.BACKENDS) if backends.BACKENDS[name].scans], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("segmenter", sorted(set(SEGMENTERS) - {"random"}))
 def test_scan_is_bitwise_the_reference(segmenter, dtype, backend):

@@ -470,7 +470,7 @@ def test_D17_calls_run_in_order_in_one_thread_with_the_callers_context():
 
     def call(function, *args, by=callers):
         answer = by.start(function, *args)
-        by.wait([answer])
+        by.wait(answer)
         return answer.result()
 
     with decimal.localcontext(prec=5):

@@ -107,7 +107,7 @@ def test_torch_and_triton_are_enough(monkeypatch):
 
 
 def test_goals_and_floors_beside_the_times():
-    """On a GPU's report: 2 and 6 GEMMs at the measured ceiling, and the goals of DESIGN.md."""
+    """On a GPU's report: 2 and 6 GEMMs at the measured ceiling, and the goals of docs/architecture.md."""
     flops = 2 * 2 * math.prod(HEAD_SHAPE)
     figures = {"ms": 27.0, "beside_results_mib": 400.0, "floor_flops": flops, "label": "default", "passes": "forward"}
     headline = {"items": [{"name": "ours", "status": "passed", "figures": figures}], "missed": 0}

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import side_by_side
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("gear_kernels", "gear_trainer", "benchmarks")
@@ -295,7 +296,7 @@ def wall_time():
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         for node in ast.walk(tree(path)):
             text = ast.unparse(node.test) if isinstance(node, ast.Assert) else ""
-            if re.search(r"(perf_counter|monotonic|time)\(\)", text) and "deadline" not in text:
+            if re.search(r"(perf_counter|monotonic|time\.time)\(\)", text) and "deadline" not in text:
                 found[f"{name(path)}: {text}"] = "asserts wall time"
     return found
 
@@ -318,6 +319,11 @@ def test_the_rules_hold_but_for_the_exceptions(rule):
     """Whatever else is found fails, and so does an exception that excuses nothing."""
     lines = offences(RULES[rule](), EXCEPTIONS[rule])
     assert not lines, "\n".join(["", *lines])
+
+
+def test_the_lists_of_files_that_run_first_or_are_slow_name_files():
+    missing = [file for file in (*side_by_side.LONGEST, *side_by_side.SLOW) if not (ROOT / "tests" / file).is_file()]
+    assert not missing, f"tests/side_by_side.py names {missing}"
 
 
 def test_the_reader_of_docstrings_tells_sentences_from_fragments():

@@ -13,7 +13,7 @@ from gear_kernels import GearKernelsError, backends, credit_weights
 from gear_kernels.methods import METHODS, AmrSd, Egrsd, Gigpo, HighEntropy, Rlsd, ScGrpo, Sgcd, Turn
 
 
-@pytest.fixture(params=("native", "reference", "triton"), autouse=True)
+@pytest.fixture(params=sorted(backends.BACKENDS), autouse=True)
 def backend(request):
     """Every test of this file runs on the compiled scan, the reference and the Triton scan (interpreted)."""
     with gear_kernels.backend(request.param):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import gear_kernels
-from gear_kernels import credit_weights, rules
+from gear_kernels import backends, credit_weights, rules
 from gear_kernels.methods import METHODS, Method
 from gear_kernels.reference import credit as reference
 
 N, B = 60, 3
+SCANNING = [name for name in sorted(backends.BACKENDS) if backends.BACKENDS[name].scans]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", SCANNING)
 @pytest.mark.parametrize("name", CASES)
 def test_a_scan_weighs_as_the_reference_states(name, backend, dtype):
     rule, needs = CASES[name]
@@ -104,7 +105,7 @@ def test_every_rule_has_its_case_and_its_own_number():
     assert used == set(rules.RULES)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", SCANNING)
 def test_segments_of_a_lift_are_the_references(backend):
     """The rule of sgcd with its segments, over random packs: as `apply` says, token for token."""
     method, r = METHODS["sgcd"], random.Random(0)

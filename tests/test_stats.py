@@ -1,7 +1,7 @@
 """token_stats and linear_token_stats, every back end of this machine, against float64 plain logits.
 
-Tolerances: 2e-6 nats (DESIGN's contract) plus the float32 spacing of large values for float32 inputs; for half inputs the inputs
-are compared after rounding, so the same bound holds for values, and gradients may differ by their own rounding.
+Tolerances: 2e-6 nats (docs/mathematics.md's contract) plus the float32 spacing of large values for float32 inputs; for half
+inputs the inputs are compared after rounding, so the same bound holds for values, and gradients may differ by their own rounding.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from gear_kernels import GearKernelsError, Head, TokenStats, backends, linear_to
 from gear_kernels.reference import GRADIENT_NAMES
 
 ALL = reference.STAT_NAMES
-BACKENDS = ("native", "reference", "triton")
+BACKENDS = sorted(backends.BACKENDS)
 VOCABS = (1, 2, 127, 1187, 32003, 151936)
 INF = float("inf")
 OPERATORS = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()  # what it says of limits is tested here

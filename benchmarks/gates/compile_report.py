@@ -98,7 +98,7 @@ class Kernel:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What a row is found by in another table."""
+        """The key by which a row is found in another table."""
         return self.target, self.kernel, self.case
 
     def __str__(self) -> str:
@@ -410,8 +410,8 @@ def _width(accesses: list[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """only: a regular expression for the names of cases.  config: block and warps in place of the package's table.  triton: the
-    folder of another version than the installed one.
+    """One run's choices. only: a regular expression for the names of cases.  config: block and warps in place of the package's
+    table.  triton: the folder of another version than the installed one.
     """
 
     targets: tuple[str, ...] = tuple(TARGETS)
@@ -421,7 +421,7 @@ class Options:
 
     @property
     def partial(self) -> bool:
-        """Whether the result is not the whole table of the package as it is."""
+        """True where the result is not the whole table of the package as it is."""
         return self != Options()
 
 
@@ -506,7 +506,7 @@ def stale(table: dict) -> list[str]:
 
 
 def fingerprint() -> str:
-    """Of the kernels and what launches them, comments and docstrings left out, and of the cases; the same in every Python."""
+    """A hash of the kernels and their launchers, without comments and docstrings, and of the cases; the same in every Python."""
     paths = sorted((ROOT / "gear_kernels" / "triton").glob("*.py"))
     code = [piece for path in paths for piece in _code(path)]
     cases = [launch.case for family in FAMILIES for launch in family.launches(importlib.import_module(family.module))]

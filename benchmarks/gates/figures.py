@@ -49,7 +49,7 @@ _FIGURES = ("peak_bytes", "operators", "launches", "synchronisations")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one operation costs. path: cpu, or gpu (meta tensors).  peak_bytes: allocated by torch beyond the inputs, results
+    """The cost of one operation. path: cpu, or gpu (meta tensors).  peak_bytes: allocated by torch beyond the inputs, results
     included.  operators: of torch, views left out, the benchmark's own loss included.  launches: of Triton kernels.
     """
 
@@ -62,7 +62,7 @@ class Cost:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What a row is found by in another table."""
+        """The key by which a row is found in another table."""
         return self.path, self.operation
 
     def __str__(self) -> str:
@@ -239,7 +239,7 @@ def ratios(only: str = "", rounds: int = 25) -> dict[str, float]:
 
 
 def typical_ratios() -> dict[str, float]:
-    """What is committed: the median of three runs."""
+    """The ratios that are committed: the median of three runs."""
     runs = [ratios() for _ in range(_REPEATS)]
     return {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
 
@@ -263,7 +263,7 @@ def grown(rows: list[Cost], table: dict, whole: bool = True) -> list[str]:
 
 
 def shrunk(rows: list[Cost], table: dict) -> int:
-    """How many figures are below the table's: seen the other way round, they grew."""
+    """The number of figures below the table's: seen the other way round, they grew."""
     other = {"torch": table["torch"], "rows": [asdict(row) for row in rows]}
     return len(grown([Cost(**row) for row in table["rows"]], other, whole=False))
 

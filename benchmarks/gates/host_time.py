@@ -26,7 +26,7 @@ from ..harness.cases import HEAD_SHAPE, OUTPUTS
 from ..harness.internals import STAT_NAMES, STATE_NAMES, linear_body, taken_for_gpu
 from .compile_report import TARGETS, StubDriver
 
-GOAL_US = 25  # a tile of a head of 1024 takes an H100 about 41 us by the model of DESIGN.md
+GOAL_US = 25  # a tile of a head of 1024 takes an H100 about 41 us by the model of docs/architecture.md, Goals on a GPU
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def weighted(values: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def gradients(function: Callable, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of `weighted` outputs of the function, with respect to copies of its leaves."""
+    """Gradients of `weighted` outputs of the function, with respect to copies of its leaves."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     return torch.autograd.grad(weighted(function(*leaves)), leaves)
 

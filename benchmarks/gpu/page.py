@@ -10,7 +10,7 @@ from pathlib import Path
 from ..harness.tables import finite, markdown_table
 from .speed import UPDATE_LABEL
 
-# milliseconds: what is aimed at, and the GEMMs alone at the 790 TFLOP/s that cuBLAS reaches on an H200 (DESIGN.md, section 4)
+# milliseconds: what is aimed at, and the GEMMs alone at cuBLAS' 790 TFLOP/s (docs/architecture.md, Goals on a GPU)
 GOALS = {
     ("default", "forward"): (28.5, 25.8),
     ("default", "forward+backward"): (85.0, 77.4),

@@ -52,7 +52,7 @@ say = functools.partial(print, flush=True)
 
 
 def machine_items(setting: Setting) -> list[Item]:
-    """What this ran on."""
+    """The item that says what this ran on."""
     return [Item("machine", lambda: _machine(setting), seconds=120)]
 
 

@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def self_test(self) -> bool:
-        """Whether this is the self-test, on the CPU with tiny shapes."""
+        """True of the self-test, on the CPU with tiny shapes."""
         return self.device == "cpu"
 
     def pick(self, full, tiny):
@@ -74,7 +74,7 @@ def is_fatal(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class Phase:
-    """items: made without touching the device.  seconds: its share of the report, and its limit where no budget is given.
+    """A phase of the report. items: made without touching the device.  seconds: its share, and its limit without a budget.
 
     own: these seconds are its limit whatever the budget: it starts on a cold machine, and needs a tenth of them on a warm one.
     workers: processes side by side, for what needs no quiet device.  strict: an item that was not reached is a failure.
@@ -221,13 +221,13 @@ class _Strand:
 
 
 def command(phase: str, setting: Setting, part: Part) -> list[str]:
-    """What starts a worker."""
+    """The command that starts a worker."""
     options = ["--worker", phase, "--part", ",".join(map(str, part)), *["--self-test"] * setting.self_test]
     return [sys.executable, "-m", "benchmarks.gpu", *options]
 
 
 def environment(setting: Setting, workers: int) -> dict[str, str]:
-    """Of a worker: the peers' wheels on its path, and its share of the processors, lest threads wait for each other."""
+    """A worker's environment: the peers' wheels on its path, its share of the processors, lest threads wait for each other."""
     paths = filter(None, (setting.wheels, os.environ.get("PYTHONPATH")))
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     return found | ({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))} if workers > 1 else {})

@@ -47,7 +47,7 @@ class Product(NamedTuple):
 
 
 def products() -> list[Product]:
-    """Of the head: tiles of logits in every geometry worth trying, then the two gradients."""
+    """The head's products: tiles of logits in every geometry worth trying, then the two gradients."""
     n, _, width = HEAD_SHAPE
     tiles = ((2048, 2048), (2048, 4096), (4096, 2048), (4096, 4096), (8192, 1024), (8192, 2048), (1024, 8448))
     found = [Product(f"tile {rows} x {columns}", rows, width, columns) for rows, columns in tiles]

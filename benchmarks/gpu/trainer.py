@@ -112,7 +112,9 @@ def _engine(device: str) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
     from gear_trainer.config import Config
-    from gear_trainer.policy.model import Policy, checkpoint_layers, deepspeed_config, model_sizes
+    from gear_trainer.policy.hub import model_sizes
+    from gear_trainer.policy.model import Policy
+    from gear_trainer.policy.zero import checkpoint_layers, deepspeed_config
 
     _process_group(device)
     cfg = Config.model_validate(

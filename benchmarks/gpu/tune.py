@@ -53,7 +53,7 @@ def _tiles(setting: Setting, sizes: candidates.Tiles, passes: str) -> dict:
 
 
 class Inputs(NamedTuple):
-    """What a kernel reads and writes at one tile. The heads lie apart: one tensor for both would be read from the L1 cache."""
+    """A kernel's tensors at one tile, read and written. The heads lie apart: one for both would be read from the L1 cache."""
 
     student: Tile
     teacher: Tile
@@ -93,7 +93,7 @@ def _block(setting: Setting, kernel: str, shape: tuple, config: candidates.Confi
 
 
 def inputs(setting: Setting, kernel: str, shape: tuple) -> Inputs:
-    """Of one kernel, its sums after a first sweep."""
+    """The inputs of one kernel, its sums after a first sweep."""
     n, columns, dtype = shape
     rows = Rows(torch.zeros(n, dtype=torch.int64, device=setting.device), torch.ones(n, device=setting.device), IGNORED)
     task = TileTask(rows, OUTPUTS if kernel != "mixture" else ("jsd",))

@@ -1,1 +1,1 @@
-"""What all benchmarks share: inputs and their float64 truth, the peers, clocks and memory, tables, the machine."""
+"""The ground that all benchmarks share: inputs and their float64 truth, the peers, clocks and memory, tables, the machine."""

@@ -1,4 +1,4 @@
-"""What is compared: inputs, the loss that gives them gradients, and the float64 truth that every answer is held against."""
+"""Cases of a comparison: inputs, the loss that gives them gradients, and the float64 truth that every answer is held against."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """logits or hidden"""
+        """The kind of inputs: logits or hidden."""
         return "logits" if self.weight is None else "hidden"
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """What gets gradients: the student's tensor and, where there is one, the head's weight."""
+        """The tensors that get gradients: the student's and, where there is one, the head's weight."""
         return [self.student] if self.weight is None else [self.student, self.weight]
 
     def loss(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -32,7 +32,7 @@ def environment() -> dict:
 
 
 def commit() -> str:
-    """Of the checkout, 12 digits, and whether files differ from it."""
+    """The checkout's commit, 12 digits, and whether files differ from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)

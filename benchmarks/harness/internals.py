@@ -84,7 +84,7 @@ def tile_limits(device: str, tile: int, workspace: int, rows: int) -> Iterator[N
 
 
 def joins_in_one_call(device: str) -> bool:
-    """Whether torch adds a product to float32 sums in one call on this device."""
+    """True where torch adds a product to float32 sums in one call on this device."""
     return tiling.addmm_into_float32(device)
 
 
@@ -94,7 +94,7 @@ def body_of(operator) -> Callable:
 
 
 def linear_body(student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, stats: tuple[str, ...]) -> tiling.Linear:
-    """What linear_token_stats runs on the GPU path, for tensors that have no values: targets and temperatures are made here."""
+    """The body of linear_token_stats on the GPU path, for tensors that have no values: targets and temperatures are made here."""
     rows, device = len(student), student.device
     targets, inverse = torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, device=device)
     tensors = (student, weight, None, teacher, None, None, targets, inverse)

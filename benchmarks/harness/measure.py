@@ -94,7 +94,7 @@ def elapsed_ms(call: Call, device: str = "cpu", filler: bool = True) -> float:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """torch's and the compiled pass' operators on one thread."""
+    """One thread for torch's and the compiled pass' operators, inside the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -31,8 +31,9 @@ class PeerMissing(ImportError):
 
 @dataclass(frozen=True)
 class Peer:
-    """kind: logits or hidden.  gives: names of outputs; "mean_reverse_kl" is a scalar.  note: what a reader of the table must
-    know.  compiles: its first call does.  instead: the uncompiled form of a peer that is better compiled.
+    """One implementation to compare. kind: logits or hidden.  gives: names of outputs; "mean_reverse_kl" is a scalar.  note: what
+    a reader of the table must know.  compiles: its first call does.  instead: the uncompiled form of a peer that is better
+    compiled.
     """
 
     name: str

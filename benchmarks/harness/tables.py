@@ -1,4 +1,4 @@
-"""What a report holds, and its rendering: a rich table for a terminal, Markdown and JSON for files."""
+"""Tables of a report, and their rendering: a rich table for a terminal, Markdown and JSON for files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LEGEND = (
 
 
 def is_wrong(name: str, error: float) -> bool:
-    """Whether an output's error is above WRONG_NATS, a gradient's ("grad_...") above WRONG_GRADIENT, or NaN."""
+    """True where an output's error is above WRONG_NATS, a gradient's ("grad_...") above WRONG_GRADIENT, or NaN."""
     return not error <= (WRONG_GRADIENT if name.startswith("grad") else WRONG_NATS)
 
 
@@ -67,11 +67,11 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Whether any output or gradient is wrong."""
+        """True where any output or gradient is wrong."""
         return any(self.is_wrong(name) for name in self.errors)
 
     def is_wrong(self, name: str) -> bool:
-        """Whether this error is."""
+        """True where the output's or gradient's error of this name is."""
         return is_wrong(name, self.errors[name])
 
 
@@ -145,7 +145,7 @@ def _error_cell(row: Row, head: str) -> str:
 
 
 def notes(section: Section) -> list[str]:
-    """What a reader must know of single rows: failures, and what a peer does not give."""
+    """Lines that a reader of single rows needs: failures, and what a peer does not give."""
     return [f"{row.name}: {row.failure or row.note}" for row in section.rows if row.failure or row.note]
 
 

@@ -25,7 +25,7 @@ from .plots import draw, draw_demo
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: by python -m benchmarks.page -->\n", "<!-- /figures -->"
-# DESIGN.md, section 4, and the issue that set the scan's
+# what a measurement is held to; the goals of docs/architecture.md (Goals on a GPU) are higher
 LIMITS = {"torch.compile": 2.5, EAGER: 12.0, "bandwidth": 0.8, "scan_ms": 15.0, "loop": 100.0, "hostile": 5.0}
 BUSY = 0.05  # other load above which times mean little (tables.LEGEND)
 
@@ -47,7 +47,7 @@ def origin(found: dict) -> str:
 
 
 def load_note(shares: list[float | None]) -> str:
-    """What other processes took, in words; a busy machine is called one."""
+    """The share that other processes took, in words; a busy machine is called one."""
     known = [s for s in shares if s is not None]
     if not known:
         return "The system does not tell how busy the machine was."
@@ -422,7 +422,7 @@ def readme(text: str, results: Path = RESULTS) -> str:
 
 
 def check(path: Path = PAGE, plots: Path = PLOTS, front: Path = README) -> list[str]:
-    """What is out of date: lines of a diff, and pictures that the page names and nobody drew."""
+    """Lines about what is out of date: a diff, and pictures that the page names and nobody drew."""
     wanted, lines = page(), []
     for file, text in ((path, wanted), (front, readme(front.read_text()))):
         old = file.read_text() if file.is_file() else ""

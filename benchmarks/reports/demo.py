@@ -52,8 +52,8 @@ def train(method: str, seed: int, folder: Path) -> None:
 
 
 def summary(path: Path) -> dict:
-    """Of a run's metrics.jsonl: held-out success by step, and medians over its steps: seconds by phase, of the whole step
-    without the held-out evaluation, policy tokens, share of trajectories whose advantage is 0.
+    """A run's figures, from its metrics.jsonl: held-out success by step, and medians over its steps: seconds by phase, of the
+    whole step without the held-out evaluation, policy tokens, share of trajectories whose advantage is 0.
     """
     lines = read_metrics(path)
     steps = [m for m in lines if "seconds" in m]
@@ -76,7 +76,7 @@ def typical(runs: list[dict], method: str) -> dict:
 
 
 def collect(folder: Path, seeds: Iterable[int]) -> list[dict]:
-    """What the runs of a folder say."""
+    """The summaries of a folder's runs."""
     named = [(method, seed) for seed in seeds for method in METHODS]
     return [{"method": m, "seed": s, **summary(folder / f"{m}-{s}" / "metrics.jsonl")} for m, s in named]
 
@@ -85,7 +85,7 @@ def collect(folder: Path, seeds: Iterable[int]) -> list[dict]:
 
 
 def scoring(run: Path, rounds: int = 15) -> dict:
-    """What scoring a step of a kept run is made of: milliseconds of each part, for the trajectories whose advantage is not 0, in
+    """The parts that scoring a step of a kept run is made of, in milliseconds, for the trajectories whose advantage is not 0, in
     one process with the run's last policy, on one thread as a rank of the demo.
 
     parts: "policy" and "teacher", the backbone on the policy's and on the teacher's prompts; "head" as GRPO wants it and "head

@@ -16,7 +16,7 @@ _SUMS = 12  # float64 of a row that cross the ranks (gear_kernels/parallel.py), 
 
 @dataclass(frozen=True)
 class Gpu:
-    """An H200. flops: what cuBLAS reaches in bfloat16 (DESIGN.md); the rest is NVIDIA's data sheet, bytes/s, the link one way."""
+    """An H200. flops: cuBLAS' in bfloat16 (docs/architecture.md); the rest is NVIDIA's data sheet, bytes/s, the link one way."""
 
     flops: float = 790e12
     memory: float = 4.8e12
@@ -112,7 +112,7 @@ def step_seconds(method: str, step: Step = Step(), model: Model = Model(), gpu: 
 
 
 def everything() -> dict:
-    """What scaling.json holds of the models: assumptions and results."""
+    """The models' entries in scaling.json: assumptions and results."""
     heads = {p: {str(r): head_ms(r, p) for r in RANKS} for p in PRODUCTS}
     steps = {method: step_seconds(method) for method in ("grpo", "gear")}
     return {"gpu": asdict(Gpu()), "model": asdict(Model()), "step": asdict(Step()), "head_shape": HEAD_SHAPE} | {

@@ -1,4 +1,4 @@
-"""How cost grows: `python -m benchmarks.reports.scaling [--quick] [--parts points,ranks,model]`.
+"""The growth of cost: `python -m benchmarks.reports.scaling [--quick] [--parts points,ranks,model]`.
 
 Time and memory of linear_token_stats against rows, vocabulary and width, beside eager torch and the plain GEMMs; the same over a
 vocabulary cut between processes; and the written models of projections.py. Writes scaling.json, from which the page is drawn;
@@ -41,7 +41,9 @@ AXES = ("N", "V", "D")
 
 @dataclass(frozen=True)
 class Sizes:
-    """base: N, V, D, of which one is varied at a time.  ranks_shape: V is cut among `processes`, which have a thread each."""
+    """The sizes that are measured. base: N, V, D, of which one is varied at a time.  ranks_shape: V is cut among `processes`,
+    which have a thread each.
+    """
 
     base: tuple[int, int, int] = (64, 32003, 512)
     rows: tuple[int, ...] = (4, 16, 64, 256, 1024)

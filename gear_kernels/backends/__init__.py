@@ -72,8 +72,9 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
             given = f"{where} asks for the back end {name!r}, but {reason}"
             raise bad_input(given, "a back end that can serve", "choose " + " or ".join(_able(device, dtype)))
         return name
-    if device.type == "cpu" and native.load()[0] is None:
-        _warn_missing(native.load()[1])
+    missing = native.load()[1]
+    if device.type == "cpu" and missing is not None:
+        _warn_missing(missing)
     return _able(device, dtype)[0]
 
 

@@ -61,7 +61,7 @@ class Backend:
         raise NotImplementedError
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether `product` takes operands of this dtype."""
+        """True where `product` takes operands of this dtype."""
         return False
 
     def product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -24,10 +25,10 @@ TABLES = {
 
 
 @cache
-def load():
+def load() -> tuple[Any, str | None]:
     """The compiled module and None, or None and the reason why there is none that fits this package."""
     try:
-        from .. import _native
+        from .. import _native  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
     except ImportError as error:
         return None, f"the compiled module is missing ({error}); build it with `pip install -e .`"
     found = {name: tuple(names) for name, names in getattr(_native, "tables", dict)().items()}
@@ -101,10 +102,10 @@ class Native(Backend):
         outputs = (floats, ids, onsets, tallies)
         places = load()[0].scan(*rows, *integers, *outputs, _options(pack, rule), torch.get_num_threads())
         for name, place in zip(("signal", rule.second), places, strict=True):
-            if place >= 0:
+            if name is not None and place >= 0:
                 raise nan_at(name, place, bounds.tolist())
         check_advantages(pack.advantages)
-        return Credit(*floats, ids, onsets, credit.diagnostics(tallies.sum(0), (tallies[:, 0] > 0).sum()))
+        return Credit._make([*floats, ids, onsets, credit.diagnostics(tallies.sum(0), (tallies[:, 0] > 0).sum())])
 
 
 @cache  # asked for with every tile

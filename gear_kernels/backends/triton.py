@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from .base import Backend, empty_credit, left_to_reference, on_device
 
 
 @cache
-def load():
+def load() -> tuple[Any, str | None]:
     """The module of the statistics kernels and None, or None and the reason why triton cannot be imported."""
     try:
         from ..triton import stats
@@ -73,13 +74,15 @@ class Triton(Backend):
             *(pack.mask, pack.rows["turn_ids"], pack.cu_seqlens, level),
         )
         with on_device(pack.device):
-            diagnostics = scan.scan(rows, scan.ScanOutputs(*floats, ids, onsets, tallies), rule, pack.total)
-        return Credit(*floats, ids, onsets, dict(zip(reference.DIAGNOSTICS, diagnostics, strict=True)))
+            diagnostics = scan.scan(rows, scan.ScanOutputs._make([*floats, ids, onsets, tallies]), rule, pack.total)
+        return Credit._make([*floats, ids, onsets, dict(zip(reference.DIAGNOSTICS, diagnostics, strict=True))])
 
 
 def _second(pack: Pack, rule: Rule) -> torch.Tensor | None:
     """The second row as the kernel wants it: [T]; for entropy_window [2 T], the row and then its window means."""
     second = pack.row(rule.second)
+    if second is None:
+        return None
     if rule.cut.segmenter == "entropy_window":
         return torch.cat([second, _over_policy_tokens(reference.window_mean, second, pack, rule.cut.window)])
     return second if rule.look_ahead == 0 else _over_policy_tokens(reference.least_ahead, second, pack, rule.look_ahead)

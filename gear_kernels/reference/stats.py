@@ -55,7 +55,7 @@ STATE_NAMES = ("max", "log_z", "teacher_max", "teacher_log_z", "entropy", "rever
 
 
 def needs_teacher(names: Iterable[str]) -> bool:
-    """Whether any of these statistics reads the teacher's logits."""
+    """True where any of these statistics reads the teacher's logits."""
     return any(BY_NAME[name].needs_teacher for name in names)
 
 
@@ -140,6 +140,7 @@ def token_stats(student, teacher, rows: Rows, stats, jsd_beta: float = 0.5) -> d
     t = None if teacher is None else _relative(teacher.detach(), rows)
     state = finish(_sums(s, t, rows, 0), rows)
     if "jsd" in stats:
+        assert t is not None
         mixture = _mixture(s, state["log_z"], t, state["teacher_log_z"], jsd_beta)
         state["jsd"] = jsd(mixture.sum(-2), jsd_beta)
     return {name: torch.where(keep, state[name], 0) for name in stats}
@@ -277,6 +278,7 @@ def gradient(
     p = _prob(log_p, s.null)
     dz = torch.zeros_like(p)
     if "logprobs" in g:
+        assert rows.targets is not None
         hit = torch.arange(first, first + p.shape[-1], device=p.device) == rows.targets[:, None]
         dz += g["logprobs"] * (hit.to(p.dtype) - p)
     if "entropy" in g:

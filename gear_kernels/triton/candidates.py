@@ -1,4 +1,4 @@
-"""What a measurement on a GPU chooses among: blocks of the kernels and sizes of tiles, by architecture. Imports no triton.
+"""Candidates for a measurement on a GPU to choose among: kernels' blocks and sizes of tiles, by architecture. Imports no triton.
 
 STATS_CANDIDATES[arch][kernel], SCAN_CANDIDATES[arch]: `Config`s, the table's own among them.  TILE_CANDIDATES[arch]: `Tiles`.
 arch is str() of Triton's target: "80" (A100), "90" (H100, H200), "100" (B200), "gfx942" (MI300X); `nearest(arch)` gives the key

@@ -107,6 +107,14 @@ def traits(rule: Rule) -> Traits:
     return Traits(*map(tl.constexpr, found))
 
 
+class Scan(NamedTuple):
+    """One argument of three, for a kernel takes at most 12; a rule's numbers stand apart, since a tuple's floats are float32."""
+
+    rows: Any  # ScanRows
+    out: Any  # ScanOutputs
+    traits: Any  # Traits
+
+
 class Sequence(NamedTuple):
     """In the kernel: what one sequence's tokens are held against, scalars in the dtype of the rows."""
 
@@ -478,8 +486,7 @@ def _tally_row(OUT, row, counts, signals, advantage, weights, silent):
 
 @triton.jit(do_not_specialize=["total", "longest"])
 def _scan_kernel(
-    ROWS,
-    OUT,
+    SCAN,
     total,
     longest,
     quantile: fp64,
@@ -490,10 +497,10 @@ def _scan_kernel(
     a: fp64,
     b: fp64,
     c: fp64,
-    TRAITS,
     BLOCK: tl.constexpr,
 ):
     """Program b: sequence b of the pack, block by block: normalise, segment, weigh, store, and at its end the tallies."""
+    ROWS, OUT = SCAN.rows, SCAN.out  # not the traits: what is assigned is no constant any more
     row = tl.program_id(0).to(tl.int64)
     start = _clip(tl.load(ROWS.bounds + row).to(tl.int64), 0, total)
     end = _clip(tl.load(ROWS.bounds + row + 1).to(tl.int64), 0, total)
@@ -506,8 +513,8 @@ def _scan_kernel(
     if ROWS.level is not None:
         level = tl.load(ROWS.level)
     low, scale, silent = like, like, tl.zeros((), tl.float64)
-    if TRAITS.segmented:
-        low, scale, silent = _scale(ROWS, start, end, quantile, signal_floor, like, TRAITS.normalizer, BLOCK)
+    if SCAN.traits.segmented:
+        low, scale, silent = _scale(ROWS, start, end, quantile, signal_floor, like, SCAN.traits.normalizer, BLOCK)
     sequence = Sequence(like, low, scale, threshold, ratio, floor, longest)
     segment = Open(tl.zeros((), tl.int32), like, like, tl.zeros((), tl.int64), tl.zeros((), tl.int64))
     segments, seen, above, inside = tl.zeros((), tl.int32), tl.zeros((), tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
@@ -521,18 +528,18 @@ def _scan_kernel(
         g = credit
         ids = tl.full((BLOCK,), -1, tl.int32)
         first = ids > 0
-        if TRAITS.segmented:
-            g = _normalised(x, low, scale, TRAITS.normalizer)
+        if SCAN.traits.segmented:
+            g = _normalised(x, low, scale, SCAN.traits.normalizer)
             over = mask & (g > threshold)
             above += tl.sum(over.to(tl.int32), 0)
-            if TRAITS.rule == _GEAR:
+            if SCAN.traits.rule == _GEAR:
                 credit = g
-            if TRAITS.segmenter != _TOKEN:
-                block = _block(ROWS, TRAITS, total, base, seen, mask, over, e, BLOCK)
-                credit, ids, first, segment, segments = _cut(ROWS, TRAITS, sequence, block, segment, segments, credit, BLOCK)
+            if SCAN.traits.segmenter != _TOKEN:
+                block = _block(ROWS, SCAN.traits, total, base, seen, mask, over, e, BLOCK)
+                credit, ids, first, segment, segments = _cut(ROWS, SCAN.traits, sequence, block, segment, segments, credit, BLOCK)
                 inside += tl.sum((mask & (ids >= 0)).to(tl.int32), 0)
-        weight, shown = _weight(TRAITS.rule, credit, x, e, sign, level, a, b, c, ratio)
-        if not TRAITS.segmented:
+        weight, shown = _weight(SCAN.traits.rule, credit, x, e, sign, level, a, b, c, ratio)
+        if not SCAN.traits.segmented:
             g, credit = shown, shown
         here = at < end
         weight = tl.where(mask, weight, 0.0)
@@ -545,11 +552,11 @@ def _scan_kernel(
         seen += tl.sum(mask.to(tl.int32), 0)
         weights += tl.sum(weight.to(tl.float64), 0)
         signals += tl.sum(tl.where(mask, x, 0.0).to(tl.float64), 0)
-    if TRAITS.renormalize:
+    if SCAN.traits.renormalize:
         mean = weights / _larger(seen, 1).to(tl.float64)
         weights = _renormalised(ROWS, OUT, start, end, mean, advantage, BLOCK)
     unclosed = segment.is_open
-    if (TRAITS.segmenter == _TURN) or (TRAITS.segmenter == _FIXED):
+    if (SCAN.traits.segmenter == _TURN) or (SCAN.traits.segmenter == _FIXED):
         unclosed = unclosed * 0  # the end of the trajectory closes these
     _tally_row(OUT, row, (seen, above, inside, segments, unclosed), signals, advantage, weights, silent)
 
@@ -620,9 +627,8 @@ def scan(rows: ScanRows, out: ScanOutputs, rule: Rule, total: int) -> tuple[torc
     chosen = config(total, sequences, rule.segmented)
     if sequences:
         _scan_kernel[(sequences,)](
-            *(rows, out, total, n.longest),
+            *(Scan(rows, out, traits(rule)), total, n.longest),
             *(n.quantile, n.signal_floor, n.threshold, n.ratio, n.floor, n.a, n.b, n.c),
-            TRAITS=traits(rule),
             BLOCK=chosen.block,
             num_warps=chosen.num_warps,
             enable_fp_fusion=False,

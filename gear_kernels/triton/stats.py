@@ -46,7 +46,7 @@ _MAX, _LOG_Z, _TEACHER_MAX, _TEACHER_LOG_Z = (
 _ENTROPY, _REVERSE_KL, _FORWARD_KL, _LOGPROB, _MIXTURE_KL = (
     _constant(STATE_NAMES.index(name)) for name in ("entropy", "reverse_kl", "forward_kl", "logprobs", "mixture_kl")
 )
-# Columns of GRADS.
+# Columns of the gradients.
 _D_LOGPROB, _D_ENTROPY, _D_REVERSE_KL, _D_FORWARD_KL, _D_JSD = (
     _constant(STAT_NAMES.index(name)) for name in ("logprobs", "entropy", "reverse_kl", "forward_kl", "jsd")
 )
@@ -61,6 +61,13 @@ class Logits(NamedTuple):
     bias: Any  # [c], contiguous
     scale: float | None
     softcap: float | None
+
+
+class Saved(NamedTuple):
+    """The tables that the gradient kernel reads a row of."""
+
+    state: Any  # [n, 9], of finish
+    grads: Any  # [n, 7], with respect to each statistic
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -480,8 +487,7 @@ def _gradient_kernel(
     T,
     R,
     first,
-    STATE,
-    GRADS,
+    SAVED,
     OUT,
     columns,
     beta,
@@ -501,7 +507,7 @@ def _gradient_kernel(
             _store(out, tl.zeros((BLOCK,), tl.float32), mask, False)
             return
     inv_t = tl.load(R.inv_temperature + row)
-    state, grads = STATE + row * _STATE, GRADS + row * _VALUES
+    state, grads = SAVED.state + row * _STATE, SAVED.grads + row * _VALUES
     s = _logits(S, row, cols, mask)
     x = _at_least((s - tl.load(state + _MAX)) * inv_t - tl.load(state + _LOG_Z), _LOWEST)
     p = tl.exp(x)
@@ -692,5 +698,5 @@ def gradient(
         shape = (columns, first.row, first.col, second.row, second.col, out.row, out.col)
         rows = task.rows
         tensors = (first.z, first.bias, second.z, second.bias, rows.targets, rows.inv_temperature, state, grads, dz)
-        arguments = (first, second, rows, task.first, state, grads, out, columns, task.beta)
+        arguments = (first, second, rows, task.first, Saved(state, grads), out, columns, task.beta)
         plan.launch((n, -(-columns // plan.block), 1), arguments, shape, tensors)

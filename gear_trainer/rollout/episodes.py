@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 from gear_trainer.rollout.chat import Chat
@@ -198,14 +199,15 @@ class Course:
 def lockstep(engine: Engine, courses: list[Course], world: Environment) -> None:
     """Every turn of all rollouts in one batch: an environment that takes its time holds up the others' next turn."""
     calls: dict[Future[Any], Course] = {}
-    while True:
-        while _call(courses, calls):
-            _take_answers(calls, world, block=True)
+    ready = courses
+    while ready:
+        _call(ready, calls)
+        while calls:
+            _call(_answered(calls, world, block=True), calls)
         asking = [(course, course.waits_for) for course in courses if isinstance(course.waits_for, Request)]
-        if not asking:
-            return
-        completions = engine.generate([request for _, request in asking])
-        for (course, _), completion in zip(asking, completions, strict=True):
+        ready = [course for course, _ in asking]
+        completions = engine.generate([request for _, request in asking]) if asking else []
+        for course, completion in zip(ready, completions, strict=True):
             course.go_on(completion)
 
 
@@ -213,28 +215,34 @@ def continuous(engine: Engine, courses: list[Course], world: Environment) -> Non
     """A finished turn's next request joins the running batch as soon as its environment has answered."""
     calls: dict[Future[Any], Course] = {}
     sampling: dict[int, Course] = {}
-    while _call(courses, calls) or any(course.waits_for for course in courses):
-        for ticket, course in enumerate(courses):
-            if isinstance(course.waits_for, Request) and ticket not in sampling:
-                engine.submit(ticket, course.waits_for)
-                sampling[ticket] = course
+    tickets = count()
+    ready = courses
+    while ready or calls or sampling:
+        while ready:  # what is answered at once goes on at once
+            _call(ready, calls)
+            for course in ready:
+                if isinstance(course.waits_for, Request):
+                    engine.submit(ticket := next(tickets), course.waits_for)
+                    sampling[ticket] = course
+            ready = _answered(calls, world, block=False)
         for ticket, completion in engine.collect() if sampling else []:
-            sampling.pop(ticket).go_on(completion)
-        _call(courses, calls)
-        _take_answers(calls, world, block=not sampling)
+            course = sampling.pop(ticket)
+            course.go_on(completion)
+            ready.append(course)
+        ready += _answered(calls, world, block=not (ready or sampling))
 
 
-def _call(courses: list[Course], calls: dict[Future[Any], Course]) -> bool:
-    """Start the calls that courses wait for, in their order; whether any is under way."""
-    begun = {id(course) for course in calls.values()}
-    for course in courses:
-        if isinstance(course.waits_for, Ask) and id(course) not in begun:
+def _call(ready: list[Course], calls: dict[Future[Any], Course]) -> None:
+    """Start the calls that courses wait for, in their order."""
+    for course in ready:
+        if isinstance(course.waits_for, Ask):
             calls[course.call()] = course
-    return bool(calls)
 
 
-def _take_answers(calls: dict[Future[Any], Course], world: Environment, block: bool) -> None:
-    """Hand courses what their calls came to; `block`: wait for one at least."""
-    world.callers.wait(calls, block and bool(calls))
-    for answer in [answer for answer in calls if answer.done()]:
-        calls.pop(answer).take(answer)
+def _answered(calls: dict[Future[Any], Course], world: Environment, block: bool) -> list[Course]:
+    """Hand courses what their calls came to, and return them; `block`: one at least, where there are calls."""
+    moved = []
+    for answer in world.finished(block and bool(calls)):
+        moved.append(calls.pop(answer))
+        moved[-1].take(answer)
+    return moved

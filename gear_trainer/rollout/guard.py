@@ -13,11 +13,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection
-from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from gear_trainer.tasks.awaiting import leave, resolved
@@ -51,7 +52,7 @@ class Callers:
         self._threads: list[_Caller] = []
 
     def start(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        """A call's result or error, once it is there; Overdue where it takes too long, which somebody has to `wait` to see."""
+        """A future of what the call returns or raises; Overdue where it took too long when somebody looked (`leave_overdue`)."""
         answer: Future[Any] = Future()
         work = partial(contextvars.copy_context().run, call, *args)  # as a decimal context of the caller's
         if self.limit_s is None:
@@ -62,21 +63,20 @@ class Callers:
             self._threads.append(_Caller(self._jobs))
         return answer
 
-    def wait(self, answers: Collection[Future[Any]], block: bool = True) -> None:
-        """Leave what is overdue behind; `block`: return when at least one of the answers is there."""
-        self._leave_overdue()
-        while block and not any(answer.done() for answer in answers):
-            wait(answers, self._patience(), FIRST_COMPLETED)
-            self._leave_overdue()
+    def wait(self, answer: Future[Any]) -> None:
+        """Return when the answer is there."""
+        while not answer.done():
+            wait([answer], self.patience())
+            self.leave_overdue()
 
-    def _patience(self) -> float | None:
-        """Seconds to the next call that may be overdue."""
-        if self.limit_s is None:
-            return None
+    def patience(self) -> float:
+        """Seconds until a call may be overdue."""
+        assert self.limit_s is not None, "direct calls are never waited for"
         begun = [job[1] for thread in self._threads if (job := thread.job)]
         return max(0.0, min(begun, default=time.monotonic()) + self.limit_s - time.monotonic())
 
-    def _leave_overdue(self) -> None:
+    def leave_overdue(self) -> None:
+        """Answer calls that took too long with Overdue, and put fresh threads in their threads' place."""
         for thread in list(self._threads):
             job = thread.job
             if job is None or self.limit_s is None or time.monotonic() - job[1] < self.limit_s:
@@ -156,6 +156,7 @@ class Environment:
 
     def __init__(self, task: Task, limit_s: float | None):
         self.task, self.callers = task, callers(limit_s, task.concurrency)
+        self._done: SimpleQueue[Future[Any]] = SimpleQueue()
 
     def start(self, problem: Problem) -> Ask:
         """A fresh episode."""
@@ -174,8 +175,22 @@ class Environment:
         return Ask("close", problem, lambda _: None, episode.close, ())
 
     def begin(self, ask: Ask) -> Future[Any]:
-        """Start a call, for `result` once it is done."""
-        return self.callers.start(ask.call, *ask.args)
+        """Start a call; `finished` hands it back once it is done, for `result`."""
+        answer = self.callers.start(ask.call, *ask.args)
+        answer.add_done_callback(self._done.put)
+        return answer
+
+    def finished(self, block: bool) -> list[Future[Any]]:
+        """Calls that are done, each once, in the order in which they ended; `block`: at least one."""
+        found: list[Future[Any]] = []
+        self.callers.leave_overdue()
+        while block and self._done.empty() and not found:
+            with suppress(Empty):
+                found.append(self._done.get(timeout=self.callers.patience()))
+            self.callers.leave_overdue()
+        while not self._done.empty():  # nobody else takes from it
+            found.append(self._done.get())
+        return found
 
     def result(self, ask: Ask, answer: Future[Any]) -> Any:
         """The checked result of a call that is done. Raises EpisodeError."""
@@ -189,7 +204,7 @@ class Environment:
     def ask(self, ask: Ask) -> Any:
         """Make one call and wait for it. Raises EpisodeError."""
         answer = self.begin(ask)
-        self.callers.wait([answer])
+        self.callers.wait(answer)
         return self.result(ask, answer)
 
     def _tell(self, ask: Ask, error: BaseException, line: str) -> None:
