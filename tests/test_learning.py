@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import gates
+from benchmarks.gates import figures as gates
 from gear_kernels import TokenStats
 from gear_trainer.config import load_config
 from gear_trainer.recipe import resolve
