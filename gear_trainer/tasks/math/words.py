@@ -129,7 +129,9 @@ class MathTask(Task):
         if not kept:
             raise TaskError(f"every problem of {self.path} is held out too: give two different sets")
         if len(kept) < len(rows):
-            _log.warning("%d of %d problems of %s are held out too, and not trained on", len(rows) - len(kept), len(rows), self.path)
+            _log.warning(
+                "%d of %d problems of %s are held out too, and not trained on", len(rows) - len(kept), len(rows), self.path
+            )
         return kept
 
     @cached_property
