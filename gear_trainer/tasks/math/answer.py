@@ -33,7 +33,13 @@ _NO_VALUE = re.compile(r"[\^_]\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|\\[A-Za-z]+")
 _MATHS = r"(?!(?:and|or|sqrt|pi|frac|sin|cos|tan|log|ln|exp|infty|inf|mod|base)(?![A-Za-z]))"
 _JOINING = re.compile(rf"(?<![A-Za-z]){_MATHS}[A-Za-z]{{2,}}")
 _OPTION = re.compile(
-    r"(?:\\(?:text|textbf|mathrm)\s*\{)?\s*(?:\((?P<held>[A-H])\)[:.]?|(?P<bare>[A-H])[:.)])\}?\s*(?P<value>\S.*)", re.DOTALL
+    r"(?P<text>\\(?:text|textbf|mathrm)\s*\{\s*)?(?:\((?P<held>[A-H])\)[:.]?|(?P<bare>[A-H])[:.)])(?(text)\s*\})\s*(?P<value>\S.*)",
+    re.DOTALL,
+)
+# a number with its unit in words, as `18 dollars` or `5 m/s`; what counts or divides is no unit
+_MEASURED = re.compile(
+    r"(?P<number>(?:\\?\$)?-?[\d.,]*\d(?:/\d+)?)\s+(?!(?:hundred|thousand|.?illion|dozen|percent|hal|third|quarter|fourth|fift|\w+th)"
+    r"|(?:and|or|sqrt|pi|mod|squared|cubed|factorial)\b)(?:[A-Za-z][A-Za-z][A-Za-z .]*|[A-Za-z]+/[A-Za-z]+)"
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
@@ -54,7 +60,10 @@ def final_answer(gold: str, text: str) -> str | None:
     if given is None or (_several(given) and not _several(gold)):
         return None
     given = ungrouped(given)
+    if len(given) < _END and (measured := _MEASURED.fullmatch(given.strip())) and not _WORD.search(gold):
+        given = measured["number"]
     if boxed:
+        given = given.rstrip(_AROUND) if given.endswith(".") else given
         return f"\\boxed{{{given}}}"
     given = given.replace("\\$", "$")
     return f"${given}$" if "\\" in given and "$" not in given else given

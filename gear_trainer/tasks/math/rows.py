@@ -111,14 +111,17 @@ def gsm8k_row(row: dict[str, Any]) -> Row:
 def math_row(row: dict[str, Any]) -> Row | None:
     """A row of MATH: `problem` (or `question`), with `answer` (or `target`), with `solution`, or with both.
 
-    Without an answer it is what the solution boxes; None where that boxes nothing, as in two of MATH's 7,500 training rows:
-    there is nothing to check against. AIME25 and ARPO's set have no solutions.
+    Without an answer it is what the solution boxes; None where that is nothing, as in two of MATH's 7,500 training rows, or where
+    the answer is blank and there is no solution, as in one of ARPO's: there is nothing to check against. AIME25 and ARPO's set
+    have no solutions.
     """
     row = _inner(row)
     problem = _field(row, "problem", "question").removesuffix(_FOREIGN)
     solution = _optional(row, "solution") or ""
     stated = (_value(row, "answer"), _value(row, "target"))
     given = next((_number(a) for a in stated if a is not None and str(a).strip()), last_boxed(solution))
+    if given is None and not solution and any(a is not None for a in stated):
+        return None
     if given is None:
         raise TaskError(f"no field 'answer' or 'target', and no \\boxed{{...}} in 'solution' ({_listed(row)}): add one of them")
     return Row(problem, solution, given.strip()) if given.strip() else None
