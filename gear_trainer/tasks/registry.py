@@ -17,6 +17,7 @@ TASKS = {
     "sums": "gear_trainer.tasks.arithmetic.sums:SumsTask",
     "gsm8k": "gear_trainer.tasks.math.words:Gsm8kTask",
     "math": "gear_trainer.tasks.math.words:MathTask",
+    "mixture": "gear_trainer.tasks.mixture.task:MixtureTask",
 }
 
 
