@@ -17,6 +17,8 @@ TASKS = {
     "sums": "gear_trainer.tasks.arithmetic.sums:SumsTask",
     "gsm8k": "gear_trainer.tasks.math.words:Gsm8kTask",
     "math": "gear_trainer.tasks.math.words:MathTask",
+    "acebench": "gear_trainer.tasks.acebench.single:AceBenchTask",
+    "acebench-agent": "gear_trainer.tasks.acebench.agent:AceAgentTask",
 }
 
 
