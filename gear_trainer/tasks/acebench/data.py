@@ -44,7 +44,7 @@ class Item:
 
 
 def categories_of(names: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The categories behind a list of groups and categories, parted by commas. Raises TaskError for others than the known ones."""
+    """The categories behind groups and categories, parted by commas. Raises TaskError for others than the known ones."""
     found: dict[str, None] = {}
     for name in (part.strip() for part in names.split(",")):
         for category in GROUPS.get(name, (name,)):
@@ -65,7 +65,9 @@ def without_outdated(items: list[Item]) -> list[Item]:
     kept = [item for item in items if _OUTDATED.get(item.id) != item.truth]
     left = [item.id for item in items if _OUTDATED.get(item.id) == item.truth]
     if left:
-        _log.warning("ACEBench: %s left out: their answers are of August 2025, and wrong; a newer copy has others", ", ".join(left))
+        _log.warning(
+            "ACEBench: %s left out: their answers are of August 2025, and wrong; a newer copy has others", ", ".join(left)
+        )
     return kept
 
 

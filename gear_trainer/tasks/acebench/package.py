@@ -1,6 +1,6 @@
 """ACEBench's parser, checker, prompts and simulators, out of evalscope, which keeps the official ones under their licence.
 
-evalscope's own `__init__` pulls in two dozen packages that these five files do not use. So bare packages stand in for their parents
+evalscope's own `__init__` pulls in two dozen packages that these files do not use. So bare packages stand in for their parents
 while they load.
 """
 

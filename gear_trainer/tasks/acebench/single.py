@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gear_trainer.tasks.acebench.calls import Call, call_list, diagnosis, gold_calls, schemas
 from gear_trainer.tasks.acebench.data import (
@@ -24,6 +23,7 @@ from gear_trainer.tasks.acebench.data import (
 from gear_trainer.tasks.acebench.package import AceBench, load
 from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import fill, load_template
+from gear_trainer.tasks.epochs import Epochs
 from gear_trainer.tasks.tool_calls import OPEN, call_turn, read_call, split_calls
 
 LONGEST = 20_000  # characters of a turn that are parsed; the longest gold answer has 1,700
@@ -114,6 +114,10 @@ class AceBenchTask(Task):
         items = read_items(self.path, categories_of(self.categories, (*NORMAL, *SPECIAL)))
         return split_items(without_outdated(items), self.train_share)
 
+    @cached_property
+    def _order(self) -> Epochs:
+        return Epochs(self.seed, len(self._items[0]))
+
     def gold(self, item: Item) -> str:
         """The turn of an answer, as the prompt asks for it."""
         if item.category in SPECIAL:
@@ -140,8 +144,7 @@ class AceBenchTask(Task):
         rows = self._items[0]
         if not rows:
             raise TaskError("ACEBench is a test set, all of it held out: set train_share, as 0.5, to train on a part of it")
-        epoch, at = divmod(index, len(rows))
-        return self.problem(rows[random.Random(f"{self.seed}/{epoch}").sample(range(len(rows)), len(rows))[at]])
+        return self.problem(rows[self._order.row(index)])
 
     def held_out(self, count: int) -> list[Problem]:
         """Held-out rows in a mixed order, the rows of a dialogue side by side."""
@@ -160,7 +163,10 @@ class AceBenchTask(Task):
 
 def accuracies(scored: Sequence[tuple[Problem, Outcome]]) -> dict[str, float]:
     """Accuracy of each category and group, unweighted means of categories, and the weighted whole."""
-    found = {c: [(p.data["item"], o.success) for p, o in scored if p.category == c] for c in dict.fromkeys(p.category for p, _ in scored)}
+    found = {
+        c: [(p.data["item"], o.success) for p, o in scored if p.category == c]
+        for c in dict.fromkeys(p.category for p, _ in scored)
+    }
     means = {category: _accuracy(category, rows) for category, rows in found.items()}
     groups = {}
     for group, members in GROUPS.items():
