@@ -45,6 +45,7 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
             )
         check_demonstrations(task)
     check_turns(cfg, recipe, task)
+    check_truth(cfg, recipe, task)
     return task, recipe
 
 
@@ -82,6 +83,16 @@ def check_turns(cfg: Config, recipe: Recipe, task: Task) -> None:
         raise ConfigError(f"credit={cfg.credit} tells turns apart, and task={cfg.task} has one: choose another method")
     if not (task.turn_rewards or recipe.declared.outcome_in_last_turn):
         raise ConfigError(f"credit={cfg.credit} reads turn rewards, and task={cfg.task} gives none: choose another method")
+
+
+def check_truth(cfg: Config, recipe: Recipe, task: Task) -> None:
+    """A teacher that sees the ground truth needs a task that knows it. Raises ConfigError."""
+    asked = recipe.needs_teacher or recipe.distillation is not None
+    if asked and recipe.references is None and not task.shows_truth:
+        raise ConfigError(
+            f"credit={cfg.credit} has a teacher that sees the ground truth, and task={cfg.task} was not told where it is: "
+            "set task_args.teacher_field, or choose a method without a teacher, as credit=grpo"
+        )
 
 
 def warnings(cfg: Config, recipe: Recipe) -> list[str]:

@@ -19,6 +19,14 @@ TASKS = {
     "math": "gear_trainer.tasks.math.words:MathTask",
     "acebench": "gear_trainer.tasks.acebench.single:AceBenchTask",
     "acebench-agent": "gear_trainer.tasks.acebench.agent:AceAgentTask",
+    "trl": "gear_trainer.tasks.adapters.trl:TrlTask",
+    "reasoning-gym": "gear_trainer.tasks.adapters.reasoning_gym:ReasoningGymTask",
+    "skyrl": "gear_trainer.tasks.adapters.skyrl:SkyRlTask",
+    "openenv": "gear_trainer.tasks.adapters.openenv:OpenEnvTask",
+    "mcp": "gear_trainer.tasks.adapters.mcp:McpTask",
+    "worker": "gear_trainer.tasks.worker.task:WorkerTask",
+    "tau-airline": "gear_trainer.tasks.tau.airline:TauAirlineTask",
+    "tau-solo": "gear_trainer.tasks.tau.solo:TauSoloTask",
 }
 
 

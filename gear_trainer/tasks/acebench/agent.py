@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from gear_trainer.tasks.acebench.calls import Call, call_list, schemas
@@ -16,7 +15,7 @@ from gear_trainer.tasks.acebench.data import AGENT, Item, categories_of, read_it
 from gear_trainer.tasks.acebench.package import AceBench, load
 from gear_trainer.tasks.acebench.single import LONGEST, accuracies, spoken
 from gear_trainer.tasks.base import End, Episode, Message, Outcome, Problem, Reply, Task, TaskError
-from gear_trainer.tasks.common import fill, load_template
+from gear_trainer.tasks.common import SOLUTION, load_template, taught
 from gear_trainer.tasks.epochs import Epochs
 from gear_trainer.tasks.simulated_users import Endpoint, EndpointUser, RuleUser
 from gear_trainer.tasks.tool_calls import read_call, split_calls
@@ -162,7 +161,7 @@ class AceAgentTask(Task):
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, Path(__file__).with_name("teacher.txt"), ("prompt", "answer"))
+        return load_template(self.teacher_template, SOLUTION, ("prompt", "answer"))
 
     @cached_property
     def _endpoint(self) -> Endpoint | None:
@@ -208,11 +207,9 @@ class AceAgentTask(Task):
                 told, row["function"], row["involved_classes"], item.category, "en"
             )
             tools = None
-        taught = fill(self._template, prompt=asked, answer=_solution(item))
-        messages, teacher = (
-            [{"role": "system", "content": system}, {"role": "user", "content": text}] for text in (asked, taught)
-        )
-        return Problem(item.id, messages, teacher, _solution(item), tools, item.category, data={"item": item, "opening": opening})
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": asked}]
+        teacher, data = taught(messages, self._template, _solution(item)), {"item": item, "opening": opening}
+        return Problem(item.id, messages, teacher, _solution(item), tools, item.category, data=data)
 
     def _native_prompt(self, item: Item) -> str:
         if item.category == "agent_multi_step":

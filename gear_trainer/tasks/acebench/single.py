@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from gear_trainer.tasks.acebench.calls import Call, call_list, diagnosis, gold_calls, schemas
@@ -22,7 +21,7 @@ from gear_trainer.tasks.acebench.data import (
 )
 from gear_trainer.tasks.acebench.package import AceBench, load
 from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task, TaskError
-from gear_trainer.tasks.common import fill, load_template
+from gear_trainer.tasks.common import SOLUTION, load_template, taught
 from gear_trainer.tasks.epochs import Epochs
 from gear_trainer.tasks.tool_calls import OPEN, call_turn, read_call, split_calls
 
@@ -107,7 +106,7 @@ class AceBenchTask(Task):
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, Path(__file__).with_name("teacher.txt"), ("prompt", "answer"))
+        return load_template(self.teacher_template, SOLUTION, ("prompt", "answer"))
 
     @cached_property
     def _items(self) -> tuple[list[Item], list[Item]]:
@@ -135,9 +134,8 @@ class AceBenchTask(Task):
             tools = schemas(item.row["function"])
             system = "\n".join(str(item.row[name]) for name in ("time", "profile") if item.row.get(name))
         head = [{"role": "system", "content": system}] if system else []
-        taught = fill(self._template, prompt=question, answer=self.gold(item))
-        messages, teacher = ([*head, {"role": "user", "content": text}] for text in (question, taught))
-        return Problem(item.id, messages, teacher, self.gold(item), tools, item.category, data={"item": item})
+        messages, gold = [*head, {"role": "user", "content": question}], self.gold(item)
+        return Problem(item.id, messages, taught(messages, self._template, gold), gold, tools, item.category, data={"item": item})
 
     def train_problem(self, index: int) -> Problem:
         """A function of (seed, index): each epoch is a new order of the training rows."""
