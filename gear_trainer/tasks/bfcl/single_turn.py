@@ -26,7 +26,7 @@ REASONS = (
     "cannot_find_match",
 )  # fmt: skip
 OWN_REASONS = ("no_call", "broken_call", "needless_call", "cut", "other")
-NO_CALL = "none: no tool fits; answer in words"
+_UNSTATED = {"irrelevance": "none: no tool fits; answer in words", "relevance": "a call of the tool that fits"}
 
 
 def reasons(wrong: str | None) -> dict[str, float]:
@@ -126,7 +126,7 @@ def _items(category: str) -> list[dict[str, Any]]:
 def _problem(template: str, category: str, item: dict[str, Any]) -> Problem:
     required = {function["name"]: function["parameters"].get("required", ()) for function in item["function"]}
     gold = [first_call(possible, required.get(next(iter(possible)), ())) for possible in item["ground_truth"]]
-    shown = "\n".join(call_text(*call) for call in gold) or NO_CALL
+    shown = "\n".join(call_text(*call) for call in gold) or _UNSTATED["irrelevance" if "irrelevance" in category else "relevance"]
     *before, last = item["question"][0]
     taught = {**last, "content": fill(template, question=last["content"], calls=shown)}
     return Problem(
