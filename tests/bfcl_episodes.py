@@ -105,7 +105,7 @@ def end_states_differ(item, one, other):
 
 def compared(count, seed=0, categories=None):
     """`count` episodes under both judges."""
-    task = make_task("bfcl_multi_turn", 0, {"categories": categories} if categories else {})
+    task = make_task("bfcl-multi-turn", 0, {"categories": categories} if categories else {})
     problems, rng = task.held_out(1000), random.Random(seed)
     originals = {row["id"]: row for category in task.categories for row in rows(category)}
     found = []

@@ -84,7 +84,10 @@ def _refuse(constant: str) -> Any:
 
 
 def read_call(body: str | None, tools: Collection[str]) -> ToolCall | str:
-    """The call of one of `tools` that a body holds, nothing beside it, or what is wrong with it. Messages are fixed texts: no model text is echoed back."""
+    """The call of one of `tools` that a body holds, with nothing beside its two keys, or what is wrong with it.
+
+    Messages are fixed texts: no model text is echoed back.
+    """
     if body is None:
         return _NOT_CLOSED
     try:

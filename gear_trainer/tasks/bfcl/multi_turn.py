@@ -27,8 +27,8 @@ MORE_TOOLS = "I have updated some more functions you can choose from. What about
 
 @dataclass(frozen=True)
 class Item:
-    """What an episode needs to know. gold: the calls of each user turn, which is not judged where there are none; says: the user's
-    words from the second turn on."""
+    """What an episode needs to know. gold: the calls of each user turn, which is not judged where there are none; says: the
+    user's words from the second turn on."""
 
     classes: tuple[str, ...]
     scenarios: dict[str, Any]

@@ -24,7 +24,7 @@ class Shares:
         """The index-th training problem. Raises TaskError where there are none."""
         if self._epochs is None:
             raise TaskError(
-                "BFCL is for evaluation and has no training set: set task_args.train_share=0.8 to train on that share of its items "
-                "and hold out the others (figures of such a run are not the leaderboard's)"
+                "BFCL is for evaluation and has no training set: set task_args.train_share=0.8 to train on that share of its "
+                "items and hold out the others (figures of such a run are not the leaderboard's)"
             )
         return self._train[self._epochs.row(index)]
