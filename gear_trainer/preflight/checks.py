@@ -129,8 +129,8 @@ def check_prompts(
     """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one, or no
     attempts into the writer's prompt (`writer_context`: an endpoint's tokens)."""
     problems = [task.train_problem(i) for i in range(sample)]
-    student = max(len(chat.prompt_ids(p.messages, p.tools)) for p in problems)
-    teacher = max(len(chat.prompt_ids(p.teacher_messages, p.tools)) for p in problems)
+    student = max(len(chat.prompt_ids(p.messages, p.tools, p.tags)) for p in problems)
+    teacher = max(len(chat.prompt_ids(p.teacher_messages, p.tools, p.tags)) for p in problems)
     if student + 1 > cfg.rollout.max_model_len:
         raise ConfigError(
             f"rollout.max_model_len={cfg.rollout.max_model_len}: a prompt has {student} tokens; set it to "
@@ -138,7 +138,7 @@ def check_prompts(
         )
     if recipe.references == "writer":
         writer = Writer(cfg, chat, None, writer_context or cfg.writer.max_model_len or cfg.rollout.max_model_len)
-        longest = max(problems, key=lambda p: len(chat.prompt_ids(p.messages, p.tools)))
+        longest = max(problems, key=lambda p: len(chat.prompt_ids(p.messages, p.tools, p.tags)))
         check_room(writer, longest, cfg.rollout.max_new_tokens)
         teacher = writer.longest_teacher_prompt(longest)
     if recipe.references == "siblings":

@@ -35,6 +35,7 @@ class Problem:
     category: str = ""
     key: str = ""
     data: dict[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
