@@ -86,6 +86,12 @@ class RolloutConfig(Section):
         default=None,
         description="sample again for groups that all succeed or all fail (DAPO); null is the method's own (on for sgcd)",
     )
+    filter_spread: float | None = Field(
+        default=None,
+        ge=0,
+        description="of filter_groups, for graded rewards: a group stays where its highest and lowest reward differ by more "
+        "than this; null: where some of it succeed and some fail",
+    )
     max_num_gen_batches: int = Field(
         default=3,
         ge=1,

@@ -11,9 +11,9 @@ import pytest
 
 from gear_trainer.tasks import TASKS, Outcome, TaskError, make_task, tool_calls
 from gear_trainer.tasks.common import fill, last_number
-from gear_trainer.tasks.math.answer import final_answer
+from gear_trainer.tasks.math.answer import final_answer, last_boxed
 from gear_trainer.tasks.math.checker import answer_checker
-from gear_trainer.tasks.math.words import gsm8k_row, last_boxed, math_row
+from gear_trainer.tasks.math.rows import gsm8k_row, math_row
 from gear_trainer.tasks.mathapi.task import LIMIT, MAX_CALLS
 
 DATA = os.environ.get("GEAR_DATA")
@@ -352,8 +352,9 @@ def test_rows():
     assert math_row({"problem": "p", "solution": r"so \boxed{}"}) is None
     assert math_row({"problem": "p", "solution": "s", "answer": 0}).answer == "0"
     assert gsm8k_row({"question": "q", "answer": "x\n#### 1,200"}).answer == "1200"
-    with pytest.raises(TaskError, match="no field 'solution'"):
-        math_row({"problem": "p", "answer": "1"})
+    assert math_row({"problem": "p", "answer": "1"}).solution == ""
+    with pytest.raises(TaskError, match="no field 'answer' or 'target'"):
+        math_row({"problem": "p"})
 
 
 @pytest.mark.skipif(DATA is None, reason="GEAR_DATA names no folder with gsm8k/ and math/")

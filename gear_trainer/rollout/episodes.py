@@ -156,8 +156,9 @@ class Course:
 
     def _turns(self, episode: Episode) -> Generator[Request | Ask, Any, Status]:
         """Sample turns and have them answered, until one side ends it."""
-        r, limits = self.rollout, self.limits
-        for turn in range(self.world.task.max_turns):
+        r, limits, most = self.rollout, self.limits, self.world.task.max_turns
+        most = min(r.problem.max_turns or most, most)
+        for turn in range(most):
             if limits.room(r) <= 0:  # the prompt fills the context
                 return Status.LENGTH
             seed = seed_of(*self.key, r.group, r.sample, turn)
@@ -174,7 +175,7 @@ class Course:
             r.turns += 1
             if not reply.messages:
                 return Status.DONE
-            if turn + 1 < self.world.task.max_turns and not self._answer(reply):
+            if turn + 1 < most and not self._answer(reply):
                 return Status.LENGTH
         return Status.TURNS
 

@@ -38,24 +38,31 @@ def check_failures(rollouts: list[Rollout], limits: Limits) -> None:
         )
 
 
-def is_mixed(group: list[Rollout]) -> bool:
-    """True where some succeeded and some failed: such a group shows what made the difference; one without an outcome does not."""
-    return not any(r.failed for r in group) and 0 < sum(r.success for r in group) < len(group)
+def is_mixed(group: list[Rollout], spread: float | None = None) -> bool:
+    """True where some succeeded and some failed: such a group shows what made the difference; one without an outcome does not.
+
+    spread: for graded rewards, True where the highest and the lowest of them differ by more than that.
+    """
+    if any(r.failed for r in group):
+        return False
+    if spread is not None:
+        return max(r.reward for r in group) - min(r.reward for r in group) > spread
+    return 0 < sum(r.success for r in group) < len(group)
 
 
 def mixed_groups(
-    sample: Callable[[int, list[int]], list[Rollout]], slots: int, batches: int
+    sample: Callable[[int, list[int]], list[Rollout]], slots: int, batches: int, spread: float | None = None
 ) -> tuple[list[Rollout], dict[str, int]]:
     """`slots` groups; those that are not mixed make way for fresh ones, `sample(batch, slots)`, until `batches` were sampled.
 
-    DAPO's dynamic sampling with a cap: what is not mixed in the last batch stays. Also returns the counts `mixed_groups` (of
-    the first batch) and `resampled_groups`.
+    DAPO's dynamic sampling with a cap: what is not mixed in the last batch stays. spread: as in `is_mixed`. Also returns the
+    counts `mixed_groups` (of the first batch) and `resampled_groups`.
     """
     groups: dict[int, list[Rollout]] = {}
     wanted, left = list(range(slots)), []
     for batch in range(batches):
         groups |= zip(wanted, groups_of(sample(batch, wanted)), strict=True)
-        wanted = [slot for slot in wanted if not is_mixed(groups[slot])]
+        wanted = [slot for slot in wanted if not is_mixed(groups[slot], spread)]
         left.append(len(wanted))
         if not wanted:
             break

@@ -24,7 +24,8 @@ class Problem:
     """One prompt. `messages` and `teacher_messages` are chats ending with a user turn; only the second shows the ground truth.
 
     tools: JSON schemas of its own; None: the task's. category: what evaluation may split by. key: the same for problems that
-    are one and the same under several ids; empty: the id. data: whatever the task's own episode wants to know.
+    are one and the same under several ids; empty: the id. data: whatever the task's own episode wants to know. max_turns: of its
+    episodes, the task's at most; None: that.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Problem:
     key: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
+    max_turns: int | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ TASKS = {
     "worker": "gear_trainer.tasks.worker.task:WorkerTask",
     "tau-airline": "gear_trainer.tasks.tau.airline:TauAirlineTask",
     "tau-solo": "gear_trainer.tasks.tau.solo:TauSoloTask",
+    "mixture": "gear_trainer.tasks.mixture.task:MixtureTask",
 }
 
 

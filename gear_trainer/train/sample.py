@@ -31,7 +31,7 @@ class StepSampler:
         def sample(batch: int, slots: list[int]) -> list[Rollout]:
             return roll_out(self.engine, self.chat, self.task, self.problems(step, batch, slots), limits, (cfg.seed, step))
 
-        rollouts, counts = mixed_groups(sample, cfg.prompts_per_rank, most)
+        rollouts, counts = mixed_groups(sample, cfg.prompts_per_rank, most, cfg.rollout.filter_spread)
         if most > 1:
             sums.mean("mixed_groups", counts["mixed_groups"], cfg.prompts_per_rank)
             sums.total("resampled_groups", counts["resampled_groups"])

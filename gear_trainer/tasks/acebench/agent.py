@@ -13,12 +13,12 @@ from typing import Any, Literal
 from gear_trainer.tasks.acebench.calls import Call, call_list, schemas
 from gear_trainer.tasks.acebench.data import AGENT, Item, categories_of, read_items, split_items
 from gear_trainer.tasks.acebench.package import AceBench, load
-from gear_trainer.tasks.acebench.single import LONGEST, accuracies, spoken
+from gear_trainer.tasks.acebench.single import LONGEST, accuracies
 from gear_trainer.tasks.base import End, Episode, Message, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import SOLUTION, load_template, taught
 from gear_trainer.tasks.epochs import Epochs
 from gear_trainer.tasks.simulated_users import Endpoint, EndpointUser, RuleUser
-from gear_trainer.tasks.tool_calls import read_call, split_calls
+from gear_trainer.tasks.tool_calls import read_call, split_calls, spoken
 from gear_trainer.tasks.users import User
 
 FINISH = "finish conversation"
@@ -51,7 +51,7 @@ class AceAgentEpisode(Episode):
 
     def step(self, text: str) -> Reply:
         """Run the turn's calls, or hand its words to the user."""
-        text = spoken(text)[:LONGEST]
+        text = spoken(text).strip()[:LONGEST]
         self.turns += 1
         self.history.append({"role": "assistant", "content": text})
         if FINISH in text and self.turns > 1:

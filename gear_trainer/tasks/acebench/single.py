@@ -23,16 +23,11 @@ from gear_trainer.tasks.acebench.package import AceBench, load
 from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import SOLUTION, load_template, taught
 from gear_trainer.tasks.epochs import Epochs
-from gear_trainer.tasks.tool_calls import OPEN, call_turn, read_call, split_calls
+from gear_trainer.tasks.tool_calls import OPEN, ToolCall, calls_turn, read_call, split_calls, spoken
 
 LONGEST = 20_000  # characters of a turn that are parsed; the longest gold answer has 1,700
 # The leaderboard's weights; what a task has not is left out, and the rest weighed to 1.
 WEIGHTS = {"normal": 0.578, "special": 0.2676, "agent": 0.1545}
-
-
-def spoken(text: str) -> str:
-    """What a turn says after its thoughts."""
-    return text.rpartition("</think>")[2].strip()
 
 
 class AceEpisode(Episode):
@@ -44,7 +39,7 @@ class AceEpisode(Episode):
 
     def step(self, text: str) -> Reply:
         """Keep the turn; it is checked once, in `outcome`."""
-        self.text = spoken(text)[:LONGEST]
+        self.text = spoken(text).strip()[:LONGEST]
         return Reply(calls=self.text.count(OPEN if self.native else "("))
 
     def outcome(self, end: End) -> Outcome:
@@ -124,7 +119,7 @@ class AceBenchTask(Task):
         calls = gold_calls(item.truth)
         if self.prompt == "official":
             return call_list(calls)
-        return "\n".join(call_turn(name, arguments) for call in calls for name, arguments in call.items())
+        return calls_turn(ToolCall(name, arguments) for call in calls for name, arguments in call.items())
 
     def problem(self, item: Item) -> Problem:
         """The problem of a row."""

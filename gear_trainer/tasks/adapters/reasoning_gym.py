@@ -8,6 +8,7 @@ from typing import Any
 
 from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import SOLUTION, load_template, taught
+from gear_trainer.tasks.tool_calls import spoken
 from gear_trainer.user_code import said
 
 INSTRUCTION = "Think step by step, then give the final answer alone between <answer> and </answer>."
@@ -24,14 +25,19 @@ class ReasoningGymEpisode(Episode):
 
     def step(self, text: str) -> Reply:
         """Keep the turn; it is scored once, in `outcome`."""
-        self.text = text.rpartition("</think>")[2]
+        self.text = spoken(text)
         return Reply()
 
     def outcome(self, end: End) -> Outcome:
         """The score of what stands in the last answer tags; 0 where there are none, as `unanswered`."""
         answer = None if self.text is None else self.task.gym.utils.extract_answer(self.text)
-        score = 0.0 if answer is None else float(self.task.data.score_answer(answer, self.entry))
-        return Outcome(score, score >= 1, {"unanswered": float(answer is None)})
+        score, unscored = 0.0, False
+        if answer is not None:
+            try:
+                score = float(self.task.data.score_answer(answer, self.entry))
+            except Exception:  # some scorers trip over what they do not expect
+                unscored = True
+        return Outcome(score, score >= 1, {"unanswered": float(answer is None), "unscored": float(unscored)})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ answers where its end says so, and only there, by one of
 - nothing but the answer, on one line without words (`18`, `$\\frac{1}{2}$`).
 
 Several values joined by words, as "5 hours and 30 minutes", are no answer, unless the gold answer is of that form too. Digits
-grouped by spaces (70 000, 70\\,000) are one number.
+grouped by spaces (70 000, 70\\,000) are one number. Where the gold answer names an option of the problem (`C: 7`), its
+letter or its value answers it, and both together; the letter of another option does not, whatever stands behind it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,15 @@ _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mbox|mathrm)\s*\{([^{}]*)\}"
 _NO_VALUE = re.compile(r"[\^_]\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|\\[A-Za-z]+")
 _MATHS = r"(?!(?:and|or|sqrt|pi|frac|sin|cos|tan|log|ln|exp|infty|inf|mod|base)(?![A-Za-z]))"
 _JOINING = re.compile(rf"(?<![A-Za-z]){_MATHS}[A-Za-z]{{2,}}")
+_OPTION = re.compile(
+    r"(?P<text>\\(?:text|textbf|mathrm)\s*\{\s*)?(?:\((?P<held>[A-H])\)[:.]?|(?P<bare>[A-H])[:.)])(?(text)\s*\})\s*(?P<value>\S.*)",
+    re.DOTALL,
+)
+# a number with its unit in words, as `18 dollars` or `5 m/s`; what counts or divides is no unit
+_MEASURED = re.compile(
+    r"(?P<number>(?:\\?\$)?-?[\d.,]*\d(?:/\d+)?)\s+(?!(?:hundred|thousand|.?illion|dozen|percent|hal|third|quarter|fourth|fift|\w+th)"
+    r"|(?:and|or|sqrt|pi|mod|squared|cubed|factorial)\b)(?:[A-Za-z][A-Za-z][A-Za-z .]*|[A-Za-z]+/[A-Za-z]+)"
+)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
@@ -50,10 +60,33 @@ def final_answer(gold: str, text: str) -> str | None:
     if given is None or (_several(given) and not _several(gold)):
         return None
     given = ungrouped(given)
+    if len(given) < _END and (measured := _MEASURED.fullmatch(given.strip())) and not _WORD.search(gold):
+        given = measured["number"]
     if boxed:
+        given = given.rstrip(_AROUND) if given.endswith(".") else given
         return f"\\boxed{{{given}}}"
     given = given.replace("\\$", "$")
     return f"${given}$" if "\\" in given and "$" not in given else given
+
+
+def readings(gold: str, answer: str) -> list[tuple[str, str]]:
+    """The pairs of a gold answer and a `final_answer`, or of their parts, of which one must agree."""
+    box = answer.startswith("\\boxed{")
+    inner = answer.removeprefix("\\boxed{")[:-1] if box else answer
+    wanted, given = _option(gold), _option(inner)
+    if wanted and given:
+        pairs = [(wanted[1], given[1])] if wanted[0] == given[0] else []
+    elif wanted:
+        pairs = [(part, inner) for part in wanted[::-1]]
+    else:
+        pairs = [(gold, part) for part in (inner, *(given or ()))]
+    return [(ungrouped(one), f"\\boxed{{{other}}}" if box else other) for one, other in pairs]
+
+
+def _option(answer: str) -> tuple[str, str] | None:
+    """The letter and the value of `C: 7`, `(C) 7` and `\\textbf{(C)} 7`."""
+    found = _OPTION.fullmatch(answer.strip().strip("$"))
+    return (found["held"] or found["bare"], found["value"]) if found else None
 
 
 def ungrouped(text: str) -> str:

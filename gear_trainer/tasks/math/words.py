@@ -1,152 +1,27 @@
-"""GSM8K and MATH, or files of the same form: one turn of reasoning, the final answer checked by math-verify.
+"""The mathematics task: one turn of reasoning, the final answer checked by math-verify.
 
-What of a turn is its final answer: answer.py.
+The sets and their columns: rows.py. What of a turn is its final answer: answer.py.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gear_trainer.tasks.base import DataAway, End, Episode, Outcome, Problem, Reply, Task, TaskError
+from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import fill, load_template, user
-from gear_trainer.tasks.math.answer import last_boxed
-from gear_trainer.tasks.math.checker import AnswerChecker, answer_checker
+from gear_trainer.tasks.math.checker import AnswerChecker, Verdict, answer_checker
+from gear_trainer.tasks.math.rows import Row, RowParser, any_row, gsm8k_row, normalised, read_rows
+from gear_trainer.tasks.sources import FILES
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-_FOREIGN = " Let's think step by step and output the final answer within \\boxed{}."  # some copies of MATH append this
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = (".jsonl", ".parquet")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One problem of a data set: its text, a worked solution, the final answer."""
-
-    problem: str
-    solution: str
-    answer: str
-
-
-RowParser = Callable[[dict[str, Any]], Row | None]
-
-
-def _field(row: dict[str, Any], *names: str) -> str:
-    for name in names:
-        value = row.get(name)
-        if value is not None and not isinstance(value, (dict, list)) and str(value).strip():
-            return str(value).strip()
-    raise TaskError(f"no field {' or '.join(map(repr, names))} (the row has {', '.join(map(repr, row)) or 'none'})")
-
-
-def gsm8k_row(row: dict[str, Any]) -> Row:
-    """`question` and `answer`, whose last line is `#### n`; the calculator marks <<48/2=24>> are dropped."""
-    problem, text = _field(row, "question"), _field(row, "answer")
-    solution, mark, answer = text.rpartition("####")
-    if not mark or not answer.strip():
-        raise TaskError("the answer does not end in a line '#### n': add it")
-    return Row(problem, re.sub(r"<<[^<>]*>>", "", solution).strip(), answer.strip().replace(",", ""))
-
-
-def math_row(row: dict[str, Any]) -> Row | None:
-    """`problem` (or `question`) and `solution`, with `answer` (or `target`) or a boxed answer in the solution.
-
-    None where the solution boxes nothing, as in two of MATH's 7,500 training rows: there is no answer to check against.
-    """
-    nested = row.get("reward_model")
-    if isinstance(nested, dict) and isinstance(nested.get("ground_truth"), dict):
-        row = nested["ground_truth"]  # the layout of RL copies: reward_model.ground_truth holds the fields
-    problem, solution = _field(row, "problem", "question").removesuffix(_FOREIGN), _field(row, "solution")
-    stated = (row.get("answer"), row.get("target"))
-    given = next((str(a) for a in stated if a is not None and str(a).strip()), last_boxed(solution))
-    if given is None:
-        raise TaskError("no field 'answer' or 'target', and no \\boxed{...} in 'solution': add one of them")
-    return Row(problem, solution, given.strip()) if given.strip() else None
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                yield where, json.loads(line)
-            except ValueError as error:
-                raise TaskError(f"{where} is not valid JSON ({error}): mend or delete that line") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise TaskError(f"{path}: reading parquet needs the package pyarrow: pip install pyarrow, or give a .jsonl") from error
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise TaskError(f"{path} is not a readable parquet file ({error}): copy it again") from error
-    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataAway(
-            f"{name!r} is no file, so it is read as a hub data set, which needs the package datasets: pip install datasets, "
-            "or give the path of a .jsonl or .parquet file"
-        ) from error
-    try:
-        rows = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # the hub client raises a family of its own for every network and name problem
-        kind = DataAway if isinstance(error, ConnectionError) else TaskError
-        raise kind(f"hub data set {name!r} (subset {subset!r}, split {split!r}) cannot be loaded: {error}") from error
-    return ((f"{name}, {split}, row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _source(path: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    file = Path(path).expanduser()
-    if file.suffix not in _FILES and not file.exists() and _HUB_NAME.fullmatch(path):
-        return _hub_rows(path, subset, split)
-    if file.is_dir():
-        raise TaskError(f"data file {path} is a directory: give the path of a .jsonl or .parquet file in it")
-    if not file.is_file():
-        raise TaskError(f"data file {path} does not exist: give the path of a .jsonl or .parquet file, or a hub name owner/set")
-    if file.suffix not in _FILES:
-        raise TaskError(f"data file {path} must be a .jsonl or .parquet file")
-    return _json_lines(file) if file.suffix == ".jsonl" else _parquet_rows(file)
-
-
-def read_rows(path: str, subset: str | None, split: str, parse: RowParser) -> list[Row]:
-    """All rows of a file or hub data set; a bad one raises a TaskError that names file and line."""
-    rows: list[Row] = []
-    empty: list[str] = []
-    for where, raw in _source(path, subset, split):
-        if not isinstance(raw, dict):
-            raise TaskError(f"{where} is not a JSON object: mend or delete that line")
-        try:
-            row = parse(raw)
-        except TaskError as error:
-            raise TaskError(f"{where}: {error}") from None
-        if row is None:
-            empty.append(where)
-        else:
-            rows.append(row)
-    if empty:
-        _log.warning(
-            "%d of %d problems have no answer and are left out: %s", len(empty), len(empty) + len(rows), "; ".join(empty[:4])
-        )
-    if not rows:
-        raise TaskError(f"{path} holds no problems: give a file with one problem a line")
-    return rows
 
 
 class MathEpisode(Episode):
@@ -161,22 +36,37 @@ class MathEpisode(Episode):
         return Reply()
 
     def outcome(self, end: End) -> Outcome:
-        """1 where the turn ended and math-verify finds its final answer equal to the gold one."""
-        right = self.text is not None and self.checker.equal(self.gold, self.text)
-        return Outcome(float(right), right)
+        """1 where the turn ended and math-verify finds its final answer equal to the gold one.
+
+        The metrics say why not, each 1 where it is so: no_answer, unreadable (math-verify finds nothing in the answer) and
+        check_broken (the check passed its limits of time or memory).
+        """
+        return judged(self.checker, self.gold, self.text)
+
+
+def judged(checker: AnswerChecker, gold: str, text: str | None) -> Outcome:
+    """The outcome of a last turn, None where there was none: reward 1 or 0, with a metric for each reason beside being wrong."""
+    verdict = checker.judge(gold, text) if text is not None else Verdict.NO_ANSWER
+    reasons = (Verdict.NO_ANSWER, Verdict.UNREADABLE, Verdict.CHECK_BROKEN)
+    right = verdict is Verdict.RIGHT
+    return Outcome(float(right), right, {reason.value: float(verdict is reason) for reason in reasons})
 
 
 @dataclass(frozen=True)
 class MathTask(Task):
-    """Competition mathematics (MATH's columns).
+    """Mathematics problems: MATH, MATH500, AIME, ARPO's set, SVAMP, MAWPS, told apart by their columns (rows.py).
 
-    `path` and `held_out_path` are .jsonl or .parquet files, or hub names (then `subset`, `split` and `held_out_split` apply;
-    `held_out_path` defaults to the same hub name). `teacher_template` is a text file with {problem}, {solution}, {answer} and
-    {instruction}; `instruction` ends the student's prompt too. `limit_s` bounds the check of one answer.
+    `path` and `held_out_path` are .jsonl, .json, .csv or .parquet files, or hub names (then `subset`, `split` and
+    `held_out_split` apply; `held_out_path` defaults to the same hub name). `held_out_path` may name several sets, each by a path
+    or by {path, subset, split}, of any of these columns: {gsm8k: .../test.jsonl, aime24: .../test.jsonl}. Training rows
+    that are held out in one of them, by normalised text, are left out.
+
+    `teacher_template` is a text file with {problem}, {solution}, {answer} and {instruction}; without {solution} where the set has
+    none. `instruction` ends the student's prompt too. `limit_s` bounds the check of one answer, in seconds of a processor.
     """
 
     path: str
-    held_out_path: str | None = None
+    held_out_path: str | dict[str, Any] | None = None
     seed: int = 0
     subset: str | None = None
     split: str = "train"
@@ -185,7 +75,7 @@ class MathTask(Task):
     teacher_template: str | None = None
     limit_s: float = 5.0
 
-    parse: ClassVar[RowParser] = staticmethod(math_row)
+    parse: ClassVar[RowParser] = staticmethod(any_row)
 
     def __post_init__(self) -> None:
         if self.limit_s <= 0:
@@ -201,24 +91,48 @@ class MathTask(Task):
 
     @cached_property
     def _template(self) -> str:
-        return load_template(self.teacher_template, Path(__file__).with_name("teacher.txt"), ("problem", "solution", "answer"))
+        solved = self.teacher_template is None or any(row.solution for row in self._train)
+        placeholders = ("problem", "solution", "answer") if solved else ("problem", "answer")
+        return load_template(self.teacher_template, Path(__file__).with_name("teacher.txt"), placeholders)
 
     @cached_property
-    def _held_out(self) -> list[Row]:
-        path = self.held_out_path
-        if path is None:
-            if Path(self.path).suffix in _FILES:
+    def _answer_template(self) -> str:
+        """The teacher's prompt of a row without a solution."""
+        if "{solution}" not in self._template:
+            return self._template
+        return load_template(None, Path(__file__).with_name("teacher_answer.txt"), ("problem", "answer"))
+
+    @cached_property
+    def _held_out(self) -> dict[str, list[Row]]:
+        """The held-out rows by the name of their set, "" for the one of a plain path."""
+        given = self.held_out_path
+        if isinstance(given, dict):
+            return {name: self._held_out_set(name, where) for name, where in _named(given).items()}
+        if given is None:
+            if Path(self.path).suffix in FILES:
                 raise TaskError("held_out_path is missing: give a second file, disjoint from path")
-            path = self.path
-        return read_rows(path, self.subset, self.held_out_split, type(self).parse)
+            given = self.path
+        return {"": read_rows(given, self.subset, self.held_out_split, type(self).parse)}
+
+    def _held_out_set(self, name: str, where: Any) -> list[Row]:
+        one = where if isinstance(where, dict) else {"path": where}
+        known = {"path": None, "subset": None, "split": self.held_out_split}
+        if set(one) - set(known) or not isinstance(one.get("path"), str):
+            raise TaskError(f"held_out_path.{name} is {where!r}: give a path, or {{path: ..., subset: ..., split: ...}}")
+        return read_rows(**(known | one), parse=any_row)
 
     @cached_property
     def _train(self) -> list[Row]:
-        held_out = {row.problem for row in self._held_out}
-        rows = [row for row in read_rows(self.path, self.subset, self.split, type(self).parse) if row.problem not in held_out]
-        if not rows:
+        held_out = {normalised(row.problem) for rows in self._held_out.values() for row in rows}
+        rows = read_rows(self.path, self.subset, self.split, type(self).parse)
+        kept = [row for row in rows if normalised(row.problem) not in held_out]
+        if not kept:
             raise TaskError(f"every problem of {self.path} is held out too: give two different sets")
-        return rows
+        if len(kept) < len(rows):
+            _log.warning(
+                "%d of %d problems of %s are held out too, and not trained on", len(rows) - len(kept), len(rows), self.path
+            )
+        return kept
 
     @cached_property
     def _orders(self) -> dict[int, list[int]]:
@@ -230,10 +144,16 @@ class MathTask(Task):
             self._orders[epoch] = random.Random(f"{self.seed}/{epoch}").sample(range(len(self._train)), len(self._train))
         return self._orders[epoch]
 
-    def _problem(self, id: str, row: Row) -> Problem:
+    def _problem(self, id: str, row: Row, category: str = "") -> Problem:
         student = f"{row.problem}\n{self.instruction}"
         parts = {"problem": row.problem, "solution": row.solution, "answer": row.answer, "instruction": self.instruction}
-        return Problem(id, user(student), user(fill(self._template, **parts)), row.answer, data={"solution": row.solution})
+        taught = fill(self._template if row.solution else self._answer_template, **parts)
+        return Problem(id, user(student), user(taught), row.answer, category=category, data={"solution": row.solution})
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The names of the held-out sets, which their problems carry as category; none of a plain path."""
+        return tuple(name for name in self._held_out if name)
 
     def train_problem(self, index: int) -> Problem:
         """A function of (seed, index): each epoch is a new order of all rows that are not held out."""
@@ -242,11 +162,19 @@ class MathTask(Task):
         return self._problem(f"train-{row}", self._train[row])
 
     def held_out(self, count: int) -> list[Problem]:
-        """The first rows of the held-out set."""
-        return [self._problem(f"held-out-{i}", row) for i, row in enumerate(self._held_out[:count])]
+        """The first rows of the held-out set; of several, the first rows of each, dealt in turn until a set has no more."""
+        dealt = zip_longest(*([(name, i, row) for i, row in enumerate(rows)] for name, rows in self._held_out.items()))
+        picked = [one for deal in dealt for one in deal if one is not None][:count]
+        return [self._problem(f"{name or 'held-out'}-{i}", row, name) for name, i, row in picked]
 
     def episode(self, problem: Problem) -> MathEpisode:
         return MathEpisode(problem, self._checker)
+
+
+def _named(sets: Mapping[Any, Any]) -> dict[str, Any]:
+    if not sets or not all(isinstance(name, str) and name for name in sets):
+        raise TaskError("held_out_path names no set: give a path, or a path for each name, as {gsm8k: .../test.jsonl}")
+    return dict(sets)
 
 
 @dataclass(frozen=True)

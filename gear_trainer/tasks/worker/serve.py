@@ -52,7 +52,7 @@ class Server:
             return self.worker.evaluate(self.states[episode], request["end"])
         if do == "close":
             return self.worker.close(self.states.pop(episode)) if episode in self.states else None
-        raise ValueError("unknown request {!r}".format(do))
+        raise ValueError(f"unknown request {do!r}")
 
 
 def main(path, options):
@@ -67,7 +67,7 @@ def main(path, options):
             said = {"ok": server.answer(json.loads(line))}
         except Exception as error:
             traceback.print_exc()
-            said = {"error": "{}: {}".format(type(error).__name__, error)}
+            said = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(said) + "\n")
         out.flush()
 

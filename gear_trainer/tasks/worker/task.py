@@ -13,8 +13,8 @@ from typing import Any
 from gear_trainer.tasks.base import End, Episode, Message, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import SOLUTION, load_template, taught
 from gear_trainer.tasks.epochs import Epochs
-from gear_trainer.tasks.tool_calls import read_call, split_calls
-from gear_trainer.tasks.worker.process import Pool, Worker, WorkerDied, WorkerError
+from gear_trainer.tasks.tool_calls import read_call, split_calls, spoken
+from gear_trainer.tasks.worker.process import Pool, WorkerDied, WorkerError
 
 _HERE = Path(__file__).parent
 SERVED = {"toolsandbox": "toolsandbox.py", "appworld": "appworld.py"}
@@ -37,7 +37,7 @@ class WorkerEpisode(Episode):
         names = [schema["function"]["name"] for schema in self.problem.tools or []]
         read = [read_call(body, names) for body in split_calls(text)]
         calls = [None if isinstance(call, str) else {"name": call.name, "arguments": call.arguments} for call in read]
-        answer = self.worker.ask("step", episode=self.number, text=text, calls=calls)
+        answer = self.worker.ask("step", episode=self.number, text=spoken(text).strip(), calls=calls)
         messages = [Message(message["role"], message["content"]) for message in answer["messages"]]
         return Reply(messages, len(calls), int(answer.get("errors", 0)))
 

@@ -1,0 +1,1 @@
+"""A mixture of tasks in one run."""
