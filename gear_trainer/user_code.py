@@ -8,10 +8,11 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 
-def load_class(spec: str) -> type:
-    """Import the class that `module:Class` names. The working directory is searched too, behind all that is installed.
+def load_object(spec: str) -> Any:
+    """Import what `module:name` names. The working directory is searched too, behind all that is installed.
 
     Raises ImportError, whatever the module itself raised.
     """
@@ -19,11 +20,16 @@ def load_class(spec: str) -> type:
     if not {os.getcwd(), ""} & set(sys.path):
         sys.path.append(os.getcwd())  # a launcher starts run.py by its path, and Python then looks beside that file alone
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise ImportError(said(error)) from error
+
+
+def load_class(spec: str) -> type:
+    """Import the class that `module:Class` names, as `load_object` does. Raises ImportError."""
+    found = load_object(spec)
     if not inspect.isclass(found):
-        raise ImportError(f"{attribute} is no class")
+        raise ImportError(f"{spec.partition(':')[2]} is no class")
     return found
 
 

@@ -68,7 +68,7 @@ class Demo(NamedTuple):
 
 def encode_demo(chat: Chat, task: Task, problem: Problem, turns: list[str], teacher: bool) -> Demo:
     """A demonstration in the trainer's own token layout: prompt, turn, reply, turn, ..."""
-    ids = chat.prompt_ids(problem.teacher_messages if teacher else problem.messages, problem.tools)
+    ids = chat.prompt_ids(problem.teacher_messages if teacher else problem.messages, problem.tools, problem.tags)
     mask = [0] * len(ids)
     for turn, replies in zip(turns, play(task, problem, turns), strict=True):
         written = [*chat.encode(turn), chat.tokenizer.eos_token_id]
@@ -126,7 +126,7 @@ def build_tokenizer(
     # A second pass over whole conversations, rendered by the first one's template, so pieces are seen in their context.
     chat = Chat(tokenizer, task.tools)
     drawn = (p for p, _, _ in _draws(task, seed, spec, CORPUS))
-    texts = [chat.render(m, p.tools) for p in drawn for m in (p.messages, p.teacher_messages)]
+    texts = [chat.render(m, p.tools, p.tags) for p in drawn for m in (p.messages, p.teacher_messages)]
     return subset_tokenizer([*_corpus(task, seed, spec), *texts], out_dir, cache_dir=cache_dir, max_length=spec.max_length)
 
 

@@ -32,4 +32,4 @@ class Siblings:
         return counts
 
     def prompt(self, problem: Problem, reference: str) -> list[int]:
-        return self.chat.prompt_ids(with_reference(self.template, problem, reference), problem.tools)
+        return self.chat.prompt_ids(with_reference(self.template, problem, reference), problem.tools, problem.tags)

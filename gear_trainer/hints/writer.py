@@ -84,7 +84,7 @@ class Writer:
 
     def teacher_prompt(self, problem: Problem, reference: str) -> list[int]:
         """The teacher's prompt with a reference in place of the ground truth, as tokens."""
-        return self.chat.prompt_ids(with_reference(self.teacher_template, problem, reference), problem.tools)
+        return self.chat.prompt_ids(with_reference(self.teacher_template, problem, reference), problem.tools, problem.tags)
 
     def longest_teacher_prompt(self, problem: Problem) -> int:
         """Tokens, at most. A reference gives way where the prompt and a rollout would pass max_model_len."""

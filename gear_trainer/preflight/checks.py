@@ -45,6 +45,7 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
             )
         check_demonstrations(task)
     check_turns(cfg, recipe, task)
+    check_truth(cfg, recipe, task)
     return task, recipe
 
 
@@ -84,6 +85,16 @@ def check_turns(cfg: Config, recipe: Recipe, task: Task) -> None:
         raise ConfigError(f"credit={cfg.credit} reads turn rewards, and task={cfg.task} gives none: choose another method")
 
 
+def check_truth(cfg: Config, recipe: Recipe, task: Task) -> None:
+    """A teacher that sees the ground truth needs a task that knows it. Raises ConfigError."""
+    asked = recipe.needs_teacher or recipe.distillation is not None
+    if asked and recipe.references is None and not task.shows_truth:
+        raise ConfigError(
+            f"credit={cfg.credit} has a teacher that sees the ground truth, and task={cfg.task} was not told where it is: "
+            "set task_args.teacher_field, or choose a method without a teacher, as credit=grpo"
+        )
+
+
 def warnings(cfg: Config, recipe: Recipe) -> list[str]:
     """A line for each setting that works and is likely not meant."""
     if cfg.model.dtype == "bfloat16" and recipe.stretches_noise:
@@ -118,8 +129,8 @@ def check_prompts(
     """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one, or no
     attempts into the writer's prompt (`writer_context`: an endpoint's tokens)."""
     problems = [task.train_problem(i) for i in range(sample)]
-    student = max(len(chat.prompt_ids(p.messages, p.tools)) for p in problems)
-    teacher = max(len(chat.prompt_ids(p.teacher_messages, p.tools)) for p in problems)
+    student = max(len(chat.prompt_ids(p.messages, p.tools, p.tags)) for p in problems)
+    teacher = max(len(chat.prompt_ids(p.teacher_messages, p.tools, p.tags)) for p in problems)
     if student + 1 > cfg.rollout.max_model_len:
         raise ConfigError(
             f"rollout.max_model_len={cfg.rollout.max_model_len}: a prompt has {student} tokens; set it to "
@@ -127,7 +138,7 @@ def check_prompts(
         )
     if recipe.references == "writer":
         writer = Writer(cfg, chat, None, writer_context or cfg.writer.max_model_len or cfg.rollout.max_model_len)
-        longest = max(problems, key=lambda p: len(chat.prompt_ids(p.messages, p.tools)))
+        longest = max(problems, key=lambda p: len(chat.prompt_ids(p.messages, p.tools, p.tags)))
         check_room(writer, longest, cfg.rollout.max_new_tokens)
         teacher = writer.longest_teacher_prompt(longest)
     if recipe.references == "siblings":

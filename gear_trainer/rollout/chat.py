@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 from gear_trainer.tasks.base import Message
@@ -49,38 +49,46 @@ class Chat:
         self.tools = _mapped(self.plain, tools)
         self._between = lru_cache(_KEPT)(self._encode_between)  # under the task's tools
 
-    def plain(self, text: str) -> str:
-        """A text as data: spellings of control tokens broken up (`< |im_end|>`), lone surrogates replaced. Idempotent."""
+    def plain(self, text: str, tags: Sequence[str] = ()) -> str:
+        """A text as data: spellings of control tokens broken up (`< |im_end|>`) but for those of `tags`, lone surrogates
+        replaced. Idempotent."""
+        if tags:
+            parts = re.split(f"({'|'.join(map(re.escape, tags))})", text)
+            return "".join(part if part in tags else self.plain(part) for part in parts)
         text = _whole_characters(text)
         while (found := self._spelling(text)) is not None:  # what was broken may leave a spelling around it: <|im_<|im_end|>end|>
             text = self._control.sub(lambda m: m[0][0] + self._break + m[0][1:] if len(m[0]) > 1 else self._break, found)
         return text
 
-    def escapes(self, messages: list[dict[str, Any]]) -> int:
+    def escapes(self, messages: list[dict[str, Any]], tags: Sequence[str] = ()) -> int:
         """The number of a chat's texts that `plain` has to change."""
         changed: list[bool] = []
 
         def look(text: str) -> str:
-            changed.append(self.plain(text) != text)
+            changed.append(self.plain(text, tags) != text)
             return text
 
         _data(look, messages)
         return sum(changed)
 
-    def render(self, messages: list[dict[str, Any]], tools: Tools = None) -> str:
-        """The template's text, every content as data; `tools`: a problem's own, None for the task's."""
+    def render(self, messages: list[dict[str, Any]], tools: Tools = None, tags: Sequence[str] = ()) -> str:
+        """The template's text, every content as data; `tools` and `tags`: a problem's own (tools None: the task's)."""
         shown = self.tools if tools is None else _mapped(self.plain, tools) or None
         return self.tokenizer.apply_chat_template(
-            _data(self.plain, messages), tools=shown, tokenize=False, add_generation_prompt=True, **self.kwargs
+            _data(partial(self.plain, tags=tags), messages),
+            tools=shown,
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.kwargs,
         )
 
     def encode(self, text: str) -> list[int]:
         """A rendered or a written text: what spells a control token becomes one."""
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    def prompt_ids(self, messages: list[dict[str, Any]], tools: Tools = None) -> list[int]:
+    def prompt_ids(self, messages: list[dict[str, Any]], tools: Tools = None, tags: Sequence[str] = ()) -> list[int]:
         """The prompt up to and including the assistant header."""
-        return self.encode(self.render(messages, tools))
+        return self.encode(self.render(messages, tools, tags))
 
     def observation_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """The tokens between a turn's end-of-turn token and the next turn's first sampled one: what was said between."""

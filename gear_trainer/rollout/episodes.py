@@ -51,10 +51,10 @@ def roll_out(
 def _prompts(chat: Chat, problem: Problem, limits: Limits) -> tuple[list[int], list[int], int]:
     """Both prompts, and how many texts were escaped in them. One that leaves no room for a turn is cut to the context: it ends as
     `length`, and nothing is sampled behind it."""
-    student, teacher = (chat.prompt_ids(m, problem.tools) for m in (problem.messages, problem.teacher_messages))
+    student, teacher = (chat.prompt_ids(m, problem.tools, problem.tags) for m in (problem.messages, problem.teacher_messages))
     if len(student) >= limits.max_model_len:
         student, teacher = student[: limits.max_model_len], teacher[: limits.max_model_len]
-    return student, teacher, chat.escapes(problem.messages) + chat.escapes(problem.teacher_messages)
+    return student, teacher, sum(chat.escapes(m, problem.tags) for m in (problem.messages, problem.teacher_messages))
 
 
 def _fresh(r: Rollout) -> Rollout:

@@ -36,6 +36,7 @@ class Problem:
     category: str = ""
     key: str = ""
     data: dict[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
     max_turns: int | None = None
 
 
@@ -102,6 +103,7 @@ class Task(ABC):
     max_turns: int = 1
     concurrency: int = 1  # calls of its episodes that may run at a time; 1: in the order of the rollouts, in one thread
     turn_rewards: bool = False  # whether its replies reward turns by themselves
+    shows_truth: bool = True  # whether teacher_messages show the ground truth; an adapter may not know where it is
 
     @abstractmethod
     def train_problem(self, index: int) -> Problem:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gear_trainer.tasks.base import TaskError
 
+SOLUTION = Path(__file__).with_name("solution.txt")  # a template with {prompt} and {answer}, where a family has none of its own
+
 # A sign counts unless it stands behind a digit ("12-7" ends in 7); thousands commas are dropped; ASCII digits only.
 _NUMBER = re.compile(r"(?<![0-9.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 
@@ -44,3 +46,9 @@ def fill(template: str, **values: str) -> str:
 def user(text: str) -> list[dict[str, str]]:
     """A chat of one user turn."""
     return [{"role": "user", "content": text}]
+
+
+def taught(messages: list[dict[str, str]], template: str, answer: str) -> list[dict[str, str]]:
+    """The chat with its last turn put into a template of {prompt} and {answer}: the teacher's view of it."""
+    *head, last = messages
+    return [*head, {**last, "content": fill(template, prompt=last["content"], answer=answer)}]

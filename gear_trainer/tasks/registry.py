@@ -14,9 +14,23 @@ from gear_trainer.user_code import load_class, said
 
 TASKS = {
     "mathapi": "gear_trainer.tasks.mathapi.task:MathApiTask",
+    "bfcl": "gear_trainer.tasks.bfcl.single_turn:BfclTask",
+    "bfcl-multi-turn": "gear_trainer.tasks.bfcl.multi_turn:MultiTurnTask",
+    "bfcl-files": "gear_trainer.tasks.bfcl.files:FilesTask",
+    "toolrl": "gear_trainer.tasks.toolrl.task:ToolRlTask",
     "sums": "gear_trainer.tasks.arithmetic.sums:SumsTask",
     "gsm8k": "gear_trainer.tasks.math.words:Gsm8kTask",
     "math": "gear_trainer.tasks.math.words:MathTask",
+    "acebench": "gear_trainer.tasks.acebench.single:AceBenchTask",
+    "acebench-agent": "gear_trainer.tasks.acebench.agent:AceAgentTask",
+    "trl": "gear_trainer.tasks.adapters.trl:TrlTask",
+    "reasoning-gym": "gear_trainer.tasks.adapters.reasoning_gym:ReasoningGymTask",
+    "skyrl": "gear_trainer.tasks.adapters.skyrl:SkyRlTask",
+    "openenv": "gear_trainer.tasks.adapters.openenv:OpenEnvTask",
+    "mcp": "gear_trainer.tasks.adapters.mcp:McpTask",
+    "worker": "gear_trainer.tasks.worker.task:WorkerTask",
+    "tau-airline": "gear_trainer.tasks.tau.airline:TauAirlineTask",
+    "tau-solo": "gear_trainer.tasks.tau.solo:TauSoloTask",
     "mixture": "gear_trainer.tasks.mixture.task:MixtureTask",
 }
 

@@ -1,0 +1,147 @@
+"""Episodes of BFCL made from the ground truth: as it is, cut short, changed, reordered; judged by us and by the package itself.
+
+    python tests/bfcl_episodes.py 1000
+
+plays that many of several user turns, compares each verdict with `multi_turn_checker`, and prints how many of a kind pass.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+from gear_trainer.tasks import Outcome, Problem, make_task
+from gear_trainer.tasks.bfcl.multi_turn import MAX_STEPS
+from gear_trainer.tasks.bfcl.package import part, rows, turn_checkers
+from gear_trainer.tasks.tool_calls import ToolCall, calls_turn
+
+KINDS = ("gold", "truncated", "perturbed", "reordered", "extra", "moved")
+
+
+class Compared(NamedTuple):
+    """One episode under both judges."""
+
+    kind: str
+    problem: Problem
+    turns: list[list[ToolCall]]
+    ours: Outcome
+    theirs: bool
+
+    @property
+    def item(self):
+        """What the episode was made from."""
+        return self.problem.data["item"]
+
+
+def changed(value, rng):
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + rng.choice((-1, 1, 7))
+    if isinstance(value, list):
+        return [*value[:-1], changed(value[-1], rng)] if value else ["x"]
+    return value[:-1] if isinstance(value, str) and rng.random() < 0.5 else f"{value}x"
+
+
+def mutated(gold, kind, rng):
+    """The calls of each user turn, made from the ground truth; None where the kind does not apply."""
+    turns = [list(calls) for calls in gold]
+    filled = [i for i, calls in enumerate(turns) if calls]
+    at = rng.choice(filled)
+    if kind == "truncated":
+        turns[at].pop()
+    elif kind == "perturbed":
+        where = [(i, name) for i, call in enumerate(turns[at]) for name in call.arguments]
+        if not where:
+            return None
+        i, name = rng.choice(where)
+        call = turns[at][i]
+        turns[at][i] = ToolCall(call.name, {**call.arguments, name: changed(call.arguments[name], rng)})
+    elif kind == "reordered":
+        if len(turns[at]) < 2:
+            return None
+        turns[at].reverse()
+    elif kind == "extra":
+        turns[at].append(rng.choice(turns[rng.choice(filled)]))
+    elif kind == "moved":
+        if at + 1 == len(turns):
+            return None
+        turns[at + 1].insert(0, turns[at].pop())
+    return turns
+
+
+def played(task, problem, turns, rng):
+    """Our outcome: the calls of a user turn in one assistant turn or one a turn, then words."""
+    episode = task.episode(problem)
+    for calls in turns:
+        together = rng.random() < 0.5 or len(calls) > MAX_STEPS  # more turns are forced to quit by the package's runner, not here
+        for step in [calls] if together else [[call] for call in calls]:
+            if step:
+                episode.step("<think>\n<tool_call>\n{}\n</tool_call>\n</think>\n" + calls_turn(step))
+        episode.step("done")
+    return episode.outcome("done")
+
+
+def by_the_package(row, gold, turns, name):
+    """The package's verdict on the same calls, in its own form."""
+    checker = part("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker").multi_turn_checker
+    written = [[[f"{c.name}({','.join(f'{k}={v!r}' for k, v in c.arguments.items())})" for c in calls]] for calls in turns]
+    written = [[] if steps == [[]] else steps for steps in written]
+    gold_texts = [[f"{c.name}({','.join(f'{k}={v!r}' for k, v in c.arguments.items())})" for c in calls] for calls in gold]
+    return checker(written, gold_texts, row, row["id"].rsplit("_", 1)[0], name)
+
+
+def end_states_differ(item, one, other):
+    """Whether two lists of user turns leave the item's world in different states."""
+    worlds = [item.world() for _ in range(2)]
+    for world, turns in zip(worlds, (one, other), strict=True):
+        for call in (call for turn in turns for call in turn):
+            world.run(call)
+    return not turn_checkers()[0](worlds[0].instances, worlds[1].instances)["valid"]
+
+
+def compared(count, seed=0, categories=None):
+    """`count` episodes under both judges."""
+    task = make_task("bfcl-multi-turn", 0, {"categories": categories} if categories else {})
+    problems, rng = task.held_out(1000), random.Random(seed)
+    originals = {row["id"]: row for category in task.categories for row in rows(category)}
+    found = []
+    while len(found) < count:
+        problem, kind = rng.choice(problems), rng.choice(KINDS)
+        item = problem.data["item"]
+        if (turns := mutated(item.gold, kind, rng)) is None:
+            continue
+        ours = played(task, problem, turns, rng)
+        theirs = by_the_package(originals[problem.id], item.gold, turns, f"m{seed}x{len(found)}")
+        found.append(Compared(kind, problem, turns, ours, theirs["valid"]))
+    return found
+
+
+def main(count):
+    """Print what of each kind passes, and every difference."""
+    found = compared(count)
+    print(Counter((one.kind, one.ours.success) for one in found))
+    changes = [one for one in found if one.kind in ("truncated", "perturbed")]
+    moving = [one for one in changes if end_states_differ(one.item, one.item.gold, ())]
+    other = [one for one in moving if end_states_differ(one.item, one.item.gold, one.turns)]
+    for what, some in (
+        ("all", changes),
+        ("whose ground truth changes the state", moving),
+        ("which end in another state than the ground truth", other),
+    ):
+        print(f"truncated or perturbed, {what}: {len(some)}, below 1: {sum(not one.ours.success for one in some)}")
+    for one in changes:
+        if one.ours.success:
+            pairs = zip(one.item.gold, one.turns, strict=True)
+            print("  passes:", one.problem.id, [(list(a), b) for a, b in pairs if list(a) != b])
+    differing = [one for one in found if one.ours.success != one.theirs]
+    print(f"{len(found)} episodes, {len(differing)} verdicts differ from the package's")
+    for one in differing:
+        print("  differs:", one)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
