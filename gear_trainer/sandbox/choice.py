@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from gear_trainer.sandbox.interpreter import Limits, Sandbox, SandboxError, said
+from gear_trainer.sandbox.interpreter import LIMITS, WARM, Limits, Sandbox, SandboxError, said
 from gear_trainer.sandbox.means import AUTO, INSTALL, MEANS, Means
 
 # Each attempt of the trial by what it would show, with the code; one that raises nothing has got through.
@@ -48,7 +49,7 @@ def shared_sandbox(choice: str, limits: Limits) -> Sandbox:
     return open_sandbox(choice, limits=limits)
 
 
-def open_sandbox(choice: str = "auto", size: int | None = None, limits: Limits = Limits()) -> Sandbox:
+def open_sandbox(choice: str = "auto", size: int | None = None, limits: Limits = LIMITS, warm: str = WARM) -> Sandbox:
     """A sandbox by the first means of a choice (auto, or one's name) that holds. Raises SandboxError, with each one's reason."""
     if choice != "auto" and choice not in MEANS:
         raise SandboxError(f"sandbox: {choice!r} is none of auto, {', '.join(MEANS)}")
@@ -60,7 +61,7 @@ def open_sandbox(choice: str = "auto", size: int | None = None, limits: Limits =
             continue
         sandbox = None
         try:
-            sandbox = Sandbox(means, size or cores(), limits)
+            sandbox = Sandbox(means, size or cores(), limits, warm)
             _try_out(sandbox, means)
             return sandbox
         except (SandboxError, OSError, ValueError) as error:
@@ -83,14 +84,14 @@ def _try_out(sandbox: Sandbox, means: Means) -> None:
             two, held = json.loads(result.text)
         except ValueError:
             raise SandboxError(f"the trial ended by {result.end}: {result.text.strip()[-200:]}") from None
-        if Path(names["TARGET"]).exists() and "writes a file" not in held:
+        if os.path.exists(names["TARGET"]) and "writes a file" not in held:
             held.append("writes a file")
     if two != 2 or held:
         raise SandboxError(f"code in it {', '.join(held)}")
 
 
 @contextmanager
-def _targets() -> Iterator[dict[str, str | int]]:
+def _targets() -> Iterator[dict[str, Any]]:
     """What the trial aims at, all of it this process's: two ports, its number, a file to read and one to write."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
         for server in (tcp, udp):

@@ -1,4 +1,4 @@
-"""A Python interpreter for code that nobody trusts: warm processes in a sandbox, one a call at a time, each call a fork of its own."""
+"""A Python interpreter for code that nobody trusts: warm processes in a sandbox, each of which forks for one call at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from gear_trainer.sandbox import zygote
 from gear_trainer.sandbox.means import Means
 from gear_trainer.sandbox.syscalls import seccomp_filter
-from gear_trainer.sandbox.view import LIBRARIES, interpreter, package_paths, readable
+from gear_trainer.sandbox.view import LIBRARIES, interpreter, readable
 
 End = Literal["done", "error", "memory", "time", "output", "killed"]
 START_LIMIT = 40.0  # seconds; importing sympy takes 1-2, much more on a loaded machine; below rollout.turn_timeout
@@ -28,6 +28,18 @@ _FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")  # no site-packages, nothing wri
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "HOME": "/", "CUDA_VISIBLE_DEVICES": ""} | {
     f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
 }  # all that the code sees; a call may start no thread
+# What a fresh sympy loads and works out on first use, which takes longer than most calls; numpy is optional to it.
+WARM = """
+import contextlib
+with contextlib.suppress(ImportError):
+    import numpy
+with contextlib.suppress(ImportError):
+    import sympy
+    x, y = sympy.symbols("x y")
+    sympy.solve(x**2 - 2, x), sympy.solve([x + y - 3, x - y - 1], [x, y]), sympy.factor(x**2 - 1), sympy.N(sympy.pi, 30)
+    sympy.simplify(sympy.sin(x) ** 2 + sympy.cos(x) ** 2), sympy.integrate(x * sympy.sin(x), x), sympy.diff(x**x, x)
+    sympy.limit(sympy.sin(x) / x, x, 0), sympy.Matrix([[1, 2], [3, 4]]).inv(), sympy.sympify("x + 1/3"), sympy.factorint(30021)
+"""
 
 
 class SandboxError(RuntimeError):
@@ -48,6 +60,9 @@ class Limits:
                 raise ValueError(f"{name}: {getattr(self, name)} must be above 0")
 
 
+LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Result:
     """What a call printed (cut at the limit) and how it ended; `error`: the code raised, or left with a status other than 0."""
@@ -60,18 +75,20 @@ class Result:
 class Sandbox:
     """Runs code under one means, at most `size` calls at a time; whoever comes then waits. `restarts` counts processes lost.
 
-    A call knows nothing of another: it is a fork of a process that never ran any. Made by `open_sandbox`, which tries it out.
+    A call knows nothing of another: it is a fork of a process that never ran any, only `warm` (code that imports what is slow).
+    Made by `open_sandbox`, which tries it out.
     """
 
-    def __init__(self, means: Means, size: int, limits: Limits = Limits(), warm: tuple[str, ...] = ("sympy", "numpy")):
+    def __init__(self, means: Means, size: int, limits: Limits = LIMITS, warm: str = WARM):
         self.means, self.size, self.limits, self.restarts = means, size, limits, 0
         self._folder = tempfile.TemporaryDirectory(prefix="gear-sandbox-")
-        library = Path(self._folder.name, "library")
+        self.folder = self._folder.name  # stands in the command line of each of its processes
+        library = Path(self.folder, "library")
         library.mkdir()
         paths = readable(library, LIBRARIES)
         settings = means.settings(paths) | {
             "library": str(library),
-            "warm": [name for name in warm if package_paths(name)],
+            "warm": warm,
             "filter": base64.b64encode(seccomp_filter()).decode(),
         }
         source = Path(zygote.__file__).read_text(encoding="utf-8")
@@ -90,12 +107,13 @@ class Sandbox:
                 try:
                     warm = self._take()
                     result = warm.call(code, limits or self.limits)
-                except (OSError, EOFError, TimeoutError) as error:
+                except (OSError, EOFError, TimeoutError, ValueError) as error:  # ValueError: its pipes were closed meanwhile
                     self.restarts += 1
                     if last:
                         raise SandboxError(f"the sandbox {self.means.name} was lost twice in a call ({said(error)})") from error
                 else:
-                    self._idle.append(warm)
+                    with self._lock:
+                        self._idle.append(warm)
                     return result
         raise AssertionError("not reached")
 
@@ -124,7 +142,7 @@ class Sandbox:
             self._idle = [warm for warm in self._idle if warm not in dead]
             if self._idle:
                 return self._idle.pop()  # the one that was used last: its pages are in the caches
-            warm = _Warm(self._command, self._folder.name)
+            warm = _Warm(self._command, self.folder)
             self._all.add(warm)
         try:
             warm.wait_until_ready()

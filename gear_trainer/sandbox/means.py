@@ -1,4 +1,4 @@
-"""The means that keep a sandbox's processes in: sandlock, bubblewrap, or rlimits alone, each as the command that starts a process."""
+"""The means that keep a sandbox's processes in (sandlock, bubblewrap, rlimits alone): how each starts a process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Sandlock(Means):
 
 
 class Bubblewrap(Means):
-    """Namespaces of its own by bubblewrap: users, processes, network, IPC, and a file system that holds the listed paths alone."""
+    """Namespaces of its own by bubblewrap: users, processes, network, IPC, and files: the listed paths alone."""
 
     name = "bwrap"
 

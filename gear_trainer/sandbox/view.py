@@ -24,8 +24,8 @@ def interpreter() -> str:
 
 def _own_files() -> list[str]:
     """The interpreter with its shared and its standard library, without the folders of installed packages."""
-    libraries = Path(sysconfig.get_config_var("LIBDIR") or Path(sys.base_prefix) / "lib")
-    standard = Path(sysconfig.get_path("stdlib"))
+    libraries = Path(sysconfig.get_config_var("LIBDIR") or Path(sys.base_prefix) / "lib").resolve()
+    standard = Path(sysconfig.get_path("stdlib")).resolve()  # as the interpreter finds it from its own resolved path
     found = [interpreter(), *glob.glob(f"{libraries}/lib*.so*")]
     return found + [str(path) for path in standard.iterdir() if path.name not in _OTHERS]
 

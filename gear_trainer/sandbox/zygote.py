@@ -1,8 +1,9 @@
-"""The warm process inside a sandbox, which forks for every call: it runs as `python -c`, alone, and imports nothing of the project.
+"""The warm process inside a sandbox, which forks for every call: it runs as `python -c` and imports nothing of the project.
 
-argv[1] is JSON: `landlock` (readable paths) and `sandlock` (the folder that has the package), or null; `library`, where the libraries
-stand; `warm`, which of them to import; `filter`, base64 of a seccomp filter. It writes one byte when it is ready. A request is struct
-REQUEST and the code; the answer is struct REPLY and what the code printed. The end of the input ends it, and the call that runs.
+argv[1] is JSON: `landlock` (readable paths) and `sandlock` (the folder with the package), or null; `library`, the libraries'
+folder; `warm`, code that imports and tries what most calls want; `filter`, base64 of a seccomp filter. It writes one byte when it
+is ready. A request is struct REQUEST and the code; the answer is struct REPLY and what the code printed. The end of the input
+ends it, and the call that runs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ ENDS = ("done", "error", "memory", "time", "output", "killed")
 DONE, ERROR, MEMORY, TIME, OUTPUT, KILLED = range(len(ENDS))
 _PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38  # prctl's
 _CAPABILITIES = 0x20080522  # version of capset's header
+_LONGEST = 1000  # characters of an error's message: a syntax error shows its line
 _FILES = 64  # descriptors of a call
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
@@ -58,11 +60,9 @@ def _confine(settings: dict) -> None:
 
 
 def _warm(settings: dict) -> None:
-    """Import what most calls want; with a fixed seed, so that what they draw is the same in each."""
+    """Import and try what most calls want; with a fixed seed, so that what they draw is the same in each."""
     sys.path.append(settings["library"])
-    for name in settings["warm"]:
-        __import__(name)
-    random.seed(0)
+    exec(settings["warm"], {"__name__": "warm"})
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     gc.collect()
@@ -169,7 +169,7 @@ def _child(output: int, code: bytes, program: bytes, seconds: float, memory: int
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.closerange(3, 4096)
-        gc.enable()
+        random.seed(0)  # a fork gets a seed of its own otherwise
         sys.argv[1:] = []
         _limit(seconds, memory)
         _must(_libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "death signal")
@@ -233,7 +233,7 @@ def _compiled(code: str) -> tuple[CodeType, CodeType | None]:
 def _tell(error: BaseException) -> None:
     """The line of the code that failed and the exception, not the path through the libraries."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<code>"]
-    told = "".join(traceback.format_exception_only(error)).strip()
+    told = "".join(traceback.format_exception_only(error)).strip()[:_LONGEST]
     print(f"line {lines[-1]}: {told}" if lines else told)
 
 

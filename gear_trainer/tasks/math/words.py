@@ -19,6 +19,7 @@ from gear_trainer.tasks.base import DataAway, End, Episode, Outcome, Problem, Re
 from gear_trainer.tasks.common import fill, load_template, user
 from gear_trainer.tasks.math.answer import last_boxed
 from gear_trainer.tasks.math.checker import AnswerChecker, answer_checker
+from gear_trainer.tasks.math.python_tool import PythonTool
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 _FOREIGN = " Let's think step by step and output the final answer within \\boxed{}."  # some copies of MATH append this
@@ -184,13 +185,38 @@ class MathTask(Task):
     instruction: str = INSTRUCTION
     teacher_template: str | None = None
     limit_s: float = 5.0
+    tool: str | None = None  # python: code that the model writes runs in a sandbox, see docs/sandbox.md
+    tool_calls: int = 3  # calls an episode
+    sandbox: str = "auto"
 
     parse: ClassVar[RowParser] = staticmethod(math_row)
 
     def __post_init__(self) -> None:
         if self.limit_s <= 0:
             raise TaskError(f"limit_s: {self.limit_s} must be above 0")
-        _ = self._template, self._train, self._checker  # what is wrong with them is said before any engine starts
+        if self.tool not in (None, "python"):
+            raise TaskError(f"tool: {self.tool!r} must be python, or null for none")
+        # what is wrong with them is said before any engine starts
+        _ = self._template, self._train, self._checker, self._tool
+
+    @cached_property
+    def _tool(self) -> PythonTool | None:
+        return PythonTool(self.tool_calls, self.sandbox) if self.tool else None
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tool's schema, where there is one."""
+        return self._tool.schemas if self._tool else None
+
+    @property
+    def max_turns(self) -> int:
+        """One turn; with the tool one for each call more."""
+        return self._tool.turns if self._tool else 1
+
+    @property
+    def concurrency(self) -> int:
+        """One call at a time; with the tool as many as the rank has cores."""
+        return self._tool.concurrency if self._tool else 1
 
     @cached_property
     def _checker(self) -> AnswerChecker:
@@ -245,8 +271,9 @@ class MathTask(Task):
         """The first rows of the held-out set."""
         return [self._problem(f"held-out-{i}", row) for i, row in enumerate(self._held_out[:count])]
 
-    def episode(self, problem: Problem) -> MathEpisode:
-        return MathEpisode(problem, self._checker)
+    def episode(self, problem: Problem) -> Episode:
+        episode = MathEpisode(problem, self._checker)
+        return self._tool.episode(episode) if self._tool else episode
 
 
 @dataclass(frozen=True)
