@@ -385,20 +385,17 @@ def test_a_warm_process_that_breaks_at_its_start_says_why():
         open_sandbox("rlimits", warm="1 / 0")
 
 
-def test_rlimits_on_request_hold_all_but_files(tmp_path):
+def test_rlimits_on_request_hold_all_but_files(interpreter, tmp_path):
     (tmp_path / "canary").write_text(SECRET)
-    sandbox = open_sandbox("rlimits", size=1, warm="")
-    assert sandbox.run(f"print(open('{tmp_path}/canary').read())").text == SECRET + "\n"
+    assert interpreter.run(f"print(open('{tmp_path}/canary').read())").text == SECRET + "\n"
     for code in (
         f"open('{tmp_path}/canary', 'w')",
         "import socket; socket.socket()",
         "import os; os.fork()",
         f"import os; os.kill({os.getpid()}, 9)",
     ):
-        assert "PermissionError" in sandbox.run(code).text
-    assert sandbox.run("while True: pass", QUICK).end == "time"
-    sandbox.close()
-    assert not await_none(sandbox)
+        assert "PermissionError" in interpreter.run(code).text
+    assert interpreter.run("while True: pass", QUICK).end == "time"
 
 
 def test_unknown_names_and_limits_are_refused():
@@ -421,6 +418,14 @@ def test_the_filter_allows_no_call_that_starts_or_reaches_anything(machine):
 # --- the tool -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def interpreter():
+    """The tool behaves alike under each means; this one is everywhere."""
+    opened = open_sandbox("rlimits", size=2, warm="")
+    yield opened
+    opened.close()
+
+
 class Answers(Episode):
     """The inner episode: one turn, right where it says 4."""
 
@@ -434,8 +439,8 @@ class Answers(Episode):
         return Outcome(float(self.said == "4"), self.said == "4", {"no_answer": float(self.said is None)})
 
 
-def test_a_rollout_calls_and_answers(sandbox):
-    episode = PythonEpisode(Answers(), sandbox, 3)
+def test_a_rollout_calls_and_answers(interpreter):
+    episode = PythonEpisode(Answers(), interpreter, 3)
     reply = episode.step("I compute.\n" + call_turn("python", {"code": "print(2 + 2)"}))
     assert [(m.role, m.content) for m in reply.messages] == [("tool", "4")] and (reply.calls, reply.errors) == (1, 0)
     assert not episode.step("4").messages
@@ -443,8 +448,8 @@ def test_a_rollout_calls_and_answers(sandbox):
     assert outcome.success and outcome.metrics["python_calls"] == 1 and outcome.metrics["python_error"] == 0
 
 
-def test_calls_that_go_wrong_are_answered_and_counted(sandbox):
-    episode = PythonEpisode(Answers(), sandbox, 2)
+def test_calls_that_go_wrong_are_answered_and_counted(interpreter):
+    episode = PythonEpisode(Answers(), interpreter, 2)
     turns = {
         "<tool_call>\n{": "error: the tool_call block is not closed",
         call_turn("shell", {"code": "x"}): "error: unknown tool; use python",
@@ -467,15 +472,15 @@ def test_calls_that_go_wrong_are_answered_and_counted(sandbox):
     }
 
 
-def test_why_a_call_was_stopped_is_said(sandbox):
+def test_why_a_call_was_stopped_is_said(interpreter):
     for code, said in {
         "while True: print('x')": "cut and stopped: more than 4096 bytes of output",
         "x = 'x' * (4 << 30)": "MemoryError\nstopped: more than 256 MiB of memory",
     }.items():
-        assert python_tool.shown(sandbox.run(code, QUICK), QUICK).endswith(said)
+        assert python_tool.shown(interpreter.run(code, QUICK), QUICK).endswith(said)
 
 
-def test_a_mathematics_task_with_the_tool(sandbox, tmp_path, monkeypatch):
+def test_a_mathematics_task_with_the_tool(interpreter, tmp_path, monkeypatch):
     pytest.importorskip("math_verify")
     from gear_trainer.tasks import make_task
 
@@ -485,7 +490,7 @@ def test_a_mathematics_task_with_the_tool(sandbox, tmp_path, monkeypatch):
     files = {"path": str(tmp_path / "train.jsonl"), "held_out_path": str(tmp_path / "test.jsonl")}
     plain = make_task("math", 0, files)
     assert plain.tools is None and (plain.max_turns, plain.concurrency) == (1, 1)
-    monkeypatch.setattr(python_tool, "shared_sandbox", lambda choice, limits: sandbox)
+    monkeypatch.setattr(python_tool, "shared_sandbox", lambda choice, limits: interpreter)
     task = make_task("math", 0, files | {"tool": "python"})
     assert [tool["function"]["name"] for tool in task.tools] == ["python"] and task.max_turns == 4 and task.concurrency >= 1
     episode = task.episode(task.train_problem(0))

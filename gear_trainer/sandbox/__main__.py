@@ -1,4 +1,4 @@
-"""Which means hold on this machine, and how fast they are: `python -m gear_trainer.sandbox`."""
+"""The means that hold on this machine, and how fast they are: `python -m gear_trainer.sandbox`."""
 
 from __future__ import annotations
 

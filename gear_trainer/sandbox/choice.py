@@ -1,4 +1,4 @@
-"""Which means a run gets: the first that holds when it is tried out, else none."""
+"""The choice of a means for a run: the first that holds when it is tried out, else none."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from gear_trainer.sandbox.syscalls import seccomp_filter
 from gear_trainer.sandbox.view import LIBRARIES, interpreter, readable
 
 End = Literal["done", "error", "memory", "time", "output", "killed"]
-START_LIMIT = 40.0  # seconds; importing sympy takes 1-2, much more on a loaded machine; below rollout.turn_timeout
+START_LIMIT = 50.0  # seconds; importing sympy takes 1-2, much more on a loaded machine; below rollout.turn_timeout
 _GRACE = 5.0  # seconds beyond a call's own limit, after which its warm process is taken for lost
 _FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")  # no site-packages, nothing written, no path but what it is given
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "HOME": "/", "CUDA_VISIBLE_DEVICES": ""} | {
@@ -65,7 +65,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Result:
-    """What a call printed (cut at the limit) and how it ended; `error`: the code raised, or left with a status other than 0."""
+    """The text that a call printed, cut at the limit, and how it ended; `error`: it raised, or left with a status other than 0."""
 
     text: str
     end: End

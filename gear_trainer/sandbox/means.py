@@ -20,14 +20,14 @@ class Means(ABC):
 
     @abstractmethod
     def missing(self) -> str:
-        """What it needs and does not find, in a few words; empty: nothing."""
+        """The thing that it needs and does not find, in a few words; empty: nothing."""
 
     def command(self, python: Sequence[str], readable: Sequence[str]) -> list[str]:
         """The command that runs `python`, where `readable` is all that there is to read."""
         return list(python)
 
     def settings(self, readable: Sequence[str]) -> dict[str, Any]:
-        """What the warm process has to do by itself."""
+        """The part of it that the warm process has to do by itself."""
         return {"landlock": None, "sandlock": None}
 
 
