@@ -34,6 +34,7 @@ FLOORS = {
     ),
     "gear_trainer": (
         ("__init__", "errors", "config", "user_code"),
+        ("sandbox",),
         ("tasks",),
         ("rollout",),
         ("hints", "runs"),

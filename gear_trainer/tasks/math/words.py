@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import fill, load_template, user
 from gear_trainer.tasks.math.checker import AnswerChecker, Verdict, answer_checker
+from gear_trainer.tasks.math.python_tool import PythonTool
 from gear_trainer.tasks.math.rows import Row, RowParser, any_row, gsm8k_row, normalised, read_rows
 from gear_trainer.tasks.sources import FILES
 
@@ -74,13 +75,38 @@ class MathTask(Task):
     instruction: str = INSTRUCTION
     teacher_template: str | None = None
     limit_s: float = 5.0
+    tool: str | None = None  # python: code that the model writes runs in a sandbox, see docs/sandbox.md
+    tool_calls: int = 3  # calls an episode
+    sandbox: str = "auto"
 
     parse: ClassVar[RowParser] = staticmethod(any_row)
 
     def __post_init__(self) -> None:
         if self.limit_s <= 0:
             raise TaskError(f"limit_s: {self.limit_s} must be above 0")
-        _ = self._template, self._train, self._checker  # what is wrong with them is said before any engine starts
+        if self.tool not in (None, "python"):
+            raise TaskError(f"tool: {self.tool!r} must be python, or null for none")
+        # what is wrong with them is said before any engine starts
+        _ = self._template, self._train, self._checker, self._tool
+
+    @cached_property
+    def _tool(self) -> PythonTool | None:
+        return PythonTool(self.tool_calls, self.sandbox) if self.tool else None
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tool's schema, where there is one."""
+        return self._tool.schemas if self._tool else None
+
+    @property
+    def max_turns(self) -> int:
+        """One turn; with the tool one for each call more."""
+        return self._tool.turns if self._tool else 1
+
+    @property
+    def concurrency(self) -> int:
+        """One call at a time; with the tool as many as the rank has cores."""
+        return self._tool.concurrency if self._tool else 1
 
     @cached_property
     def _checker(self) -> AnswerChecker:
@@ -167,8 +193,9 @@ class MathTask(Task):
         picked = [one for deal in dealt for one in deal if one is not None][:count]
         return [self._problem(f"{name or 'held-out'}-{i}", row, name) for name, i, row in picked]
 
-    def episode(self, problem: Problem) -> MathEpisode:
-        return MathEpisode(problem, self._checker)
+    def episode(self, problem: Problem) -> Episode:
+        episode = MathEpisode(problem, self._checker)
+        return self._tool.episode(episode) if self._tool else episode
 
 
 def _named(sets: Mapping[Any, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gear_trainer.tasks.epochs import Epochs
 from gear_trainer.tasks.simulated_users import Endpoint, EndpointUser, RuleUser
 from gear_trainer.tasks.tau.copies import Copies
 from gear_trainer.tasks.tau.tools import run_calls, schema_of
-from gear_trainer.tasks.tool_calls import call_text, spoken, split_calls
+from gear_trainer.tasks.tool_calls import call_text, split_calls, spoken
 from gear_trainer.tasks.users import User
 
 TABLES = ("flights", "users", "reservations")
