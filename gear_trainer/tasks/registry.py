@@ -16,7 +16,7 @@ TASKS = {
     "mathapi": "gear_trainer.tasks.mathapi.task:MathApiTask",
     "bfcl": "gear_trainer.tasks.bfcl.single_turn:BfclTask",
     "bfcl-multi-turn": "gear_trainer.tasks.bfcl.multi_turn:MultiTurnTask",
-    "bfcl-files": "gear_trainer.tasks.bfcl.files:FilesTask",
+    "bfcl-one-class": "gear_trainer.tasks.bfcl.one_class:OneClassTask",
     "toolrl": "gear_trainer.tasks.toolrl.task:ToolRlTask",
     "sums": "gear_trainer.tasks.arithmetic.sums:SumsTask",
     "gsm8k": "gear_trainer.tasks.math.words:Gsm8kTask",
