@@ -30,6 +30,8 @@ _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mbox|mathrm)\s*\{([^{}]*)\}"
 # exponents and indices (cm^2, base 10) and LaTeX's commands
 _NO_VALUE = re.compile(r"[\^_]\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|\\[A-Za-z]+")
 _MATHS = r"(?!(?:and|or|sqrt|pi|frac|sin|cos|tan|log|ln|exp|infty|inf|mod|base)(?![A-Za-z]))"
+_SPELLING = re.compile(r"\s+|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])|\\?\$")
+_NUMBER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})*(?:\.\d+)?|[-+]?\d+(?:\.\d+)?")
 _JOINING = re.compile(rf"(?<![A-Za-z]){_MATHS}[A-Za-z]{{2,}}")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
@@ -54,6 +56,17 @@ def final_answer(gold: str, text: str) -> str | None:
         return f"\\boxed{{{given}}}"
     given = given.replace("\\$", "$")
     return f"${given}$" if "\\" in given and "$" not in given else given
+
+
+def plain_answer(gold: str, text: str) -> str | None:
+    """The answer that a turn gives, spelled so that most equal ones are equal texts: no box, spaces, commas within a number, .0,
+    dollar signs, sizes of brackets and fractions. None where it gives none."""
+    answer = final_answer(gold, text)
+    if answer is None:
+        return None
+    plain = answer.removeprefix("\\boxed{").removesuffix("}") if answer.startswith("\\boxed{") else answer
+    plain = _SPELLING.sub("", plain).replace("dfrac", "frac").replace("tfrac", "frac").rstrip(".")
+    return re.sub(r"\.0+\Z", "", plain.replace(",", "")) if _NUMBER.fullmatch(plain) else plain
 
 
 def ungrouped(text: str) -> str:

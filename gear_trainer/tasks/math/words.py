@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from gear_trainer.tasks.base import DataAway, End, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import fill, load_template, user
-from gear_trainer.tasks.math.answer import last_boxed
+from gear_trainer.tasks.math.answer import last_boxed, plain_answer
 from gear_trainer.tasks.math.checker import AnswerChecker, answer_checker
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -244,6 +244,10 @@ class MathTask(Task):
     def held_out(self, count: int) -> list[Problem]:
         """The first rows of the held-out set."""
         return [self._problem(f"held-out-{i}", row) for i, row in enumerate(self._held_out[:count])]
+
+    def vote(self, problem: Problem, text: str) -> str | None:
+        """The turn's final answer, without what is only spelling."""
+        return plain_answer(problem.answer, text)
 
     def episode(self, problem: Problem) -> MathEpisode:
         return MathEpisode(problem, self._checker)
