@@ -323,6 +323,11 @@ class Config(Section):
                 f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
                 f"rollout.max_model_len={r.max_model_len}: raise max_model_len"
             )
+        new, context = self.eval.max_new_tokens or r.max_new_tokens, self.eval.max_model_len or r.max_model_len
+        if new >= context:
+            raise ValueError(
+                f"eval.max_new_tokens: {new} leave no room for a prompt in a context of {context}: raise eval.max_model_len"
+            )
         if t.tokens_per_micro_batch < r.max_model_len:
             raise ValueError(
                 f"train.tokens_per_micro_batch={t.tokens_per_micro_batch} is less than one sequence of "

@@ -1,4 +1,4 @@
-"""Held-out problems on any engine: the passes that training makes between its steps, and whole evaluations of a finished model."""
+"""Held-out problems on any engine: training's passes between its steps, and whole evaluations of a finished model."""
 
 from gear_trainer.evaluation.held_out import HeldOut, check_sets, measure, sets_of
 

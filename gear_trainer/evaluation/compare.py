@@ -78,7 +78,7 @@ def _by_category(one: dict, other: dict, common: list) -> dict[str, Any]:
 
 
 def _mcnemar(pairs: list[tuple[list[Record], list[Record]]]) -> dict[str, Any]:
-    """McNemar's exact test of the problems that one side solves and the other does not; solved: by more than half of the samples."""
+    """McNemar's exact test of problems that one side solves and the other does not; solved: by more than half of its samples."""
     verdicts = [(a[0]["problem"], _success(a) > 0.5, _success(b) > 0.5) for a, b in pairs]
     only_a = [name for name, in_a, in_b in verdicts if in_a and not in_b]
     only_b = [name for name, in_a, in_b in verdicts if in_b and not in_a]

@@ -1,4 +1,4 @@
-"""Held-out sets: the run's own and those beside it, sampled under the same seeds every time, and their figures for a step's metrics."""
+"""Held-out sets: the run's own and those beside it, under the same seeds every time, and their figures for a step's metrics."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def measure(sets: list[HeldOut], engine: Engine, part: tuple[int, int]) -> dict[
     """Held-out figures of a step, the same on all ranks. Collective.
 
     held_out_success: share of the own set's rollouts that succeeded; None where nothing was scored. held_out, where there is more
-    to say: by set, its success and what its task reports, and the rollouts that the environment broke off, which count nowhere else.
+    to say: by set, its success, what its task reports, and the rollouts that the environment broke off, which count nowhere else.
     """
     out: dict[str, Any] = {}
     for held in sets:

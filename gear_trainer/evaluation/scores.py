@@ -1,6 +1,6 @@
 """Figures of an evaluation: mean@k, pass@k, maj@k with intervals over problems, by category; calls of tools; how episodes ended.
 
-A problem of which the environment broke a rollout off is left out of every figure, and named: what it would have earned is unknown.
+A problem of which the environment broke a rollout off is left out of every figure, and named: what it earned is unknown.
 """
 
 from __future__ import annotations

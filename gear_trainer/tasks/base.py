@@ -114,7 +114,7 @@ class Task(ABC):
         """A fresh environment for one rollout."""
 
     def vote(self, problem: Problem, text: str) -> str | None:
-        """The answer that a rollout's last turn gives, equal ones as equal texts: what evaluation takes a majority of. None: none."""
+        """The answer that a rollout's last turn gives, equal ones as equal texts, for evaluation's majority; None: none."""
         return None
 
     def report(self, scored: Sequence[tuple[Problem, Outcome]]) -> dict[str, float]:
