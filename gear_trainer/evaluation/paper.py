@@ -31,8 +31,8 @@ UNSTATED = "the paper states neither context nor length of an answer, nor whethe
 NOTES = {
     "toolsandbox": "the paper does not say whether its multiple-tool-call subset is all 656 variants or the 82 base scenarios",
     "bfcl": "the paper does not say which BFCL version and categories it means",
-    "acebench": "the figure is the agent sets' end-to-end accuracy; language, user model and prompt are unstated, and one item of the "
-    "English 50 is 2 points",
+    "acebench": "the figure is the agent sets' end-to-end accuracy; language, user model and prompt are unstated, and one item "
+    "of the English 50 is 2 points",
     "aime25": "published copies of AIME25 carry five problems with broken LaTeX; a repaired copy is another set",
     "math": "the paper's training set holds 52 of MATH's 5,000 test problems",
 }

@@ -36,8 +36,8 @@ def evaluate(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Evaluate the sets one after the other; yields each one's folder and result as it ends.
 
-    make: called once, and not at all where nothing is left to sample. out: gets a folder a set. batch: problems of a chunk. Raises
-    ConfigError, and RunError where environments break too much.
+    make: called once, and not at all where nothing is left to sample. out: gets a folder a set. batch: problems of a chunk.
+    Raises ConfigError, and RunError where environments break too much.
     """
     engine = cache(make)
     stats()  # what is missing is said before an hour of sampling

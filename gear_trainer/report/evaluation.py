@@ -9,7 +9,7 @@ from typing import Any
 from gear_trainer.report.plots import pyplot
 from gear_trainer.runs.files import write_whole
 
-PAGE, PLOT = "result.md", "result.png"
+RESULT, COMPARISON = "result", "comparison"  # files by these names, with .md, .png, .json
 _MOST = 40  # categories that are drawn; the table has all
 
 
@@ -29,16 +29,16 @@ def line(result: dict[str, Any]) -> str:
 
 
 def write_page(folder: Path, result: dict[str, Any], paper: dict[str, Any] | None = None) -> Path:
-    """Write result.md and result.png into an evaluation's folder. Returns the page."""
-    draw(result, folder / PLOT)
-    write_whole(folder / PAGE, page(result, paper))
-    return folder / PAGE
+    """Write the page and its plot into an evaluation's folder. Returns the page."""
+    draw(result, folder / f"{RESULT}.png")
+    write_whole(folder / f"{RESULT}.md", page(result, paper))
+    return folder / f"{RESULT}.md"
 
 
 def page(result: dict[str, Any], paper: dict[str, Any] | None = None) -> str:
     """The page's Markdown."""
     s = result["settings"]
-    parts = [f"# {s['set']}: {s['model']}", line(result) + ".", f"![]({PLOT})", _figures(result), _ends(result)]
+    parts = [f"# {s['set']}: {s['model']}", line(result) + ".", f"![]({RESULT}.png)", _figures(result), _ends(result)]
     if metrics := _metrics(result):
         parts.append(metrics)
     if result["lost"]:
@@ -110,11 +110,11 @@ def _paper(result: dict[str, Any], paper: dict[str, Any]) -> str:
 
 
 def write_comparison(folder: Path, found: dict[str, Any]) -> Path:
-    """Write comparison.json and comparison.md into a folder. Returns the page."""
+    """Write the figures and the page of a comparison into a folder. Returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "comparison.json", json.dumps(found, indent=1))
-    write_whole(folder / "comparison.md", comparison(found))
-    return folder / "comparison.md"
+    write_whole(folder / f"{COMPARISON}.json", json.dumps(found, indent=1))
+    write_whole(folder / f"{COMPARISON}.md", comparison(found))
+    return folder / f"{COMPARISON}.md"
 
 
 def comparison(found: dict[str, Any]) -> str:
