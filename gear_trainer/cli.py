@@ -90,7 +90,7 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results' folders, problem by problem")
     args = parser.parse_intermixed_args(argv)
     if args.compare:
-        return _guarded(lambda: _compare(*args.compare, args.out))
+        return _guarded(lambda: _compare(args.compare, args.out))
     if args.run and args.config or not (args.run or args.config or args.model):
         parser.error("give --run DIR or --config FILE, or --model PATH with task=NAME")
     for name in ("samples", "batch"):
@@ -188,11 +188,11 @@ def _evaluation_config(args: argparse.Namespace) -> tuple[Config, Config, Path]:
     return given, cfg, args.out or (args.run or Path(given.output_dir)) / "evaluation" / called
 
 
-def _compare(a: Path, b: Path, out: Path | None) -> int:
+def _compare(folders: list[Path], out: Path | None) -> int:
     from gear_trainer.evaluation.compare import compare
     from gear_trainer.report.evaluation import comparison, write_comparison
 
-    found = compare(a, b)
+    found = compare(folders[0], folders[1])
     print(comparison(found), end="")
     if out:
         print(f"\nwritten: {write_comparison(out, found)}")

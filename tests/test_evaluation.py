@@ -490,7 +490,7 @@ def test_the_command_without_a_configuration_writes_resumes_and_compares(model, 
     said = capsys.readouterr().out
     assert "going on after 5 of 12 problems" in said and "test_evaluation-Colours: held-out success: 0." in said
     folder = tmp_path / "a" / "test_evaluation-Colours"
-    assert "Beside the paper: gsm8k" in (folder / "result.md").read_text()
+    assert "Beside the paper: gsm8k" in (folder / ("result" + ".md")).read_text()
     assert read_result(folder)["settings"]["samples"] == 2 and read_result(folder)["settings"]["max_model_len"] == 64
     assert command(model, "--samples", "2", "--batch", "5", *out, "eval.top_p=0.5") == 2
     assert "top_p: 1.0 -> 0.5" in capsys.readouterr().err

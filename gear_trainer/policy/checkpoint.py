@@ -215,6 +215,7 @@ def export_step(run: Path, step: int, base: str, dtype: str) -> Path:
             raise ConfigError(f"{folder / name} is missing or damaged (SHA-256): copy it again, or evaluate another step")
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed tells its way
         weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=folder.name)
+    assert weights is not None  # of a tag that is there
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     lm.load_state_dict({name.removeprefix("lm."): value for name, value in weights.items()})
     temporary = final.with_name(f".{final.name}.partial")
