@@ -213,7 +213,8 @@ def export_step(run: Path, step: int, base: str, dtype: str) -> Path:
     for name, entry in json.loads((folder / MANIFEST).read_text()).items():
         if not (folder / name).is_file() or _describe(folder / name) != entry:
             raise ConfigError(f"{folder / name} is missing or damaged (SHA-256): copy it again, or evaluate another step")
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed tells its way
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):  # DeepSpeed's way
         weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=folder.name)
     assert weights is not None  # of a tag that is there
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))

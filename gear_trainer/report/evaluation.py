@@ -73,8 +73,8 @@ def _figures(result: dict[str, Any]) -> str:
         rows.append([*cells, _number(row["tokens"], 0)])
     said = "Intervals are percentiles of a bootstrap over problems. Tool use: rollouts with a call at least; calls a rollout."
     if k > 1:
-        said += f" pass@{k}: {_span(whole['pass_interval'])}" + (
-            f"; maj@{k}: {_span(whole['majority_interval'])}." if whole["majority_interval"] else "."
+        said += f" Of pass@{k}: {_span(whole['pass_interval'])}" + (
+            f"; of maj@{k}: {_span(whole['majority_interval'])}." if whole["majority_interval"] else "."
         )
     return f"## Figures\n\n{_table(head, rows)}\n\n{said}"
 
@@ -167,6 +167,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         style = {"color": "black", "lw": 2} if name == "all" else {"lw": 0.8, "alpha": 0.6}
         axes[1].plot([int(k) for k in row["pass"]], list(row["pass"].values()), "o-", **style)
     axes[1].set(title="pass@k", ylim=(0, 1), xlabel="k", xscale="log")
+    axes[1].set_xticks([int(k) for k in result["overall"]["pass"]], list(result["overall"]["pass"]), minor=False)
+    axes[1].minorticks_off()
     axes[1].grid(alpha=0.25)
     figure.savefig(path, dpi=120)
     plt.close(figure)
