@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
@@ -14,6 +15,10 @@ from gear_trainer.policy.hub import check_model_path
 from gear_trainer.recipe import Recipe
 from gear_trainer.runs.interrupts import Interrupts
 from gear_trainer.tasks.base import Task
+
+if TYPE_CHECKING:
+    from gear_trainer.evaluation import HeldOut
+    from gear_trainer.rollout import Engine
 
 
 def resolve_model_path(cfg: Config, task: Task) -> str:
@@ -52,6 +57,36 @@ def alone() -> None:
         port = free.getsockname()[1]
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, str(value))
+
+
+def prepare_evaluation(
+    cfg: Config, base: str, run: Path | None, step: int | None
+) -> tuple[list[HeldOut], Callable[[], Engine], str]:
+    """The held-out sets, what makes the engine, and the model's folder or hub name; everything is checked that can be before.
+
+    base: model.path as the run was given it; run, step: of a checkpoint, whose model is written beside it on first use. Raises
+    ConfigError or TaskError.
+    """
+    from transformers import AutoTokenizer
+
+    from gear_trainer.evaluation import sets_of
+    from gear_trainer.policy.hub import check_hub_model, model_sizes
+    from gear_trainer.rollout.chat import Chat
+    from gear_trainer.rollout.engine import engine_class, make_engine
+    from gear_trainer.tasks import make_task
+
+    task = make_task(cfg.task, cfg.seed, cfg.task_args)
+    check_hub_model(cfg.model.path)
+    if run is not None and step is not None:
+        from gear_trainer.policy.checkpoint import export_step
+
+        of_run = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": base})})
+        path = str(export_step(run, step, resolve_model_path(of_run, task), cfg.model.dtype))
+    else:
+        path = resolve_model_path(cfg, task)
+    engine_class(cfg).check(cfg, model_sizes(path))
+    chat = Chat(AutoTokenizer.from_pretrained(path), task.tools, cfg.chat_template_args)
+    return sets_of(cfg, task, chat), lambda: make_engine(cfg, path), path
 
 
 def build(

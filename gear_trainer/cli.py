@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from gear_trainer.config import Config, load_config
+from gear_trainer.config import Config, load_config, make_config
 from gear_trainer.errors import ConfigError, RunError
 
 
@@ -75,16 +76,28 @@ def plan(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Solve the held-out problems with a finished run's model, or another, on an engine in this process."""
+    """Solve the held-out problems with a run's model, or another, on an engine in this process; or compare two results."""
     parser = _parser("gear-trainer evaluate", evaluate.__doc__, config=False)
-    parser.add_argument("--run", type=Path, metavar="DIR", help="a finished run, as runs/NAME: its configuration and its model")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="a run, as runs/NAME: its configuration and its model")
+    parser.add_argument("--step", type=int, metavar="N", help="of the run: the checkpoint of a step in place of the final model")
     parser.add_argument("--model", metavar="PATH", help="an HF directory or hub name in place of the run's or the config's")
-    parser.add_argument("--samples", type=int, default=1, metavar="K", help="rollouts of each problem")
+    parser.add_argument("--samples", type=int, metavar="K", help="rollouts of each problem, as eval.samples=K")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the results' folder; what is there already is gone on with")
+    parser.add_argument("--batch", type=int, metavar="N", help="problems sampled at a time; what a kill loses at most")
+    parser.add_argument(
+        "--paper", nargs="?", const="", metavar="NAME", help="set the figures beside the paper's, of the benchmark NAME"
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results' folders, problem by problem")
     args = parser.parse_intermixed_args(argv)
-    if (args.run is None) == (args.config is None):
-        parser.error("give --run DIR or --config FILE")
-    if args.samples < 1:
-        parser.error("--samples K: at least 1")
+    if args.compare:
+        return _guarded(lambda: _compare(args.compare, args.out))
+    if args.run and args.config or not (args.run or args.config or args.model):
+        parser.error("give --run DIR or --config FILE, or --model PATH with task=NAME")
+    for name in ("samples", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: at least 1")
+    if args.step is not None and (args.model or not args.run):
+        parser.error("--step N names a checkpoint of --run DIR: give that, and no --model")
     return _guarded(lambda: _evaluate(args))
 
 
@@ -133,17 +146,56 @@ def _train(cfg: Config, resume: bool) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from gear_trainer import evaluation
-    from gear_trainer.build import alone, resolve_model_path, set_environment
-    from gear_trainer.tasks import make_task
+    from gear_trainer.build import alone, prepare_evaluation, set_environment
+    from gear_trainer.evaluation import paper
+    from gear_trainer.evaluation.run import evaluate, trained_with
+    from gear_trainer.report.evaluation import line, write_page
 
-    cfg = load_config(args.run / "config.json" if args.run else args.config, args.overrides)
-    path = args.model or (str(args.run / "model") if args.run else cfg.model.path)
-    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": path})})
+    given, cfg, out = _evaluation_config(args)
+    if args.paper is not None:
+        paper.check(args.paper, cfg)
     alone()
     set_environment(cfg)
-    task = make_task(cfg.task, cfg.seed, cfg.task_args)
-    print(evaluation.evaluate(cfg, task, resolve_model_path(cfg, task), args.samples), flush=True)
+    trained = trained_with(given) if args.run and not args.model else None
+    try:
+        sets, engine, model_path = prepare_evaluation(cfg, given.model.path, args.run, args.step)
+        for folder, result in evaluate(cfg, sets, engine, out, model_path, args.batch):
+            beside = None if args.paper is None else paper.beside(result, args.paper, trained)
+            print(line(result), f"written: {write_page(folder, result, beside)}", sep="\n", flush=True)
+    except KeyboardInterrupt:
+        print(f"gear_trainer: interrupted; the same command goes on with {out}", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def _evaluation_config(args: argparse.Namespace) -> tuple[Config, Config, Path]:
+    """The configuration that was given, the same for the model and the lengths that are evaluated, and the results' folder."""
+    if args.run or args.config:
+        given = load_config(args.run / "config.json" if args.run else args.config, args.overrides)
+    else:
+        given = make_config({"name": "evaluation", "world_size": 1, "model": {"path": args.model}}, args.overrides)
+    path = args.model or (str(args.run / "model") if args.run and args.step is None else given.model.path)
+    samples, length = args.samples or given.eval.samples, given.eval.max_model_len or given.rollout.max_model_len
+    cfg = given.model_copy(
+        update={
+            "model": given.model.model_copy(update={"path": path}),
+            "eval": given.eval.model_copy(update={"samples": samples}),
+            "rollout": given.rollout.model_copy(update={"max_model_len": length}),  # no trainer's: the engine has all of it
+        }
+    )
+    called = "model" if args.run and not args.model else re.sub(r"[^\w.-]+", "-", path).strip("-.")
+    called = called if args.step is None else f"step-{args.step}"
+    return given, cfg, args.out or (args.run or Path(given.output_dir)) / "evaluation" / called
+
+
+def _compare(folders: list[Path], out: Path | None) -> int:
+    from gear_trainer.evaluation.compare import compare
+    from gear_trainer.report.evaluation import comparison, write_comparison
+
+    found = compare(folders[0], folders[1])
+    print(comparison(found), end="")
+    if out:
+        print(f"\nwritten: {write_comparison(out, found)}")
     return 0
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -195,12 +195,38 @@ class DistillConfig(Section):
     )
 
 
+class EvalSet(Section):
+    """A held-out set beside the run's own."""
+
+    task: str = Field(description="as the run's: a name or module:Class, of which only the held-out problems are asked for")
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    prompts: int | None = Field(default=None, ge=1, description="null: eval.prompts")
+    samples: int | None = Field(default=None, ge=1, description="null: eval.samples")
+
+
 class EvalConfig(Section):
     every: int = Field(
         default=20, ge=0, description="steps between held-out evaluations; before and after training always; 0: none"
     )
-    prompts: int = Field(default=200, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
+    prompts: int = Field(default=200, ge=1, description="problems of a set, its first ones")
+    samples: int = Field(default=1, ge=1, description="rollouts of each problem")
+    temperature: float = Field(default=1.0, ge=0, description="0.6 in GEAR's paper")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="0.95 in GEAR's paper")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="per assistant turn; null: rollout.max_new_tokens")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=8,
+        description="context; null: rollout.max_model_len, which it may exceed in the command evaluate alone",
+    )
+    sets: dict[str, EvalSet] = Field(default_factory=dict, description="held-out sets beside the run's own, by a name for each")
+
+    @field_validator("sets")
+    @classmethod
+    def _plain_names(cls, value: dict[str, EvalSet]) -> dict[str, EvalSet]:
+        for name in value:
+            if not re.fullmatch(r"\w[\w\-]*", name):
+                raise ValueError(f"{name!r}: must be letters, digits, _ and -, as it names a metric and a folder")
+        return value
 
 
 class CheckpointConfig(Section):
@@ -303,6 +329,11 @@ class Config(Section):
                 f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
                 f"rollout.max_model_len={r.max_model_len}: raise max_model_len"
             )
+        new, context = self.eval.max_new_tokens or r.max_new_tokens, self.eval.max_model_len or r.max_model_len
+        if new >= context:
+            raise ValueError(
+                f"eval.max_new_tokens: {new} leave no room for a prompt in a context of {context}: raise eval.max_model_len"
+            )
         if t.tokens_per_micro_batch < r.max_model_len:
             raise ValueError(
                 f"train.tokens_per_micro_batch={t.tokens_per_micro_batch} is less than one sequence of "
@@ -366,13 +397,17 @@ def parse_yaml(text: str) -> Any:
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML) and validate. Raises ConfigError."""
-    data = _read_yaml(Path(path))
+    return make_config(_read_yaml(Path(path)), overrides, str(path))
+
+
+def make_config(data: dict[str, Any], overrides: list[str] | None = None, where: str = "the command line") -> Config:
+    """The same of values that are at hand; `where` they come from, for messages. Raises ConfigError."""
     for item in overrides or []:
         _override(data, item)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -432,7 +467,8 @@ def near(name: str, known: Iterable[str]) -> str:
 def _fields_at(loc: tuple[Any, ...]) -> list[str]:
     cls: Any = Config
     for name in loc:
-        cls = cls.model_fields[name].annotation
+        named = get_args(cls)  # of dict[str, Section] any name leads to the section
+        cls = named[1] if named else cls.model_fields[name].annotation
     return sorted(cls.model_fields)
 
 

@@ -15,7 +15,7 @@ from gear_trainer.errors import ConfigError
 from gear_trainer.preflight import memory
 from gear_trainer.preflight.checks import check
 from gear_trainer.recipe import resolve
-from gear_trainer.rollout import Completion, Rollout
+from gear_trainer.rollout import Completion
 from gear_trainer.tasks.base import Episode, Outcome, Problem, Reply, Task
 
 ROOT = Path(__file__).parents[1]
@@ -97,22 +97,6 @@ def test_evaluate_is_one_process(monkeypatch):
         build.alone()
 
 
-def rollout(group, sample, success):
-    r = Rollout(Problem(str(group), [], [], ""), group, sample, [1], [1])
-    r.success = success
-    return r
-
-
-def test_a_result_counts_samples_and_problems():
-    verdicts = ((True, False), (False, False), (True, True))
-    found = evaluation.summarize([rollout(g, k, ok) for g, oks in enumerate(verdicts) for k, ok in enumerate(oks)])
-    assert (found.problems, found.samples, found.success, found.passed) == (3, 2, 0.5, pytest.approx(2 / 3))
-    low, high = found.interval()
-    assert 0 <= low < 0.5 < high <= 1 and "mean of 2 samples; solved by one of them: 0.667" in str(found)
-    assert evaluation.Result(100, 1, 0.5, 0.5).interval() == pytest.approx((0.4038, 0.5962), abs=1e-4)  # Wilson's, by hand
-    assert "samples" not in str(evaluation.Result(100, 1, 0.5, 0.5))
-
-
 class Silent(Task):
     """A task of one turn that nobody solves."""
 
@@ -150,10 +134,10 @@ class Engine:
 def test_ranks_share_the_held_out_problems_that_one_process_solves():
     cfg = load_config(DEMO, ["eval.prompts=7"])
     chat = type("Chat", (), {"prompt_ids": lambda *_: [1], "escapes": lambda *_: 0})()
-    task = Silent()
+    (held,) = evaluation.sets_of(cfg, Silent(), chat)
     whole, halves = Engine(), [Engine(), Engine()]
-    everything = evaluation.held_out(cfg, whole, chat, task)
-    parts = [evaluation.held_out(cfg, engine, chat, task, (rank, 2)) for rank, engine in enumerate(halves)]
+    everything = held.sample(whole)
+    parts = [held.sample(engine, (rank, 2)) for rank, engine in enumerate(halves)]
     assert [r.group for r in everything] == list(range(7)) and [[r.group for r in p] for p in parts] == [[0, 2, 4, 6], [1, 3, 5]]
     assert set(whole.seeds) == {*halves[0].seeds, *halves[1].seeds} and len(set(whole.seeds)) == 7
 

@@ -10,8 +10,10 @@ names the finished one to go on from. A kill at any moment leaves `latest` on a 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -190,6 +192,39 @@ def export(engine: Any, cfg: Config, tokenizer: Any) -> None:
         lm.save_pretrained(str(path), state_dict=weights)
         tokenizer.save_pretrained(str(path))
     dist.barrier()
+
+
+def export_step(run: Path, step: int, base: str, dtype: str) -> Path:
+    """The policy of a run's `checkpoints/step-N` as an HF directory, `RUN/model-step-N`, written on the first call. One process.
+
+    base: the folder or hub name of the model that the run started from, which has the configuration and the tokenizer. Raises
+    ConfigError where the checkpoint is missing or damaged.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    root, final = run / "checkpoints", run / f"model-step-{step}"
+    if final.exists():
+        return final
+    folder = root / f"step-{step}"
+    if not (folder / MANIFEST).is_file():
+        known = ", ".join(path.name for path in _finished(root)) or "none"
+        raise ConfigError(f"{folder}: no finished checkpoint there; the run has {known}")
+    for name, entry in json.loads((folder / MANIFEST).read_text()).items():
+        if not (folder / name).is_file() or _describe(folder / name) != entry:
+            raise ConfigError(f"{folder / name} is missing or damaged (SHA-256): copy it again, or evaluate another step")
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):  # DeepSpeed's way
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=folder.name)
+    assert weights is not None  # of a tag that is there
+    lm = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    lm.load_state_dict({name.removeprefix("lm."): value for name, value in weights.items()})
+    temporary = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    lm.save_pretrained(str(temporary))
+    AutoTokenizer.from_pretrained(base).save_pretrained(str(temporary))
+    temporary.rename(final)
+    return final
 
 
 def _root(cfg: Config) -> Path:

@@ -7,6 +7,7 @@ from typing import cast
 
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
+from gear_trainer.evaluation import check_sets
 from gear_trainer.hints import endpoint
 from gear_trainer.hints.siblings import Siblings
 from gear_trainer.hints.writer import Writer, check_room, templates
@@ -38,6 +39,7 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
             raise
         away.append(f"task={cfg.task}: {error}; the checks of its data and prompts are left out")
         task = cast(Task, task_class(cfg.task))
+    check_sets(cfg, away)
     if cfg.model.path == "builtin:tiny-qwen3":
         if not hasattr(task, "demonstrate"):
             raise ConfigError(

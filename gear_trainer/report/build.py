@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from gear_trainer.report.plots import pyplot
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.records import read_records, recorded_steps
 
@@ -39,7 +40,7 @@ def write_report(run_dir: Path) -> str:
 
 def draw_curves(steps: list[dict[str, Any]], path: Path) -> None:
     """Success (training prompts, and held-out as points), segments, share above the threshold, entropy."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(_CURVES), figsize=(4 * len(_CURVES), 3.2), constrained_layout=True)
     for axis, name in zip(axes, _CURVES, strict=True):
         points = [(m["step"], m[name]) for m in steps if m.get(name) is not None]
@@ -58,7 +59,7 @@ def draw_curves(steps: list[dict[str, Any]], path: Path) -> None:
 
 def draw_comparison(run_dirs: list[Path], path: Path) -> None:
     """Held-out success: a thin line a run, a thick one for each method's mean."""
-    plt = _pyplot()
+    plt = pyplot()
     methods: dict[str, list[list[tuple[int, float]]]] = {}
     for run_dir in run_dirs:
         credit = json.loads((run_dir / "config.json").read_text())["credit"]
@@ -74,15 +75,6 @@ def draw_comparison(run_dirs: list[Path], path: Path) -> None:
     axis.legend(loc="lower right")
     figure.savefig(path, dpi=140)
     plt.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _held_out(steps: list[dict[str, Any]]) -> list[tuple[int, float]]:

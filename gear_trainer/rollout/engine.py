@@ -44,7 +44,10 @@ class Engine(ABC):
         waiting = vars(self).pop("_waiting", {})
         return list(zip(waiting, self.generate(list(waiting.values())), strict=True))
 
-    def sleep(self) -> None:  # noqa: B027  (may do nothing, as the next two)
+    def forget(self) -> None:  # noqa: B027  (may do nothing, as the next two)
+        """Forget what is cached of earlier prompts: what is sampled next is that of a fresh engine, bit by bit."""
+
+    def sleep(self) -> None:  # noqa: B027
         """Leave the GPU's memory to the trainer, as far as the engine can."""
 
     def wake(self) -> None:  # noqa: B027

@@ -162,7 +162,7 @@ class Course:
             if limits.room(r) <= 0:  # the prompt fills the context
                 return Status.LENGTH
             seed = seed_of(*self.key, r.group, r.sample, turn)
-            completion: Completion = yield Request(r.prompt_ids + r.ids, limits.room(r), seed, limits.temperature)
+            completion: Completion = yield Request(r.prompt_ids + r.ids, limits.room(r), seed, limits.temperature, limits.top_p)
             r.append(completion.ids, completion.logprobs)
             r.versions.append(completion.version)
             r.turn_rewards.append(0.0)

@@ -26,15 +26,17 @@ def troubles(rollouts: list[Rollout]) -> dict[str, int]:
     }
 
 
-def check_failures(rollouts: list[Rollout], limits: Limits) -> None:
+def check_failures(
+    rollouts: list[Rollout], limits: Limits, after: str = "then --resume goes on from the last checkpoint"
+) -> None:
     """Raise RunError where environments broke more of a step's rollouts than `limits.max_failed_share`: a service is down, or the
-    task broken, and each step would cost its time for next to nothing."""
+    task broken, and each step would cost its time for next to nothing. `after`: how to go on once it is mended."""
     failed = [r for r in rollouts if r.failed]
     if len(failed) > limits.max_failed_share * len(rollouts):
         raise RunError(
             f"{len(failed)} of {len(rollouts)} rollouts failed twice, more than rollout.max_failed_share="
             f"{limits.max_failed_share:g}, the first as {failed[0].failures[-1]!r}: mend the task or its services, "
-            "then --resume goes on from the last checkpoint"
+            f"{after}"
         )
 
 

@@ -15,12 +15,16 @@ from gear_trainer.tasks.base import Problem
 
 @dataclass(frozen=True)
 class Request:
-    """One turn to sample behind `prompt_ids`. An engine that honours the seed gives the same tokens in any company."""
+    """One turn to sample behind `prompt_ids`. An engine that honours the seed gives the same tokens in any company.
+
+    top_p: the smallest set of likeliest tokens with that much probability is sampled from; other than 1 in evaluation only.
+    """
 
     prompt_ids: list[int]
     max_tokens: int
     seed: int
     temperature: float = 1.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class Limits:
     turn_timeout: float | None = None  # seconds of one call of the environment
     schedule: Literal["lockstep", "continuous"] = "lockstep"
     max_failed_share: float = 1.0  # of a step's rollouts; see groups.check_failures
+    top_p: float = 1.0  # of evaluation; training samples from the whole distribution
 
     @classmethod
     def of(cls, cfg: RolloutConfig) -> Limits:

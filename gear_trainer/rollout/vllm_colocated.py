@@ -110,6 +110,9 @@ class ColocatedVllm(Engine):
         self.stale = False
         self.version += 1
 
+    def forget(self) -> None:
+        self.llm.reset_prefix_cache()
+
     def sleep(self) -> None:
         if self.sleep_level:
             self.llm.sleep(level=self.sleep_level)
@@ -147,9 +150,8 @@ class ColocatedVllm(Engine):
 def _sampling(request: Request) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(
-        temperature=request.temperature, max_tokens=request.max_tokens, seed=request.seed, logprobs=0, detokenize=False
-    )
+    drawn = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
+    return SamplingParams(**drawn, max_tokens=request.max_tokens, logprobs=0, detokenize=False)
 
 
 def _own_name(request_id: str) -> str:

@@ -35,7 +35,7 @@ class Console:
 
 def _line(m: dict[str, Any], steps: int) -> str:
     if m["step"] == 0:
-        return f"[bold]before training: held-out success {m['held_out_success']:.3f}[/]"
+        return f"[bold]before training: {_held_out(m)}[/]"
     parts = [
         f"step {m['step']:>4}/{steps}",
         f"reward {_or_dash(m['reward_mean'])}",
@@ -53,8 +53,13 @@ def _line(m: dict[str, Any], steps: int) -> str:
     if m.get("updates_skipped"):
         parts.append(f"[red]{m['updates_skipped']:.0f} update(s) skipped: not finite[/]")
     if "held_out_success" in m:
-        parts.append(f"[bold]held-out success {m['held_out_success']:.3f}[/]")
+        parts.append(f"[bold]{_held_out(m)}[/]")
     return " | ".join(parts)
+
+
+def _held_out(m: dict[str, Any]) -> str:
+    more = [f"{name} {_or_dash(f['success'])}" for name, f in m.get("held_out", {}).items() if "success" in f]
+    return ", ".join([f"held-out success {_or_dash(m['held_out_success'])}", *more])
 
 
 def _or_dash(value: float | None) -> str:

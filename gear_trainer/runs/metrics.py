@@ -115,15 +115,13 @@ def _between(start: Any, end: Any) -> float:
 
 
 def step_values(
-    step: int, values: dict[str, float | None], seconds: dict[str, float], rate: float, held_out: float | None
+    step: int, values: dict[str, float | None], seconds: dict[str, float], rate: float, held_out: dict[str, Any]
 ) -> dict[str, Any]:
-    """A step's line of metrics.jsonl: what `Sums.read` and `Phases.split` say, and the learning rate."""
+    """A step's line of metrics.jsonl: what `Sums.read` and `Phases.split` say, the learning rate, held-out figures if any."""
     tokens, total = values.pop("policy_tokens"), sum(seconds.values())
     assert tokens is not None  # a total, and none of those is missing
     out = {"step": step} | {name: _six_digits(value) for name, value in values.items()}
-    out |= {"lr": rate, "policy_tokens": tokens}
-    if held_out is not None:
-        out["held_out_success"] = held_out
+    out |= {"lr": rate, "policy_tokens": tokens} | held_out
     return out | {"tokens_per_second": round(tokens / total, 1), "seconds": seconds | {"step": round(total, 3)}}
 
 

@@ -117,6 +117,10 @@ class Task(ABC):
     def episode(self, problem: Problem) -> Episode:
         """A fresh environment for one rollout."""
 
+    def vote(self, problem: Problem, text: str) -> str | None:
+        """The answer that a rollout's last turn gives, equal ones as equal texts, for evaluation's majority; None: none."""
+        return None
+
     def report(self, scored: Sequence[tuple[Problem, Outcome]]) -> dict[str, float]:
         """Numbers of a held-out pass beside its success: the mean of each metric over the outcomes that have it."""
         found: dict[str, list[float]] = {}

@@ -52,6 +52,7 @@ class Trainer:
         self.rank, self.device = dist.get_rank(), engine.device
         self.phases, self.interrupts, self.gap_checked = Phases(), interrupts or Interrupts(), False
         self.records = Records(cfg, chat)
+        self.held_out = evaluation.sets_of(cfg, task, chat)
         self.sample = StepSampler(cfg, recipe, task, chat, sampler, self.rank)
         self.forward = Forward(engine, teacher, cfg.rollout.temperature, recipe.jsd_beta)
         self.update = Updater(cfg, recipe, self.forward)
@@ -64,7 +65,7 @@ class Trainer:
         self.interrupts.arm()
         self.push()  # after a resume vLLM holds the initial checkpoint, not the policy
         if start == 0 and cfg.eval.every:
-            self._report(files, console, {"step": 0, "held_out_success": self.evaluate()})
+            self._report(files, console, {"step": 0, **self.evaluate()})
         with console:
             for step in range(start + 1, cfg.train.steps + 1):
                 values = self.step(step, files)
@@ -92,7 +93,7 @@ class Trainer:
         self.learn(step, experience, passes, sums)
         with self.phases("push"):
             self.push()
-        held_out = None
+        held_out = {}
         if cfg.eval.every and (step % cfg.eval.every == 0 or step == cfg.train.steps):
             with self.phases("eval"):
                 held_out = self.evaluate()
@@ -125,12 +126,9 @@ class Trainer:
         """Hand the policy's weights to the rollout engine, layer by layer. Collective."""
         self.sampler.push(gathered_weights(self.engine.module.lm))
 
-    def evaluate(self) -> float | None:
-        """Share of held-out problems solved, one sample each, the same seeds every time. Collective."""
-        part = self.rank, dist.get_world_size()
-        rollouts, sums = evaluation.held_out(self.cfg, self.sampler, self.chat, self.task, part), Sums()
-        sums.mean("success", sum(r.success for r in rollouts), len(rollouts))
-        return sums.read(self.device)["success"]
+    def evaluate(self) -> dict[str, Any]:
+        """Figures of the held-out sets, under the same seeds every time. Collective."""
+        return evaluation.measure(self.held_out, self.sampler, (self.rank, dist.get_world_size()))
 
     def _report(self, files: RunFiles | None, console: Console, values: dict[str, Any]) -> None:
         if files:

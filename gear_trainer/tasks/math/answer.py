@@ -31,6 +31,8 @@ _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mbox|mathrm)\s*\{([^{}]*)\}"
 # exponents and indices (cm^2, base 10) and LaTeX's commands
 _NO_VALUE = re.compile(r"[\^_]\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w)|\\[A-Za-z]+")
 _MATHS = r"(?!(?:and|or|sqrt|pi|frac|sin|cos|tan|log|ln|exp|infty|inf|mod|base)(?![A-Za-z]))"
+_SPELLING = re.compile(r"\s+|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])|\\?\$")
+_NUMBER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})*(?:\.\d+)?|[-+]?\d+(?:\.\d+)?")
 _JOINING = re.compile(rf"(?<![A-Za-z]){_MATHS}[A-Za-z]{{2,}}")
 _OPTION = re.compile(
     r"(?P<text>\\(?:text|textbf|mathrm)\s*\{\s*)?(?:\((?P<held>[A-H])\)[:.]?|(?P<bare>[A-H])[:.)])(?(text)\s*\})\s*(?P<value>\S.*)",
@@ -87,6 +89,17 @@ def _option(answer: str) -> tuple[str, str] | None:
     """The letter and the value of `C: 7`, `(C) 7` and `\\textbf{(C)} 7`."""
     found = _OPTION.fullmatch(answer.strip().strip("$"))
     return (found["held"] or found["bare"], found["value"]) if found else None
+
+
+def plain_answer(gold: str, text: str) -> str | None:
+    """The answer that a turn gives, spelled so that most equal ones are equal texts: no box, spaces, commas within a number, .0,
+    dollar signs, sizes of brackets and fractions. None where it gives none."""
+    answer = final_answer(gold, text)
+    if answer is None:
+        return None
+    plain = answer.removeprefix("\\boxed{").removesuffix("}") if answer.startswith("\\boxed{") else answer
+    plain = _SPELLING.sub("", plain).replace("dfrac", "frac").replace("tfrac", "frac").rstrip(".")
+    return re.sub(r"\.0+\Z", "", plain.replace(",", "")) if _NUMBER.fullmatch(plain) else plain
 
 
 def ungrouped(text: str) -> str:

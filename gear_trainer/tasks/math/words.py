@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import fill, load_template, user
+from gear_trainer.tasks.math.answer import plain_answer
 from gear_trainer.tasks.math.checker import AnswerChecker, Verdict, answer_checker
 from gear_trainer.tasks.math.python_tool import PythonTool
 from gear_trainer.tasks.math.rows import Row, RowParser, any_row, gsm8k_row, normalised, read_rows
@@ -192,6 +193,10 @@ class MathTask(Task):
         dealt = zip_longest(*([(name, i, row) for i, row in enumerate(rows)] for name, rows in self._held_out.items()))
         picked = [one for deal in dealt for one in deal if one is not None][:count]
         return [self._problem(f"{name or 'held-out'}-{i}", row, name) for name, i, row in picked]
+
+    def vote(self, problem: Problem, text: str) -> str | None:
+        """The turn's final answer, without what is only spelling."""
+        return plain_answer(problem.answer, text)
 
     def episode(self, problem: Problem) -> Episode:
         episode = MathEpisode(problem, self._checker)
