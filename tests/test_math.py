@@ -16,7 +16,7 @@ import pytest
 from gear_trainer.config import load_config
 from gear_trainer.rollout import Rollout, is_mixed, mixed_groups
 from gear_trainer.tasks import Outcome, Problem, TaskError, make_task
-from gear_trainer.tasks.math.checker import AnswerChecker, Verdict, answer_checker
+from gear_trainer.tasks.math.checker import MEMORY_LIMIT, AnswerChecker, Verdict, answer_checker
 from gear_trainer.tasks.math.rows import any_row, normalised, read_rows
 
 DATA = os.environ.get("GEAR_DATA")
@@ -305,6 +305,7 @@ def test_a_hostile_answer_stays_within_its_limits():
     checker = AnswerChecker(0.5)
     try:
         assert checker.judge("18", r"\boxed{18}") is R
+        assert checker._worker and resource.prlimit(checker._worker.pid, resource.RLIMIT_AS) == (MEMORY_LIMIT, MEMORY_LIMIT)
         for what, answer in HOSTILE.items():
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             assert checker.judge("18", f"\\boxed{{{answer}}}") in (W, U, Verdict.CHECK_BROKEN), what
