@@ -5,6 +5,7 @@ An attack is code that prints GOT where it got what it wanted. How it may end is
 
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -359,6 +360,7 @@ def test_nothing_outlives_a_run_that_is_killed(means):
         finally:
             run.kill()
         assert not await_none(left)
+        shutil.rmtree(folder)  # what a killed run leaves: a folder of links
 
 
 # --- which means --------------------------------------------------------------------------------------------------------------

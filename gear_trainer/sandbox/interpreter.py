@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -65,7 +66,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Result:
-    """The text that a call printed, cut at the limit, and how it ended; `error`: it raised, or left with a status other than 0."""
+    """The text that a call printed, cut at the limit, and how it ended; `error`: it raised, or left with a status but 0."""
 
     text: str
     end: End
@@ -81,8 +82,8 @@ class Sandbox:
 
     def __init__(self, means: Means, size: int, limits: Limits = LIMITS, warm: str = WARM):
         self.means, self.size, self.limits, self.restarts = means, size, limits, 0
-        self._folder = tempfile.TemporaryDirectory(prefix="gear-sandbox-")
-        self.folder = self._folder.name  # stands in the command line of each of its processes
+        self.folder = tempfile.mkdtemp(prefix="gear-sandbox-")  # stands in the command line of each of its processes
+        self._owner = os.getpid()
         library = Path(self.folder, "library")
         library.mkdir()
         paths = readable(library, LIBRARIES)
@@ -123,14 +124,16 @@ class Sandbox:
             return [warm.process.pid for warm in self._all]
 
     def close(self) -> None:
-        """End all of its processes, calls that run too."""
+        """End all of its processes, calls that run too. A fork of the process that opened it leaves it as it is."""
+        if os.getpid() != self._owner:
+            return
         with self._lock:
             self._closed = True
             for warm in self._all:
                 warm.kill()
             self._all.clear()
             self._idle.clear()
-        self._folder.cleanup()
+        shutil.rmtree(self.folder, ignore_errors=True)
         atexit.unregister(self.close)
 
     def _take(self) -> _Warm:
