@@ -58,7 +58,7 @@ def _likeness(gold: ToolCall, call: ToolCall) -> float:
 
 
 def overlap(one: list[str], other: list[str]) -> float:
-    """The share that two lists have in common as multisets: what both hold over what either holds (their Jaccard index); 1 where both are empty."""
+    """The Jaccard index of two lists as multisets: what both hold over what either holds; 1 where both are empty."""
     a, b = Counter(one), Counter(other)
     return (a & b).total() / (a | b).total() if a or b else 1.0
 
