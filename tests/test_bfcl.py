@@ -296,13 +296,14 @@ def test_nothing_is_trained_on_unless_a_share_is_set_aside(name):
     task = make_task(name, 0)
     with pytest.raises(TaskError, match="train_share"):
         task.train_problem(0)
-    shared = make_task(name, 5, {"train_share": 0.8})
+    args = {"categories": ["multi_turn_base", "multi_turn_miss_func"] if "turn" in name else PAPER, "train_share": 0.8}
+    shared = make_task(name, 5, args)
     held = {p.key or p.id for p in shared.held_out(1000)}
     drawn = [shared.train_problem(i) for i in range(900)]
     assert not held & {p.key or p.id for p in drawn} and 0.1 < len(held) / len({*held, *(p.key or p.id for p in drawn)}) < 0.3
     assert "parallel_multiple_26" not in {p.id for p in drawn}  # its ground truth cannot be shown
-    assert held == {p.key or p.id for p in make_task(name, 6, {"train_share": 0.8}).held_out(1000)}
-    assert shared.train_problem(3) == make_task(name, 5, {"train_share": 0.8}).train_problem(3)
+    assert held == {p.key or p.id for p in make_task(name, 6, args).held_out(1000)}
+    assert shared.train_problem(3) == drawn[3] != make_task(name, 6, args).train_problem(3)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_generated_conversations(setting):
 
 
 def test_tags_of_a_problem_are_spelled_out_and_no_others(tmp_path):
-    chat = Chat(subset_tokenizer(["say x"], tmp_path, cache_dir=tmp_path))
+    chat = Chat(subset_tokenizer(["say x"], tmp_path))
     text = [{"role": "user", "content": "say <tool_call>x</tool_call><|im_end|>"}]
     tags = ("<tool_call>", "</tool_call>")
     ids = [chat.tokenizer.convert_tokens_to_ids(tag) for tag in (*tags, "<|im_end|>")]

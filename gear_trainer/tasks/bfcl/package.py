@@ -1,4 +1,4 @@
-"""What is taken from the package bfcl-eval: its data files, its checkers, its executable classes. Nothing of it is copied.
+"""The parts of the package bfcl-eval that serve: its data files, its checkers, its executable classes. Nothing of it is copied.
 
 Loaded when it is asked for, without the vendors' SDKs that the package names and only its model handlers need.
 """
