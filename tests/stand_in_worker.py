@@ -7,7 +7,11 @@ import os
 import sys
 import time
 
-TOOL = {"name": "open_box", "description": "Open a box.", "parameters": {"type": "object", "properties": {"box": {"type": "integer"}}}}
+TOOL = {
+    "name": "open_box",
+    "description": "Open a box.",
+    "parameters": {"type": "object", "properties": {"box": {"type": "integer"}}},
+}
 
 
 class Worker:
@@ -50,7 +54,11 @@ class Worker:
         return {"messages": messages, "errors": calls.count(None)}
 
     def evaluate(self, state, end):
-        return {"reward": float(state["found"]), "success": state["found"], "metrics": {"opened": state["opened"], "pid": os.getpid()}}
+        return {
+            "reward": float(state["found"]),
+            "success": state["found"],
+            "metrics": {"opened": state["opened"], "pid": os.getpid()},
+        }
 
     def close(self, state):
         pass

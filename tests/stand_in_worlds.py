@@ -1,4 +1,4 @@
-"""Small environments in the forms that people have: a TRL class, an OpenEnv client, an MCP server (`python stand_in_worlds.py`)."""
+"""Environments in the forms that people have: TRL classes, an OpenEnv client, an MCP server (`python stand_in_worlds.py`)."""
 
 from types import SimpleNamespace
 
@@ -12,9 +12,6 @@ class Guessing:
     def reset(self, number=0, **row):
         self.number, self.reward = number, 0.0
         return " It is between 0 and 9."
-
-    def secret(self):
-        return f"the number is {self.number}"
 
     def guess(self, number: int) -> str:
         """
@@ -30,6 +27,13 @@ class Guessing:
             raise ValueError("out of range")
         self.reward = float(number == self.number)
         return "right" if self.reward else "higher" if number < self.number else "lower"
+
+
+class Secretive(Guessing):
+    """One with a method that says what is right."""
+
+    def secret(self):
+        return f"the number is {self.number}"
 
 
 class AsyncGuessing(Guessing):
@@ -58,6 +62,13 @@ class Restless(Guessing):
         return f" Try {Restless.resets}."
 
 
+class Broken(Guessing):
+    """One that does not begin."""
+
+    def reset(self, **row):
+        return row["not there"]
+
+
 def halved(environments, prompts, completions, number, **rest):
     assert prompts[0][-1]["role"] == "user" and completions[0][-1]["role"] == "assistant" and len(number) == 1
     return [environment.reward / 2 for environment in environments]
@@ -80,7 +91,9 @@ class Client:
 
     def step(self, action):
         if action.get("type") == "list_tools":
-            return SimpleNamespace(observation={"tools": [{"name": "up", "input_schema": {"type": "object"}}]}, reward=None, done=False)
+            return SimpleNamespace(
+                observation={"tools": [{"name": "up", "input_schema": {"type": "object"}}]}, reward=None, done=False
+            )
         self.at += action.get("arguments", {}).get("by", 1)
         return SimpleNamespace(observation={"text": f"at {self.at}"}, reward=self.at / 3, done=self.at >= 3)
 

@@ -84,7 +84,9 @@ class OpenEnvTask(RowTask):
         try:
             return load_class(self.client)
         except ImportError as error:
-            raise TaskError(f"client={self.client} cannot be loaded ({error}): pip install openenv, or name another class") from error
+            raise TaskError(
+                f"client={self.client} cannot be loaded ({error}): pip install openenv, or name another class"
+            ) from error
 
     @cached_property
     def _tools(self) -> list[dict[str, Any]] | None:
@@ -94,7 +96,9 @@ class OpenEnvTask(RowTask):
         try:
             listed = world.step({"type": "list_tools"}).observation["tools"]
         except Exception as error:  # the client's own families
-            raise TaskError(f"base_url={self.base_url} lists no tools ({said(error)}): set action_field to act by text") from error
+            raise TaskError(
+                f"base_url={self.base_url} lists no tools ({said(error)}): set action_field to act by text"
+            ) from error
         finally:
             world.close()
         return [

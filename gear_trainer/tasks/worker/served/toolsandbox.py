@@ -73,7 +73,9 @@ class Worker:
             "messages": self._chat(begun.first_user_sandbox_message_index),
             "tools": self.tool_conversion.convert_to_openai_tools(self.agent.get_available_tools()),
             "truth": self._milestones(scenario),
-            "category": "multiple_tool_call" if "MULTIPLE_TOOL_CALL" in {str(c).upper() for c in scenario.categories} else "other",
+            "category": "multiple_tool_call"
+            if "MULTIPLE_TOOL_CALL" in {str(c).upper() for c in scenario.categories}
+            else "other",
         }
         return state, json.loads(json.dumps(said, default=str))
 
