@@ -16,7 +16,7 @@ from gear_trainer.tasks.awaiting import resolved
 from gear_trainer.tasks.tool_calls import call_turn
 from gear_trainer.tasks.worker.process import WorkerDied, WorkerError
 
-DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "demo.yaml"
+DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "smollm2_cpu.yaml"
 STAND_IN = str(Path(__file__).with_name("stand_in_worker.py"))
 
 

@@ -176,7 +176,7 @@ def _environment(spec: str) -> type:
 
 
 def _schemas_of(cls: type, hidden: tuple[str | None, ...]) -> list[dict[str, Any]]:
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     public = [name for name, _ in inspect.getmembers(cls, inspect.isfunction) if not name.startswith("_")]
     names = [name for name in public if name not in hidden]

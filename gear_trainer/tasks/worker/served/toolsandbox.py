@@ -1,4 +1,4 @@
-"""ToolSandbox behind serve.py, in an environment of its own (docs/tasks.md has its packages). The package is imported, never copied.
+"""ToolSandbox behind serve.py, in an environment of its own (docs/agents.md has its packages).
 
 Splits: all, or one of the benchmark's categories in lower case, as multiple_tool_call; `multiple_tool_call/base` leaves the
 variants of its scenarios out. The reward is the milestones' similarity; success is 1.
@@ -6,6 +6,7 @@ variants of its scenarios out. The reward is the milestones' similarity; success
 
 import contextlib
 import copy
+import importlib
 import json
 import os
 import random
@@ -24,27 +25,25 @@ class Worker:
     holds = None
 
     def __init__(self, user_url=None, user_model=None, user_api_key_env=None, seed=0):
-        from tool_sandbox.common import execution_context, message_conversion, tool_conversion
-        from tool_sandbox.common.tool_discovery import ToolBackend
-        from tool_sandbox.roles.base_role import BaseRole
-        from tool_sandbox.roles.execution_environment import ExecutionEnvironment
-        from tool_sandbox.scenarios import named_scenarios
-
-        self.contexts, self.messages, self.tool_conversion = execution_context, message_conversion, tool_conversion
-        self.role = execution_context.RoleType
-        self.agent = type("Agent", (BaseRole,), {"role_type": self.role.AGENT})
-        self.executor = ExecutionEnvironment()
+        common, roles = "tool_sandbox.common.", "tool_sandbox.roles."
+        self.contexts = importlib.import_module(common + "execution_context")
+        self.messages = importlib.import_module(common + "message_conversion")
+        self.tool_conversion = importlib.import_module(common + "tool_conversion")
+        backend = importlib.import_module(common + "tool_discovery").ToolBackend
+        named_scenarios = importlib.import_module("tool_sandbox.scenarios").named_scenarios
+        self.role = self.contexts.RoleType
+        base = importlib.import_module(roles + "base_role").BaseRole
+        self.agent = type("Agent", (base,), {"role_type": self.role.AGENT})
+        self.executor = importlib.import_module(roles + "execution_environment").ExecutionEnvironment()
         self.user = self._user(user_url, user_model, user_api_key_env) if user_url else None
         random.seed(seed)  # the order of tools, in every process the same
-        self.scenarios = named_scenarios(preferred_tool_backend=ToolBackend.DEFAULT)
+        self.scenarios = named_scenarios(preferred_tool_backend=backend.DEFAULT)
 
     def _user(self, url, model, key):
-        from openai import OpenAI
-        from tool_sandbox.roles.openai_api_user import OpenAIAPIUser
-
-        user = OpenAIAPIUser.__new__(OpenAIAPIUser)
+        cls = importlib.import_module("tool_sandbox.roles.openai_api_user").OpenAIAPIUser
+        user = cls.__new__(cls)  # its own constructor knows one address alone
         user.model_name = model
-        user.openai_client = OpenAI(base_url=url, api_key=os.environ[key] if key else "EMPTY")
+        user.openai_client = importlib.import_module("openai").OpenAI(base_url=url, api_key=os.environ[key] if key else "EMPTY")
         return user
 
     def tasks(self, split):
@@ -97,22 +96,21 @@ class Worker:
                 if wanted.target_dataframe is not None:
                     for row in wanted.target_dataframe.to_dicts():
                         given = {key: _plain(value) for key, value in row.items() if value is not None}
-                        lines.append("{}. {}: {}".format(number, wanted.database_namespace, json.dumps(given)))
+                        lines.append(f"{number}. {wanted.database_namespace}: {json.dumps(given)}")
         return "\n".join(lines)
 
     def step(self, state, text, calls):
         self.contexts.set_current_context(state["context"])
-        before = len(self.agent.get_messages())
         replies, errors = [], 0
         if calls:
             replies, errors = self._execute(state, calls[:CALLS])
             refused = len(calls) - len(calls[:CALLS])
-            replies += ["Error: at most {} calls a turn".format(CALLS)] * refused
+            replies += [f"Error: at most {CALLS} calls a turn"] * refused
             errors += refused
             shown = [{"role": "tool", "content": reply} for reply in replies]
         else:
             self.agent.add_messages([self._message(self.role.USER, text)])
-            shown = [] if self.user is None else self._ask_user(before)
+            shown = [] if self.user is None else self._ask_user(self.user)
         state["context"] = self.contexts.get_current_context()
         over = len(self.agent.get_messages()) - 1 - state["start"] >= state["scenario"].max_messages
         return {"messages": [] if over else shown, "errors": errors}
@@ -145,12 +143,12 @@ class Worker:
             replies = [next(waiting).content if reply is None else reply for reply in replies]
         return replies, errors
 
-    def _ask_user(self, before):
+    def _ask_user(self, user):
         """The user's words, behind his own calls; none where he left."""
         while True:
             last = self.agent.get_messages()[-1]
             if last.recipient == self.role.USER:
-                self.user.respond()
+                user.respond()
             elif last.recipient == self.role.EXECUTION_ENVIRONMENT:
                 self.executor.respond()
                 if not self.agent.get_messages()[-1].conversation_active:
