@@ -63,9 +63,9 @@ class OpenEnvTask(RowTask):
     """Rows played on an OpenEnv server.
 
     base_url: the server's address. client: its class, the generic one unless named. A row's field `reset` holds the arguments
-    of reset, as {"seed": 3}: what it says stands behind the prompt. action_field: the turn's text is the action's field of that name;
-    without, the environment's tools are offered and called. observation_field: what of an observation the model reads, the whole
-    as JSON unless named. The other arguments are RowTask's.
+    of reset, as {"seed": 3}: what it says stands behind the prompt. action_field: the turn's text is the action's field of that
+    name; without, the environment's tools are offered and called. observation_field: what of an observation the model reads, the
+    whole as JSON unless named. The other arguments are RowTask's.
     """
 
     base_url: str = ""
