@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -63,11 +64,10 @@ class ReasoningGymTask(Task):
     def gym(self) -> Any:
         """The package."""
         try:
-            import reasoning_gym
-            import reasoning_gym.utils
+            importlib.import_module("reasoning_gym.utils")
+            return importlib.import_module("reasoning_gym")
         except ImportError as error:
             raise TaskError(f"reasoning-gym is missing ({error}): pip install reasoning-gym") from error
-        return reasoning_gym
 
     @cached_property
     def data(self) -> Any:

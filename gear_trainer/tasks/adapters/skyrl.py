@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +51,7 @@ class SkyRlTask(RowTask):
 
     def _world(self, row: Row) -> Any:
         try:
-            import skyrl_gym
+            skyrl_gym = importlib.import_module("skyrl_gym")
         except ImportError as error:
             raise TaskError(f"the task skyrl needs the package skyrl-gym ({error}): pip install skyrl-gym") from error
         name = self.env or str(field_of(row, "env_class"))

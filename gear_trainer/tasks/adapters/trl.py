@@ -70,13 +70,21 @@ class TrlTask(RowTask):
     reward: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self._classes, self._reward
+        _ = self._classes, self._reward, self._schemas
         super().__post_init__()
         for row in (self._train[0], self._held_out[0]):
-            if (first := self.reset(row)[1]) != (second := self.reset(row)[1]):
+            first, second = self._probe(row), self._probe(row)
+            if first != second:
                 raise TaskError(
                     f"environment: two resets of one row differ ({first!r}, {second!r}): make it a function of the row"
                 )
+
+    def _probe(self, row: Row) -> str:
+        try:
+            return self.reset(row)[1]
+        except Exception as error:  # the user's own code
+            name = self.class_of(row).__name__
+            raise TaskError(f"environment {name}: a row cannot be begun ({said(error, where=True)}): mend the class") from error
 
     @cached_property
     def _classes(self) -> dict[str | None, type]:
@@ -168,7 +176,7 @@ def _environment(spec: str) -> type:
 
 
 def _schemas_of(cls: type, hidden: tuple[str | None, ...]) -> list[dict[str, Any]]:
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     public = [name for name, _ in inspect.getmembers(cls, inspect.isfunction) if not name.startswith("_")]
     names = [name for name in public if name not in hidden]

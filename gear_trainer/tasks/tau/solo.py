@@ -60,7 +60,7 @@ class TauSoloEpisode(Episode):
 
 @dataclass(frozen=True)
 class TauSoloTask(Task):
-    """Tickets of telecom (114, with a training split) or mock (9, all held out).
+    """Tickets of telecom (114, with a training split) or mock (7, all held out).
 
     split: the held-out split, as test, small or base; a training split is what the benchmark calls train, less what is held out.
     """
@@ -137,7 +137,7 @@ class TauSoloTask(Task):
         return world
 
     def parts(self, row: Any, world: Any, called: list[tuple[str, dict[str, Any]]], said: list[str]) -> dict[str, bool]:
-        """Whether each part of a ticket's reward basis holds. The database is compared before assertions run, which may sync it."""
+        """Whether each part of a ticket's reward basis holds. The database is compared before assertions, which may sync it."""
         criteria = row.evaluation_criteria
         basis = {getattr(part, "value", part) for part in criteria.reward_basis}
         parts: dict[str, bool] = {}

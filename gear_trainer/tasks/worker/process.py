@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+_START = 120.0  # seconds at least that a worker has to load its environment
 _KEPT = 12  # lines of standard error that an error quotes
 
 
@@ -132,9 +133,10 @@ class Pool:
                 worker.end()
 
     def _start(self) -> Worker:
-        worker = Worker(self.command, self.timeout)
+        worker = Worker(self.command, max(self.timeout, _START))
         try:
             self._holds = worker.ask("hello")["holds"]
+            worker.timeout = self.timeout
         except (WorkerError, WorkerDied):
             worker.end()
             raise

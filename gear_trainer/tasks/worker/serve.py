@@ -4,12 +4,12 @@ Runs in the environment's own Python (3.9 or newer) and needs nothing but the st
 {"do": ..., "episode": n, ...}, an answer {"ok": ...} or {"error": text}. The class in FILE.py:
 
     class Worker:
-        holds = 1                              episodes that a process holds at a time; None: any number
+        holds = 1                           episodes that a process holds at a time; None: any number
         def __init__(self, **options)
-        def tasks(self, split)                 the names of the tasks of a split
-        def reset(self, task, seed)            (state, {"messages": chat, "tools": schemas or None, "truth": text, "category": text})
-        def step(self, state, text, calls)     {"messages": [{"role": "tool" or "user", "content": text}], "errors": n}; none: over
-        def evaluate(self, state, end)         {"reward": x, "success": bool, "metrics": {name: x}}
+        def tasks(self, split)              the names of the tasks of a split
+        def reset(self, task, seed)         (state, {"messages": chat, "tools": schemas or None, "truth": text, "category": text})
+        def step(self, state, text, calls)  {"messages": [{"role": "tool" or "user", "content": text}], "errors": n}; none: over
+        def evaluate(self, state, end)      {"reward": x, "success": bool, "metrics": {name: x}}
         def close(self, state)
 
 `calls` are the turn's tool calls, {"name", "arguments"} each, or None in the place of a broken one.
@@ -25,6 +25,8 @@ import traceback
 def load(path):
     """The class `Worker` of a file."""
     spec = importlib.util.spec_from_file_location("served", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no file of Python")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Worker

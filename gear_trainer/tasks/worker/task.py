@@ -60,9 +60,9 @@ class WorkerEpisode(Episode):
 class WorkerTask(Task):
     """Tasks of an environment in a Python of its own: ToolSandbox, AppWorld, or whatever a file with a `Worker` class serves.
 
-    python: that environment's interpreter. worker: toolsandbox, appworld or the path of a file as serve.py describes. options: its
-    own. split, held_out_split: names of its splits; tasks that are held out are not trained on. timeout: seconds for an answer.
-    max_turns, concurrency: an episode's turns, and the requests at a time.
+    python: that environment's interpreter. worker: toolsandbox, appworld or the path of a file as serve.py describes. options:
+    its own. split, held_out_split: names of its splits; tasks that are held out are not trained on. timeout: seconds for an
+    answer. max_turns, concurrency: an episode's turns, and the requests at a time.
     """
 
     python: str
