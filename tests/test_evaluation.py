@@ -121,11 +121,14 @@ def fresh():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a tokenizer of nine words and a configuration; the engine needs no weights."""
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def make_model(folder):
+    """Fill a folder with a tokenizer of nine words and a configuration; the engine needs no weights."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model")
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")

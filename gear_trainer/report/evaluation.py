@@ -42,7 +42,7 @@ def page(result: dict[str, Any], paper: dict[str, Any] | None = None) -> str:
     if metrics := _metrics(result):
         parts.append(metrics)
     if result["lost"]:
-        rows = [[lost["problem"], lost["failure"].replace("|", "\\|")] for lost in result["lost"]]
+        rows = [[lost["problem"], lost["failure"]] for lost in result["lost"]]
         parts.append(f"## Left out\n\n{_lost(result)}.\n\n{_table(['problem', 'why'], rows)}")
     if paper:
         parts.append(_paper(result, paper))
@@ -175,8 +175,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    plain = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *plain])
 
 
 def _number(value: float | None, digits: int = 3) -> str:
