@@ -194,7 +194,7 @@ FILES = {
     "counters": "call(298, b'\\0' * 128, 0, -1, -1, 0); got()",
     "faults in user space": "call(323, 0); got()",
     "the clock": "import time; time.clock_settime(time.CLOCK_REALTIME, 0); got()",
-    "the host's name": "socket.sethostname('x'); got()",
+    "another host's name": "socket.sethostname('x'); got()",
     "an end of the machine": "libc.reboot(0) == 0 and got()",
     "no filter": "libc.prctl(22, 0, 0, 0, 0) == 0 and got()",
     "the second table of calls": "call(0x40000000 | 57); got()",

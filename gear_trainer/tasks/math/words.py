@@ -88,26 +88,14 @@ class MathTask(Task):
         if self.tool not in (None, "python"):
             raise TaskError(f"tool: {self.tool!r} must be python, or null for none")
         # what is wrong with them is said before any engine starts
-        _ = self._template, self._train, self._checker, self._tool
+        _ = self._template, self._train, self._checker
+        if tool := self._tool:  # a dry run without the data asks the class, so that these are no properties
+            for name, value in {"tools": tool.schemas, "max_turns": tool.turns, "concurrency": tool.concurrency}.items():
+                object.__setattr__(self, name, value)
 
     @cached_property
     def _tool(self) -> PythonTool | None:
         return PythonTool(self.tool_calls, self.sandbox) if self.tool else None
-
-    @property
-    def tools(self) -> list[dict[str, Any]] | None:
-        """The tool's schema, where there is one."""
-        return self._tool.schemas if self._tool else None
-
-    @property
-    def max_turns(self) -> int:
-        """One turn; with the tool one for each call more."""
-        return self._tool.turns if self._tool else 1
-
-    @property
-    def concurrency(self) -> int:
-        """One call at a time; with the tool as many as the rank has cores."""
-        return self._tool.concurrency if self._tool else 1
 
     @cached_property
     def _checker(self) -> AnswerChecker:
