@@ -27,10 +27,10 @@ class Chat:
 
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
 
-    def prompt_ids(self, messages, tools=None):
+    def prompt_ids(self, messages, tools=None, tags=()):
         return [len(messages)] * 3
 
-    def escapes(self, messages):
+    def escapes(self, messages, tags=()):
         return 0
 
     def observe(self, messages, room, reserve=0, tools=None):

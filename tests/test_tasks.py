@@ -210,7 +210,7 @@ def test_import_is_light():
 
     code = "import sys, gear_trainer.tasks as t; t.make_task('mathapi', 0)\nprint({'torch', 'bfcl_eval'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()" and "mathapi" in TASKS
+    assert result.stdout.strip() == "set()" and {"mathapi", "sums", "gsm8k", "math"} <= TASKS.keys()
 
 
 GOOD = [{"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(1, 41)]

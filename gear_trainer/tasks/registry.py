@@ -14,13 +14,13 @@ from gear_trainer.user_code import load_class, said
 
 TASKS = {
     "mathapi": "gear_trainer.tasks.mathapi.task:MathApiTask",
+    "sums": "gear_trainer.tasks.arithmetic.sums:SumsTask",
+    "gsm8k": "gear_trainer.tasks.math.words:Gsm8kTask",
+    "math": "gear_trainer.tasks.math.words:MathTask",
     "bfcl": "gear_trainer.tasks.bfcl.single_turn:BfclTask",
     "bfcl-multi-turn": "gear_trainer.tasks.bfcl.multi_turn:MultiTurnTask",
     "bfcl-one-class": "gear_trainer.tasks.bfcl.one_class:OneClassTask",
     "toolrl": "gear_trainer.tasks.toolrl.task:ToolRlTask",
-    "sums": "gear_trainer.tasks.arithmetic.sums:SumsTask",
-    "gsm8k": "gear_trainer.tasks.math.words:Gsm8kTask",
-    "math": "gear_trainer.tasks.math.words:MathTask",
     "acebench": "gear_trainer.tasks.acebench.single:AceBenchTask",
     "acebench-agent": "gear_trainer.tasks.acebench.agent:AceAgentTask",
     "trl": "gear_trainer.tasks.adapters.trl:TrlTask",
