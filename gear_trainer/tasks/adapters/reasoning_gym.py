@@ -1,4 +1,4 @@
-"""reasoning-gym's generators by name: a question, an answer between `<answer>` tags, a score in [0, 1]."""
+"""Generators of reasoning-gym by name: a question, an answer between `<answer>` tags, a score in [0, 1]."""
 
 from __future__ import annotations
 
