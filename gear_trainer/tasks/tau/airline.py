@@ -1,4 +1,4 @@
-"""The airline of tau-3: the official database, policy, tools and tasks, a simulated user, scored by what is booked and what was said."""
+"""The airline of tau-3: official database, policy, tools and tasks, a simulated user; judged by what is booked and said."""
 
 from __future__ import annotations
 
