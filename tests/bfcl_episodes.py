@@ -3,15 +3,31 @@
     python tests/bfcl_episodes.py 1000
 
 plays that many of several user turns, compares each verdict with `multi_turn_checker`, and prints how many of a kind pass.
+
+    python tests/bfcl_episodes.py 512 replay
+
+rolls that many out at a time, of a policy that says the ground truth, and prints their speed and memory.
 """
 
 from __future__ import annotations
 
 import random
+import resource
 import sys
+import tempfile
+import time
 from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerFast
+
+from gear_trainer.demo.qwen3_tokenizer import EOS, PAD, qwen3_tokenizer
+from gear_trainer.rollout import Completion, Engine
+from gear_trainer.rollout.chat import Chat
+from gear_trainer.rollout.episodes import roll_out
+from gear_trainer.rollout.types import Limits, seed_of
 from gear_trainer.tasks import Outcome, Problem, make_task
 from gear_trainer.tasks.bfcl.multi_turn import MAX_STEPS
 from gear_trainer.tasks.bfcl.package import part, rows, turn_checkers
@@ -143,5 +159,71 @@ def main(count):
         print("  differs:", one)
 
 
+class Replay(Engine):
+    """A policy that says what is written down for a (rollout, turn), known by the request's seed."""
+
+    def __init__(self, tokenizer, says):
+        self.tokenizer, self.says = tokenizer, says
+
+    def generate(self, requests):
+        ids = [
+            [*self.tokenizer.encode(self.says[r.seed], add_special_tokens=False), self.tokenizer.eos_token_id] for r in requests
+        ]
+        return [Completion(turn, [0.0] * len(turn), True, 0) for turn in ids]
+
+    def push(self, weights):
+        pass
+
+
+def gold_turns(item):
+    """The assistant's turns of the ground truth."""
+    return [turn for calls in item.gold for turn in ([calls_turn(calls)] if calls else []) + ["done"]]
+
+
+def replayed(task, chat, problems, max_model_len=1 << 20):
+    """Rollouts of the ground truth, one for each problem, all at a time."""
+    numbered = list(enumerate(problems))
+    says = {
+        seed_of("replay", group, 0, turn): text
+        for group, problem in numbered
+        for turn, text in enumerate(gold_turns(problem.data["item"]))
+    }
+    limits = Limits(1, 1.0, 4096, max_model_len)
+    return roll_out(Replay(chat.tokenizer, says), chat, task, numbered, limits, ("replay",))
+
+
+def measure(count):
+    """Print episodes a second and memory of `count` concurrent episodes, whole rollouts and the environment alone."""
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=qwen3_tokenizer(folder), eos_token=EOS, pad_token=PAD)
+    templates = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"
+    tokenizer.chat_template = (templates / "qwen3.jinja").read_text()
+    for categories in (["multi_turn_base"], ["multi_turn_long_context"], None):
+        task = make_task("bfcl-multi-turn", 0, {"categories": categories} if categories else {})
+        problems = [problem for problem in task.held_out(1000) for _ in range(3)][:count]
+        before, begun = peak_mib(), time.process_time()
+        episodes = [task.episode(problem) for problem in problems]
+        made = time.process_time() - begun
+        for problem, episode in zip(problems, episodes, strict=True):
+            for turn in gold_turns(problem.data["item"]):
+                episode.step(turn)
+            assert episode.outcome("done").success
+        alone = time.process_time() - begun
+        print(f"{categories or 'all'}: {count} environments made in {made:.2f} CPU s, played in {alone:.2f}", end="; ")
+        print(f"{count / alone:.0f} a second, {peak_mib() - before:.0f} MiB more")
+        del episodes
+        before, begun = peak_mib(), time.process_time()
+        rollouts = replayed(task, Chat(tokenizer), problems)
+        taken = time.process_time() - begun
+        assert all(r.success for r in rollouts)
+        tokens = sum(len(r.ids) + len(r.prompt_ids) for r in rollouts)
+        print(f"  rolled out: {count / taken:.0f} a CPU second, {peak_mib() - before:.0f} MiB more, {tokens:,} tokens")
+
+
+def peak_mib():
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    (measure if "replay" in sys.argv else main)(int(sys.argv[1]))

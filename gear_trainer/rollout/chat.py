@@ -27,6 +27,19 @@ class Observation(NamedTuple):
     cut: int = 0
 
 
+class _Same:
+    """A problem's tools as a key: equal where they are the same object, which the key keeps alive."""
+
+    def __init__(self, tools: list[dict[str, Any]]):
+        self.tools = tools
+
+    def __hash__(self) -> int:
+        return id(self.tools)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.tools is other.tools
+
+
 class Chat:
     """Renders prompts and replies with the tokenizer's own chat template. `tools` are those of problems without their own.
 
@@ -48,6 +61,7 @@ class Chat:
         self._control, self._break, self._normal = _control(tokenizer)
         self.tools = _mapped(self.plain, tools)
         self._between = lru_cache(_KEPT)(self._encode_between)  # under the task's tools
+        self._own_tools = lru_cache(_KEPT)(lambda same: _mapped(self.plain, same.tools) or None)  # shown with every reply
 
     def plain(self, text: str, tags: Sequence[str] = ()) -> str:
         """A text as data: spellings of control tokens broken up (`< |im_end|>`) but for those of `tags`, lone surrogates
@@ -73,7 +87,7 @@ class Chat:
 
     def render(self, messages: list[dict[str, Any]], tools: Tools = None, tags: Sequence[str] = ()) -> str:
         """The template's text, every content as data; `tools` and `tags`: a problem's own (tools None: the task's)."""
-        shown = self.tools if tools is None else _mapped(self.plain, tools) or None
+        shown = self.tools if tools is None else self._own_tools(_Same(tools))
         return self.tokenizer.apply_chat_template(
             _data(partial(self.plain, tags=tags), messages),
             tools=shown,

@@ -14,10 +14,6 @@ from gear_trainer.user_code import load_class, said
 
 TASKS = {
     "mathapi": "gear_trainer.tasks.mathapi.task:MathApiTask",
-    "bfcl": "gear_trainer.tasks.bfcl.single_turn:BfclTask",
-    "bfcl-multi-turn": "gear_trainer.tasks.bfcl.multi_turn:MultiTurnTask",
-    "bfcl-files": "gear_trainer.tasks.bfcl.files:FilesTask",
-    "toolrl": "gear_trainer.tasks.toolrl.task:ToolRlTask",
     "sums": "gear_trainer.tasks.arithmetic.sums:SumsTask",
     "gsm8k": "gear_trainer.tasks.math.words:Gsm8kTask",
     "math": "gear_trainer.tasks.math.words:MathTask",
@@ -32,6 +28,10 @@ TASKS = {
     "tau-airline": "gear_trainer.tasks.tau.airline:TauAirlineTask",
     "tau-solo": "gear_trainer.tasks.tau.solo:TauSoloTask",
     "mixture": "gear_trainer.tasks.mixture.task:MixtureTask",
+    "bfcl": "gear_trainer.tasks.bfcl.single_turn:BfclTask",
+    "bfcl-multi-turn": "gear_trainer.tasks.bfcl.multi_turn:MultiTurnTask",
+    "bfcl-one-class": "gear_trainer.tasks.bfcl.one_class:OneClassTask",
+    "toolrl": "gear_trainer.tasks.toolrl.task:ToolRlTask",
 }
 
 

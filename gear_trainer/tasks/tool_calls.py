@@ -40,7 +40,7 @@ def calls_turn(calls: Iterable[ToolCall]) -> str:
 
 
 def spoken(text: str) -> str:
-    """What a turn says: the text behind its last `</think>`, all of it where there is none."""
+    """The part of a turn that is said: the text behind its last `</think>`, all of it where there is none."""
     return text.rpartition(THOUGHT)[2]
 
 

@@ -27,7 +27,7 @@ MORE_TOOLS = "I have updated some more functions you can choose from. What about
 
 @dataclass(frozen=True)
 class Item:
-    """What an episode needs to know. gold: the calls of each user turn, which is not judged where there are none; says: the
+    """One item, as an episode needs it. gold: the calls of each user turn, which is not judged where there are none; says: the
     user's words from the second turn on."""
 
     classes: tuple[str, ...]
@@ -152,7 +152,7 @@ class MultiTurnTask(Task):
         return Shares(problems, self.train_share, self.seed, {p.id for p in problems})
 
     def train_problem(self, index: int) -> Problem:
-        """Of the training share, each epoch in a new order."""
+        """A function of (seed, index) over the training share, each epoch in a new order."""
         return self._shares.train_problem(index)
 
     def held_out(self, count: int) -> list[Problem]:

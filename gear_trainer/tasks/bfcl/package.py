@@ -1,10 +1,11 @@
-"""What is taken from the package bfcl-eval: its data files, its checkers, its executable classes. Nothing of it is copied.
+"""The parts of the package bfcl-eval that serve: its data files, its checkers, its executable classes. Nothing of it is copied.
 
 Loaded when it is asked for, without the vendors' SDKs that the package names and only its model handlers need.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -64,7 +65,9 @@ def new_instance(class_name: str, scenario: dict[str, Any], long_context: bool =
     config = part("bfcl_eval.constants.executable_backend_config")
     instance = getattr(part(config.CLASS_FILE_PATH_MAPPING[class_name]), class_name)()
     if class_name not in config.STATELESS_CLASSES:
-        instance._load_scenario(json.loads(json.dumps(scenario)), long_context=long_context)
+        instance._load_scenario(copy.deepcopy(scenario), long_context=long_context)
+        if long_context:  # its long lists belong to the module, for all instances
+            vars(instance).update(copy.deepcopy(vars(instance)))
     return instance
 
 

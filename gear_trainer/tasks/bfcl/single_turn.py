@@ -106,7 +106,10 @@ class BfclTask(Task):
         return Shares(problems, self.train_share, self.seed, taught)
 
     def train_problem(self, index: int) -> Problem:
-        """Of the training share, each epoch in a new order; items whose ground truth the checker refuses are left out."""
+        """A function of (seed, index) over the training share, each epoch in a new order.
+
+        Items whose ground truth the checker refuses are left out.
+        """
         return self._shares.train_problem(index)
 
     def held_out(self, count: int) -> list[Problem]:

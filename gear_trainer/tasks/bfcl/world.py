@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from gear_trainer.tasks.bfcl import package
@@ -42,7 +44,8 @@ class World:
             raise NameError(f"name '{call.name}' is not defined")
         for name, value in call.arguments.items():
             _check_size(name, value)
-        return self.methods[call.name](**call.arguments)
+        method: Any = self.methods[call.name]
+        return method(**copy.deepcopy(_shared_defaults(method.__func__) | call.arguments))
 
     def gold_call(self, text: str) -> ToolCall:
         """A call of the ground truth, which the package writes as Python, with every argument under its name."""
@@ -51,6 +54,13 @@ class World:
         named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
         bound = method.bind(*(ast.literal_eval(value) for value in node.args), **named)
         return ToolCall(node.func.id, dict(bound.arguments))
+
+
+@cache
+def _shared_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Lists that are default values: one such list would be shared by all episodes of a process, and some methods add to it."""
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    return {name: value for name, value in defaults.items() if isinstance(value, list)}
 
 
 def _written(result: dict[str, Any]) -> str:

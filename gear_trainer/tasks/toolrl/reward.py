@@ -58,13 +58,13 @@ def _likeness(gold: ToolCall, call: ToolCall) -> float:
 
 
 def overlap(one: list[str], other: list[str]) -> float:
-    """What two lists share as multisets over what either holds (their Jaccard index); 1 where both are empty."""
+    """The Jaccard index of two lists as multisets: what both hold over what either holds; 1 where both are empty."""
     a, b = Counter(one), Counter(other)
     return (a & b).total() / (a | b).total() if a or b else 1.0
 
 
 def same_calls(truth: Sequence[ToolCall], calls: Sequence[ToolCall | str]) -> bool:
-    """Whether the calls are the ground truth's, in any order."""
+    """True where the calls are the ground truth's, in any order."""
     return len(truth) == len(calls) and Counter(map(_key, truth)) == Counter(map(_key, calls))
 
 
