@@ -16,7 +16,7 @@ import pytest
 from gear_trainer.config import load_config
 from gear_trainer.rollout import Rollout, is_mixed, mixed_groups
 from gear_trainer.tasks import Outcome, Problem, TaskError, make_task
-from gear_trainer.tasks.math.checker import AnswerChecker, Verdict, answer_checker
+from gear_trainer.tasks.math.checker import MEMORY_LIMIT, AnswerChecker, Verdict, answer_checker
 from gear_trainer.tasks.math.rows import any_row, normalised, read_rows
 
 DATA = os.environ.get("GEAR_DATA")
@@ -78,7 +78,7 @@ def test_any_row_reads_each_sets_columns(raw, row):
             "Question,Numbers,Equation,Answer\nq,1.0,+ 1 2 3,2\n",
             r"line 2: the 'Equation' goes on behind its end with '3'",
         ),
-        ("a.csv", 'Question,Answer\n"q,2\n', r"a\.csv, line 2 is not valid CSV"),
+        ("a.csv", 'Question,Answer\n"q,2\n', r"a\.csv, line [23] is not valid CSV"),
         ("a.jsonl", '{"text": "q"}', r"a\.jsonl, line 1: no field 'problem' or 'question' \(the row has 'text'\)"),
         ("a.txt", "q", r"a\.txt must be a \.jsonl or \.parquet file"),
     ],
@@ -193,8 +193,9 @@ BOXED = [
     (r"-\frac{5}{2}", ["-2.5", r"\frac{-5}{2}", r"\frac{5}{-2}", r"-2\frac{1}{2}"], ["2.5", r"-\frac{2}{5}", r"2\frac{1}{2}"]),
     (r"\frac{1}{3}", ["1/3", "0.3333333", r"\frac{3}{9}"], ["0.33", "0.3", "3"]),
     ("18", ["18.0", r"\$18", r"18\text{ dollars}", "18 dollars", r"18\ \mathrm{cm}", "18.", "18 cm", "18 km/h", r"18^\circ",
-            r"\text{18}", "x = 18", "9+9", r"\mathbf{18}", "{18}", "18 apples", r"\boxed{18}", r"18\%"],
-     ["81", "1 8", "18 000", "18, 19", r"18 \text{ or } 19", "18 hundred", "18 million", "18 thousand",
+            r"\text{18}", "x = 18", "9+9", r"\mathbf{18}", "{18}", "18 apples", "18 months",
+            "18 km per hour", r"\boxed{18}", r"18\%"],
+     ["81", "1 8", "18 000", "18, 19", r"18 \text{ or } 19", "18 hundred", "18 million", "18 thousand", "18 tenths",
       "18x", "-18", "180", "x"]),
     (r"50\%", ["50", r"50\%", "0.5", "50 percent"], ["500", r"5\%", "0.05"]),
     ("1000", ["1,000", r"1\,000", "1 000", "1{,}000", "10^3", r"1 \times 10^3"], ["1.000", "100", "1,00"]),
@@ -305,6 +306,7 @@ def test_a_hostile_answer_stays_within_its_limits():
     checker = AnswerChecker(0.5)
     try:
         assert checker.judge("18", r"\boxed{18}") is R
+        assert checker._worker and resource.prlimit(checker._worker.pid, resource.RLIMIT_AS) == (MEMORY_LIMIT, MEMORY_LIMIT)
         for what, answer in HOSTILE.items():
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             assert checker.judge("18", f"\\boxed{{{answer}}}") in (W, U, Verdict.CHECK_BROKEN), what

@@ -84,6 +84,15 @@ def play(task, schedule, engine=None, groups=1, size=4, timeout=None, new=64, le
     return roll_out(engine, Chat(), task, [(i, task.train_problem(i)) for i in range(groups)], limits, ("key",))
 
 
+def test_a_problem_may_have_fewer_turns_than_its_task():
+    task = Talk()
+    task.train_problem = lambda i: Problem(str(i), [{"role": "user", "content": "q"}], [], "", max_turns=(2, 9, None)[i])
+    for schedule in SCHEDULES:
+        found = play(task, schedule, groups=3, size=1)
+        assert [(r.turns, r.status) for r in found] == [(2, Status.TURNS), (4, Status.DONE), (4, Status.DONE)]
+    assert [e.ends for e in task.episodes[:3]] == [["turns"], ["done"], ["done"]]
+
+
 # --- schedules ----------------------------------------------------------------------------------------------------------
 
 

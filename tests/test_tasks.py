@@ -210,7 +210,7 @@ def test_import_is_light():
 
     code = "import sys, gear_trainer.tasks as t; t.make_task('mathapi', 0)\nprint({'torch', 'bfcl_eval'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()" and len(TASKS) == 4
+    assert result.stdout.strip() == "set()" and "mathapi" in TASKS
 
 
 GOOD = [{"question": f"What is {i} + 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(1, 41)]
@@ -338,7 +338,9 @@ def test_D7_what_counts_as_the_answer(gold, text, right):
     assert answer_checker(10.0).equal(gold, text) is right
 
 
-@pytest.mark.parametrize("part", ["answer is ", "1 ab ", "#### ", "\\boxed{1", "\\text{a", "^", "70 000 ", "{", "\\"])
+@pytest.mark.parametrize(
+    "part", ["answer is ", "1 ab ", "#### ", "\\boxed{1", "\\text{a", "^", "70 000 ", "{", "\\", "5 aa ", "9", "C: "]
+)
 def test_D7_a_degenerate_turn_is_read_in_linear_time(part):
     start = time.process_time()
     for text in (part * 20_000, "\\boxed{" + part * 20_000 + "}"):

@@ -64,7 +64,9 @@ def _csv_rows(path: Path) -> Rows:
                     raise TaskError(f"{where} has another number of fields than the header: mend or delete that line")
                 yield where, row
         except (csv.Error, UnicodeDecodeError) as error:
-            raise TaskError(f"{path}, line {reader.line_num} is not valid CSV in UTF-8 ({error}): mend or delete it") from error
+            raise TaskError(
+                f"{path}, line {reader.reader.line_num} is not valid CSV in UTF-8 ({error}): mend or delete it"
+            ) from error
 
 
 def _parquet_rows(path: Path) -> Rows:

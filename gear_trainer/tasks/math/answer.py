@@ -38,8 +38,9 @@ _OPTION = re.compile(
 )
 # a number with its unit in words, as `18 dollars` or `5 m/s`; what counts or divides is no unit
 _MEASURED = re.compile(
-    r"(?P<number>(?:\\?\$)?-?[\d.,]*\d(?:/\d+)?)\s+(?!(?:hundred|thousand|.?illion|dozen|percent|hal|third|quarter|fourth|fift|\w+th)"
-    r"|(?:and|or|sqrt|pi|mod|squared|cubed|factorial)\b)(?:[A-Za-z][A-Za-z][A-Za-z .]*|[A-Za-z]+/[A-Za-z]+)"
+    r"(?P<number>(?:\\?\$)?-?[\d.,]*\d(?:/\d+)?)\s+(?!hundred|thousand|.?illion|dozen|percent|half|halves|third|quarter"
+    r"|(?:four|fif|six|seven|eigh|nin|ten|twelf)th|(?:and|or|sqrt|pi|mod|squared|cubed|factorial)\b)"
+    r"(?:[A-Za-z][A-Za-z][A-Za-z .]*|[A-Za-z]+/[A-Za-z]+)"
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
@@ -67,26 +68,6 @@ def final_answer(gold: str, text: str) -> str | None:
         return f"\\boxed{{{given}}}"
     given = given.replace("\\$", "$")
     return f"${given}$" if "\\" in given and "$" not in given else given
-
-
-def readings(gold: str, answer: str) -> list[tuple[str, str]]:
-    """The pairs of a gold answer and a `final_answer`, or of their parts, of which one must agree."""
-    box = answer.startswith("\\boxed{")
-    inner = answer.removeprefix("\\boxed{")[:-1] if box else answer
-    wanted, given = _option(gold), _option(inner)
-    if wanted and given:
-        pairs = [(wanted[1], given[1])] if wanted[0] == given[0] else []
-    elif wanted:
-        pairs = [(part, inner) for part in wanted[::-1]]
-    else:
-        pairs = [(gold, part) for part in (inner, *(given or ()))]
-    return [(ungrouped(one), f"\\boxed{{{other}}}" if box else other) for one, other in pairs]
-
-
-def _option(answer: str) -> tuple[str, str] | None:
-    """The letter and the value of `C: 7`, `(C) 7` and `\\textbf{(C)} 7`."""
-    found = _OPTION.fullmatch(answer.strip().strip("$"))
-    return (found["held"] or found["bare"], found["value"]) if found else None
 
 
 def ungrouped(text: str) -> str:
@@ -118,3 +99,23 @@ def _several(answer: str) -> bool:
     values = _NO_VALUE.sub(" ", _TEXT.sub(r" \1 ", answer))
     digits = [at for at, char in enumerate(values) if char.isdigit()]
     return bool(digits) and _JOINING.search(values[digits[0] : digits[-1]]) is not None
+
+
+def readings(gold: str, answer: str) -> list[tuple[str, str]]:
+    """The pairs of a gold answer and a `final_answer`, or of their parts, of which one must agree."""
+    box = answer.startswith("\\boxed{")
+    inner = answer.removeprefix("\\boxed{")[:-1] if box else answer
+    wanted, given = _option(gold), _option(inner)
+    if wanted and given:
+        pairs = [(wanted[1], given[1])] if wanted[0] == given[0] else []
+    elif wanted:
+        pairs = [(part, inner) for part in wanted[::-1]]
+    else:
+        pairs = [(gold, part) for part in (inner, *(given or ()))]
+    return [(ungrouped(one), f"\\boxed{{{other}}}" if box else other) for one, other in pairs]
+
+
+def _option(answer: str) -> tuple[str, str] | None:
+    """The letter and the value of `C: 7`, `(C) 7` and `\\textbf{(C)} 7`."""
+    found = _OPTION.fullmatch(answer.strip().strip("$"))
+    return (found["held"] or found["bare"], found["value"]) if found else None
