@@ -51,7 +51,7 @@ class EndpointUser:
     stops: tuple[str, ...] = ()
 
     def reply(self, history: Sequence[dict[str, Any]]) -> str | None:
-        """What the model says to the assistant's last words."""
+        """The model's answer to the assistant's last words."""
         other = {"assistant": "user", "user": "assistant"}
         chat = [{"role": "system", "content": self.prompt}, {"role": "user", "content": self.greeting}]
         chat += [{"role": other[m["role"]], "content": m["content"]} for m in history if m["role"] in other and m["content"]]

@@ -95,7 +95,7 @@ class McpEpisode(Episode):
         return text, not result.is_error
 
     async def outcome(self, end: End) -> Outcome:
-        """What the judge says of the conversation."""
+        """The judge's reward for the conversation."""
         found = self.task.judged(row=self.row, transcript=self.transcript, end=end)
         reward = float(await found if asyncio.iscoroutine(found) else found)
         return Outcome(reward, reward >= self.task.success_at)
@@ -122,7 +122,7 @@ class McpTask(RowTask):
 
     @cached_property
     def target(self) -> Any:
-        """What the client connects to."""
+        """The address or the command that the client connects to."""
         if not self.server:
             raise TaskError("server is missing: give an http address or a command")
         if self.server.startswith(("http://", "https://")):

@@ -121,7 +121,7 @@ class OpenEnvTask(RowTask):
             raise
 
     def seen(self, observation: Any) -> str:
-        """What the model reads of an observation."""
+        """The text of an observation that the model reads."""
         if self.observation_field and isinstance(observation, dict):
             observation = observation.get(self.observation_field, "")
         return observation if isinstance(observation, str) else json.dumps(observation, default=str)

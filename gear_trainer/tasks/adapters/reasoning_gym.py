@@ -1,4 +1,4 @@
-"""reasoning-gym's generators by name: a question, an answer between `<answer>` tags, a score in [0, 1]."""
+"""Generators of reasoning-gym by name: a question, an answer between `<answer>` tags, a score in [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gear_trainer.user_code import said
 
 INSTRUCTION = "Think step by step, then give the final answer alone between <answer> and </answer>."
 _SPAN = 10**6  # held-out entries have seeds below it, a run of seed s trains on those from (s + 1) times it on
-_KEPT = 500  # entries that are held out
+_KEPT = 200  # entries that are held out
 _TRIES = 50
 
 
@@ -110,7 +110,7 @@ class ReasoningGymTask(Task):
         raise TaskError(f"generator={self.generator}: nearly all its questions are held out: give it options with more of them")
 
     def held_out(self, count: int) -> list[Problem]:
-        """Distinct questions, the same for every seed, 500 at most."""
+        """Distinct questions, the same for every seed, 200 at most."""
         return [self._problem(f"held-out-{seed}", seed) for seed in list(self._kept.values())[:count]]
 
     def episode(self, problem: Problem) -> ReasoningGymEpisode:

@@ -1,4 +1,4 @@
-"""What the adapters share: problems out of the rows of a data set, with the ground truth where `teacher_field` says."""
+"""The part that adapters share: problems out of the rows of a data set, with the ground truth where `teacher_field` says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def field_of(row: Row, path: str) -> Any:
-    """What stands in a row's field; dots lead into nested ones. Raises TaskError that names the fields that there are."""
+    """The content of a row's field; dots lead into nested ones. Raises TaskError that names the fields that there are."""
     value: Any = row
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:
@@ -56,7 +56,7 @@ class RowTask(Task):
 
     @property
     def shows_truth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the teacher's prompt holds the ground truth."""
+        """True where the teacher's prompt holds the ground truth."""
         return self.teacher_field is not None
 
     @cached_property

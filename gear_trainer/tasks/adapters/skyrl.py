@@ -1,4 +1,4 @@
-"""skyrl-gym environments: text in, chat messages out, a reward for each step."""
+"""Environments of skyrl-gym: text in, chat messages out, a reward for each step."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class TrlTask(RowTask):
         return world, _text(resolved(world.reset(**given)))
 
     def reward_of(self, world: Any, row: Row, turns: list[str]) -> float:
-        """What an episode earned. Raises where nobody says."""
+        """The reward of an episode. Raises where nobody says."""
         if self._reward is not None:
             rest = {name: [value] for name, value in row.items() if name != "prompt"}
             chat = [{"role": "assistant", "content": turn} for turn in turns]

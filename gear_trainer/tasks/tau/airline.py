@@ -1,4 +1,4 @@
-"""tau-3 airline: the official database, policy, tools and tasks, a simulated user, scored by what is booked and what was said."""
+"""The airline of tau-3: official database, policy, tools and tasks, a simulated user; judged by what is booked and said."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class TauAirlineTask(Task):
         return tables, tools | {"calculate": _Calculate(tools["calculate"])}
 
     def gold(self, row: dict[str, Any]) -> dict[str, dict[str, str | None]]:
-        """What the gold calls change; one that fails changes nothing, as officially."""
+        """The changes of the gold calls; one that fails changes nothing, as officially."""
         if row["id"] not in self._golds:
             tables, tools = self.world()
             for action in row["evaluation_criteria"]["actions"] or []:
@@ -175,7 +175,7 @@ class TauAirlineTask(Task):
     def problem(self, row: dict[str, Any]) -> Problem:
         """The problem of a task; the user's opening words stand in its prompt, so rollouts of a group share them."""
         opening = self.user(row).reply([]) or row["user_scenario"]["instructions"]["reason_for_call"]
-        policy = (self._package[2] / "policy.md").read_text(encoding="utf-8")
+        policy = (self._package[2] / "policy").with_suffix(".md").read_text(encoding="utf-8")
         messages = [{"role": "system", "content": _AGENT.format(policy=policy)}, {"role": "user", "content": opening}]
         solution = _solution(row["evaluation_criteria"])
         data = {"row": row, "opening": opening}

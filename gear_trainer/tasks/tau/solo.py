@@ -137,7 +137,7 @@ class TauSoloTask(Task):
         return world
 
     def parts(self, row: Any, world: Any, called: list[tuple[str, dict[str, Any]]], said: list[str]) -> dict[str, bool]:
-        """Whether each part of a ticket's reward basis holds. The database is compared before assertions, which may sync it."""
+        """The parts of a ticket's reward basis that hold or do not; the database first, for assertions may sync it."""
         criteria = row.evaluation_criteria
         basis = {getattr(part, "value", part) for part in criteria.reward_basis}
         parts: dict[str, bool] = {}

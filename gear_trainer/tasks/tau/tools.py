@@ -1,4 +1,4 @@
-"""What both families share: the tools' schemas and answers, and the calls of a turn run in order."""
+"""The part that both families share: the tools' schemas and answers, and the calls of a turn run in order."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class WorkerTask(Task):
 
     @cached_property
     def shows_truth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the worker says what is right, judged by the first task."""
+        """True where the worker says what is right, judged by the first task."""
         return bool(self.train_problem(0).answer)
 
     @cached_property

@@ -18,8 +18,8 @@ TOOL = {
 INSTRUCTION = (
     "You act for {name} ({email}, {phone}) through code. Learn about the apps with apis.api_docs.show_app_descriptions(), "
     "apis.api_docs.show_api_descriptions(app_name=...) and apis.api_docs.show_api_doc(app_name=..., api_name=...); passwords are "
-    "in apis.supervisor.show_account_passwords(). When the task is done, call apis.supervisor.complete_task(answer=...), without an "
-    "answer where none is asked for."
+    "in apis.supervisor.show_account_passwords(). When the task is done, call apis.supervisor.complete_task(answer=...), without "
+    "an answer where none is asked for."
 )
 LONGEST = 20_000  # characters of an output that are shown
 
