@@ -39,6 +39,7 @@ class MixtureTask(Task):
             "max_turns": max(task.max_turns for task in tasks),
             "concurrency": min(task.concurrency for task in tasks),
             "turn_rewards": all(task.turn_rewards for task in tasks),
+            "shows_truth": all(task.shows_truth for task in tasks),
         }
         for name, value in own.items():
             object.__setattr__(self, name, value)
@@ -111,6 +112,10 @@ class MixtureTask(Task):
 
     def episode(self, problem: Problem) -> Episode:
         return self._tasks[problem.data["part"]].episode(problem.data["problem"])
+
+    def vote(self, problem: Problem, text: str) -> str | None:
+        """The vote of the problem's part."""
+        return self._tasks[problem.data["part"]].vote(problem.data["problem"], text)
 
     def report(self, scored: Sequence[tuple[Problem, Outcome]]) -> dict[str, float]:
         """Each part's own report of its problems, its names behind the part's."""
