@@ -39,6 +39,7 @@ class MixtureTask(Task):
             "max_turns": max(task.max_turns for task in tasks),
             "concurrency": min(task.concurrency for task in tasks),
             "turn_rewards": all(task.turn_rewards for task in tasks),
+            "shows_truth": all(task.shows_truth for task in tasks),
         }
         for name, value in own.items():
             object.__setattr__(self, name, value)
