@@ -539,7 +539,7 @@ def test_vllm_is_told_the_requests_own_sampling(monkeypatch):
     [
         ("so \\boxed{1,000}", "1000"), ("\\boxed{18.0}", "18"), ("The answer is $18.00$.", "18"), ("#### 18", "18"),
         ("\\boxed{\\dfrac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{\\left( 3, 4\\right)}", "(3,4)"), ("\\boxed{\\$18}", "18"),
-        ("hm", None),
+        ("hm", None), ("\\boxed{}", None),
     ],
 )  # fmt: skip
 def test_equal_answers_vote_as_one(text, vote):

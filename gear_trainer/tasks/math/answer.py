@@ -80,7 +80,7 @@ def plain_answer(gold: str, text: str) -> str | None:
         return None
     plain = answer.removeprefix("\\boxed{").removesuffix("}") if answer.startswith("\\boxed{") else answer
     plain = _SPELLING.sub("", plain).replace("dfrac", "frac").replace("tfrac", "frac").rstrip(".")
-    return re.sub(r"\.0+\Z", "", plain.replace(",", "")) if _NUMBER.fullmatch(plain) else plain
+    return re.sub(r"\.0+\Z", "", plain.replace(",", "")) if _NUMBER.fullmatch(plain) else plain or None
 
 
 def ungrouped(text: str) -> str:
