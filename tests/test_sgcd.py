@@ -104,7 +104,7 @@ class Indexed:
 
 def trainer(solved, rank=0, *overrides):
     cfg = demo("rollout.group_size=4", "rollout.prompts_per_step=8", "rollout.max_new_tokens=8", *overrides)
-    chat = SimpleNamespace(prompt_ids=lambda *_: [1], escapes=lambda _: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
+    chat = SimpleNamespace(prompt_ids=lambda *_: [1], escapes=lambda *_: 0, tokenizer=SimpleNamespace(decode=lambda ids: ""))
     return StepSampler(cfg, resolve(cfg), Indexed(solved), chat, Solver(), rank)
 
 
