@@ -84,6 +84,15 @@ class Endpoint:
         if self.cache and Path(self.cache).exists():
             self._said.update(_remembered(Path(self.cache)))
 
+    @classmethod
+    def of(cls, url: str | None, model: str | None, api_key_env: str | None, cache: str | None) -> Endpoint | None:
+        """The endpoint of a task's arguments user_url, user_model and so on; None without an address. Raises TaskError."""
+        if url is None:
+            return None
+        if model is None:
+            raise TaskError("user_model is missing: name the model that user_url serves")
+        return cls(url, model, api_key_env, cache)
+
     def complete(self, chat: list[dict[str, str]]) -> str:
         """The model's next words. Raises what the client raises, and RuntimeError for an empty answer."""
         key = hashlib.sha256(json.dumps([self.model, self.max_tokens, chat]).encode()).hexdigest()

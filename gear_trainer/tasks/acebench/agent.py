@@ -165,11 +165,7 @@ class AceAgentTask(Task):
 
     @cached_property
     def _endpoint(self) -> Endpoint | None:
-        if self.user_url is None:
-            return None
-        if self.user_model is None:
-            raise TaskError("user_model is missing: name the model that user_url serves")
-        return Endpoint(self.user_url, self.user_model, self.user_api_key_env, self.user_cache)
+        return Endpoint.of(self.user_url, self.user_model, self.user_api_key_env, self.user_cache)
 
     @cached_property
     def _items(self) -> tuple[list[Item], list[Item]]:

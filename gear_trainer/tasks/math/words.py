@@ -6,7 +6,6 @@ The sets and their columns: rows.py. What of a turn is its final answer: answer.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 
 from gear_trainer.tasks.base import End, Episode, Outcome, Problem, Reply, Task, TaskError
 from gear_trainer.tasks.common import fill, load_template, user
+from gear_trainer.tasks.epochs import Epochs
 from gear_trainer.tasks.math.answer import plain_answer
 from gear_trainer.tasks.math.checker import AnswerChecker, Verdict, answer_checker
 from gear_trainer.tasks.math.python_tool import PythonTool
@@ -150,14 +150,8 @@ class MathTask(Task):
         return kept
 
     @cached_property
-    def _orders(self) -> dict[int, list[int]]:
-        return {}
-
-    def _order(self, epoch: int) -> list[int]:
-        if epoch not in self._orders:
-            self._orders.clear()  # one epoch at a time is read, so one order is kept
-            self._orders[epoch] = random.Random(f"{self.seed}/{epoch}").sample(range(len(self._train)), len(self._train))
-        return self._orders[epoch]
+    def _order(self) -> Epochs:
+        return Epochs(self.seed, len(self._train))
 
     def _problem(self, id: str, row: Row, category: str = "") -> Problem:
         student = f"{row.problem}\n{self.instruction}"
@@ -172,8 +166,7 @@ class MathTask(Task):
 
     def train_problem(self, index: int) -> Problem:
         """A function of (seed, index): each epoch is a new order of all rows that are not held out."""
-        epoch, at = divmod(index, len(self._train))
-        row = self._order(epoch)[at]
+        row = self._order.row(index)
         return self._problem(f"train-{row}", self._train[row])
 
     def held_out(self, count: int) -> list[Problem]:
