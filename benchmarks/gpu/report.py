@@ -177,7 +177,8 @@ def use_cache(file: Path) -> None:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file) as archive:
-        archive.extractall(folder, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python before 3.11.4 has none
+        archive.extractall(folder, **safely)
     for group in folder.glob("*/__grp__*"):
         paths = json.loads(group.read_text())
         paths["child_paths"] = {name: str(group.parent / name) for name in paths["child_paths"]}
