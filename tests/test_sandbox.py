@@ -338,6 +338,15 @@ def test_a_lost_process_is_replaced(sandbox):
     assert sandbox.restarts >= lost and set(processes(sandbox))
 
 
+def test_processes_lost_together_cost_a_call_one_attempt(sandbox):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(sandbox.run, ["import time; time.sleep(1)"] * 2))
+    assert len(sandbox.pids()) == 2
+    for warm in sandbox._all:
+        warm.process.stdin.close()  # lost, and for a moment still alive to whoever asks
+    assert sandbox.run("print(1)").text == "1\n"
+
+
 @pytest.mark.parametrize("means", ["sandlock", "bwrap"])
 def test_nothing_outlives_a_run_that_is_killed(means):
     code = f"""

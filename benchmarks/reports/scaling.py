@@ -165,7 +165,7 @@ def _ranks_of(count: int, sizes: Sizes) -> dict:
         command = [*launch, "-m", "benchmarks.reports.scaling", "--worker", str(path), *(["--quick"] if sizes.quick else [])]
         done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{count} ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"{count} ranks ended with {done.returncode}:\n{done.stderr}")
         return json.loads(path.read_text())
 
 

@@ -110,6 +110,7 @@ class Sandbox:
                     result = warm.call(code, limits or self.limits)
                 except (OSError, EOFError, TimeoutError, ValueError) as error:  # ValueError: its pipes were closed meanwhile
                     self.restarts += 1
+                    self._end_idle()
                     if last:
                         raise SandboxError(f"the sandbox {self.means.name} was lost twice in a call ({said(error)})") from error
                 else:
@@ -135,6 +136,14 @@ class Sandbox:
             self._idle.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
         atexit.unregister(self.close)
+
+    def _end_idle(self) -> None:
+        """End the processes that wait: what took one may have taken them, and a dying one still looks alive for a moment."""
+        with self._lock:
+            for warm in self._idle:
+                warm.kill()
+            self._all.difference_update(self._idle)
+            self._idle.clear()
 
     def _take(self) -> _Warm:
         with self._lock:
