@@ -234,10 +234,11 @@ def attack(sandbox, tmp_path_factory):
             server.listen()
             server.setblocking(False)
         targets = (os.getpid(), str(canary), str(folder), abstract, tcp.getsockname()[1], pytest.__file__)
-        sandbox.run("pass")
-        before, state = processes(sandbox), [os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)]
+        state = [os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)]
 
         def run(code, limits=QUICK):
+            sandbox.run("pass")
+            before = processes(sandbox)
             result = sandbox.run(BEFORE.replace("{targets}", repr(targets)) + code, limits)
             assert "GOT" not in result.text and SECRET not in result.text, result
             assert canary.read_text() == SECRET and os.listdir(folder) == ["canary"]
@@ -488,7 +489,8 @@ def test_why_a_call_was_stopped_is_said(interpreter):
         "while True: print('x')": "cut and stopped: more than 4096 bytes of output",
         "x = 'x' * (4 << 30)": "MemoryError\nstopped: more than 256 MiB of memory",
     }.items():
-        assert python_tool.shown(interpreter.run(code, QUICK), QUICK).endswith(said)
+        limits = replace(QUICK, seconds=30.0)
+        assert python_tool.shown(interpreter.run(code, limits), limits).endswith(said)
 
 
 def test_a_mathematics_task_with_the_tool(interpreter, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from gear_trainer.sandbox.view import LIBRARIES, interpreter, readable
 
 End = Literal["done", "error", "memory", "time", "output", "killed"]
 START_LIMIT = 50.0  # seconds; importing sympy takes 1-2, much more on a loaded machine; below rollout.turn_timeout
-_GRACE = 5.0  # seconds beyond a call's own limit, after which its warm process is taken for lost
+_GRACE = 20.0  # seconds beyond a call's limit, after which its process is lost; twice that is below rollout.turn_timeout
 _FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")  # no site-packages, nothing written, no path but what it is given
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "HOME": "/", "CUDA_VISIBLE_DEVICES": ""} | {
     f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
