@@ -346,6 +346,9 @@ def _checked_temperature(temperature: torch.Tensor, like: torch.Tensor, shape: t
         raise bad_input(
             f"temperature has shape {tuple(temperature.shape)}", f"a number, or one per row {tuple(shape)}", "expand it"
         )
+    if temperature.dtype in _HALVES:  # FSDP2's policies cast every input: 0.7 is 0.1 % off, which is nats of a log-prob
+        given = f"temperature has dtype {temperature.dtype}, rounded"
+        raise bad_input(given, "float32 or float64", "pass a number, or cast it before the model, not within")
     if temperature.device != like.device:
         raise bad_input(f"temperature is on {temperature.device}", f"the rows' {like.device}", "move it")
     return temperature.detach()
