@@ -48,8 +48,8 @@ class FusedHead(nn.Linear):
     def from_model(cls, model: nn.Module) -> FusedHead:
         """Turn the output layer of a causal LM (transformers') into a FusedHead in place, with its softcap and scale: `adopt`.
 
-        Call it before get_peft_model, DDP, fully_shard or deepspeed.initialize. Raises GearKernelsError as `adopt`, and for a model
-        without an output layer.
+        Call it before get_peft_model, DDP, fully_shard or deepspeed.initialize. Raises GearKernelsError as `adopt`, and for a
+        model without an output layer.
         """
         layer, config = model_head.layer_and_config(model)
         return cls.adopt(cast(nn.Linear, layer), model_head.softcap(config), model_head.scale(config))

@@ -130,8 +130,8 @@ def _no_product(layer: Any, name: str) -> tuple[str, str] | None:
 def _check_whole(weight: torch.Tensor) -> None:
     if weight.numel() == 0 or type(weight).__name__ == "DTensor":
         mend = (
-            "call Head.from_model and the op inside the model's forward; under FSDP2 give the head no fully_shard of its own, the "
-            "outermost one gathers it; or leave the head out of target_modules"
+            "call Head.from_model and the op inside the model's forward; under FSDP2 give the head no fully_shard of its own, "
+            "the outermost one gathers it; or leave the head out of target_modules"
         )
         raise bad_input("the weight under the head's LoRA adapter is sharded", "a whole weight on each rank", mend)
 

@@ -35,7 +35,7 @@ def result(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("live")
     path, log = folder / "result.json", folder / "ranks.log"
     ranks = server.call(log, "where_models_live_ranks:main", path, json.dumps(CASES), TORCHDYNAMO_DISABLE="0")
-    assert ranks.wait(1200) == [0, 0], log.read_text()[-6000:]
+    assert ranks.wait(1500) == [0, 0], log.read_text()[-6000:]
     return json.loads(path.read_text())
 
 
@@ -125,7 +125,7 @@ def test_what_fsdp2_cannot_do_is_refused_in_one_line(result, case, says):
     assert message.startswith("ValueError: " if case == "tied head alone" else "GearKernelsError: ")
 
 
-# --- one process ------------------------------------------------------------------------------------------------------------------
+# --- one process ----------------------------------------------------------------------------------------------------------------
 
 
 def test_results_of_the_head_are_tensors_of_their_own():

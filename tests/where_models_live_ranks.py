@@ -1,7 +1,7 @@
-"""Ranks of test_where_models_live.py: three optimizer steps of a small Qwen3 with the fused head, by each way of spreading a model.
+"""Ranks of test_where_models_live.py: three optimizer steps of a small Qwen3 with the fused head, in each place for a model.
 
-forked_ranks.py calls `main` in two of them with the result's path and the cases, {way: models}; rank 0 writes relative errors against
-one process with whole float64 logits, {way: {model: {parameter: error}}}, and a few facts. The models are those that
+forked_ranks.py calls `main` in two of them with the result's path and the cases, {way: models}; rank 0 writes relative errors
+against one process with whole float64 logits, {way: {model: {parameter: error}}}, and a few facts. The models are those that
 docs/where_models_live.md shows.
 """
 
@@ -64,7 +64,7 @@ class Plain(nn.Module):
         return TokenStats(**dict(zip(STATS, (v * keep for v in values), strict=True)))
 
 
-# --- models: a class around a small Qwen3 -> the model ----------------------------------------------------------------------------
+# --- models: a class around a small Qwen3 -> the model --------------------------------------------------------------------------
 
 
 def tiny_qwen3(tied=False, layers=2):
@@ -103,7 +103,7 @@ MODELS = {
     "LoRA head": partial(with_lora, more=["lm_head"]),
 }
 
-# --- ways: a model -> what is called, its backward, its optimizer's step -----------------------------------------------------------
+# --- ways: a model -> what is called, its backward, its optimizer's step --------------------------------------------------------
 
 
 def by_torch(model):
@@ -161,11 +161,11 @@ WAYS = {
     "ZeRO-3": partial(by_deepspeed, stage=3),
 }
 
-# --- three steps ------------------------------------------------------------------------------------------------------------------
+# --- three steps ----------------------------------------------------------------------------------------------------------------
 
 
 def batch(step):
-    """This rank's rows of the step's batch: ids, targets and the teacher's ids [rows, T], weights of the statistics [3, rows, T]."""
+    """This rank's rows of the step's batch: ids, targets, the teacher's ids [rows, T], and weights of statistics [3, rows, T]."""
     g = torch.Generator().manual_seed(step)
     ids, teacher_ids, targets = torch.randint(VOCAB, (3, ROWS, LENGTH), generator=g)
     targets[torch.rand(ROWS, LENGTH, generator=g) < 0.25] = -100
@@ -218,7 +218,7 @@ def errors(way, name, want):
     return {n: ((got[n] - w).norm() / w.norm()).item() for n, w in want.items()}
 
 
-# --- bfloat16 ---------------------------------------------------------------------------------------------------------------------
+# --- bfloat16 -------------------------------------------------------------------------------------------------------------------
 
 ROUNDED = {  # way, and what its forward runs under
     "DDP, autocast": (WAYS["DDP"], partial(torch.autocast, "cpu", dtype=torch.bfloat16)),
@@ -242,7 +242,7 @@ def first_step(parts, context=contextlib.nullcontext):
 
 
 def rounding(case, truth):
-    """Errors of our head and of plain logits, both in the same system: root mean squares of the statistics, the gradient's share."""
+    """Errors of our head and of plain logits in the same system: root mean squares of statistics, the gradient's relative one."""
     way, context = ROUNDED[case]
     rank, found = dist.get_rank(), {}
     for name, kind in {"ours": page.Scored, "plain": Plain}.items():
@@ -254,7 +254,7 @@ def rounding(case, truth):
     return found
 
 
-# --- what is refused, and when the weight is whole --------------------------------------------------------------------------------
+# --- what is refused, and when the weight is whole ------------------------------------------------------------------------------
 
 
 def refusals():
@@ -305,9 +305,8 @@ def gathered():
 
 
 def main(argv):
-    faulthandler.dump_traceback_later(800, exit=True)  # a hang prints nothing by itself
+    faulthandler.dump_traceback_later(1400, exit=True)  # a hang prints nothing by itself
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pure gloo; else a C++ op is compiled at the first use
-    import time; T = time.time()
     path, cases = argv[0], json.loads(argv[1])
     want = {name: trained_by_one(name) for name in sorted({name for names in cases.values() for name in names})}
     truth = first_step(by_torch(Plain(tiny_qwen3())))
@@ -316,15 +315,9 @@ def main(argv):
     result = {"moved": {name: moved for name, (_, moved) in want.items()}}
     result["gathered"], result["refused"] = gathered(), refusals()
     deepspeed.init_distributed("gloo")
-    result["errors"] = {}
-    for way, names in cases.items():
-        t = time.process_time()
-        result["errors"][way] = {name: errors(way, name, want[name][0]) for name in names}
-        print("##", way, time.process_time() - t, flush=True)
+    result["errors"] = {way: {name: errors(way, name, want[name][0]) for name in names} for way, names in cases.items()}
     result["rounding"] = {case: rounding(case, truth) for case in ROUNDED}
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(result))
-    import time
-    print("## CPU", time.process_time(), "wall", time.time() - T)
     dist.barrier()
     dist.destroy_process_group()
