@@ -45,10 +45,10 @@ def cases(*ways, models=None):
 
 def assert_as_one_process(result, way, name):
     errors, moved = result["errors"][way][name], result["moved"][name]
-    assert set(moved) <= set(errors) and ("lm.lm_head.weight" in errors) == (name in ("untied", "checkpointed", "one layer"))
+    assert any("lm_head" in parameter for parameter in errors) == (name != "tied")
     frozen = set(errors) - set(moved)
     assert bool(frozen) == (name in ADAPTED) and not any(errors[parameter] for parameter in frozen)
-    assert max(errors.values()) < 1e-5, errors
+    assert min(moved.values()) > 1e-3 and max(errors.values()) < 1e-5, errors
 
 
 PLAIN = ("untied", "tied")
