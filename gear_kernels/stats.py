@@ -70,8 +70,8 @@ def token_stats(
     student_logits, teacher_logits: the same shape, float32, bfloat16, float16 or float64, any strides; dtypes may differ unless
     one is float64. Cut padded columns off by a slice, logits[:, :valid_vocab].  targets: integers [N]; needed for log-probs; a
     row whose target is `ignore_index` returns 0 and passes no gradient, whatever it holds.  temperature: divides both logits; a
-    number or a tensor [N], above 0, not differentiated.  stats: names of TokenStats fields; the divergences and teacher_* need
-    teacher_logits.  jsd_beta: between 0 and 1, the teacher's share of the mixture (arXiv 2306.13649).
+    number or a tensor [N], above 0, float32 or float64, not differentiated.  stats: names of TokenStats fields; the divergences
+    and teacher_* need teacher_logits.  jsd_beta: between 0 and 1, the teacher's share of the mixture (arXiv 2306.13649).
 
     Sums are float32 in blocks and float64 between blocks and tiles (float64 throughout for float64 inputs); the gradient is
     computed in float32 and rounded once to the logits' dtype. Divergences are never negative. -inf logits contribute zero and get
@@ -346,6 +346,9 @@ def _checked_temperature(temperature: torch.Tensor, like: torch.Tensor, shape: t
         raise bad_input(
             f"temperature has shape {tuple(temperature.shape)}", f"a number, or one per row {tuple(shape)}", "expand it"
         )
+    if temperature.dtype in _HALVES:  # FSDP2's policies cast every input: 0.7 is 0.1 % off, which is nats of a log-prob
+        given = f"temperature has dtype {temperature.dtype}, rounded"
+        raise bad_input(given, "float32 or float64", "pass a number, or cast it before the model, not within")
     if temperature.device != like.device:
         raise bad_input(f"temperature is on {temperature.device}", f"the rows' {like.device}", "move it")
     return temperature.detach()
