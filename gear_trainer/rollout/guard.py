@@ -1,8 +1,8 @@
 """A task's episodes behind a guard: what raises, hangs or answers nonsense ends its rollout as an error, never the run.
 
-A task's code runs in threads beside the trainer's, `Task.concurrency` calls at a time, the parts of a mixture each with threads of
-its own; with one, in the order in which it would run without. A call that takes longer than the limit is left alone in its thread
-(Python cannot stop one) and a fresh thread takes over. What only works in the main thread, as signal handlers, needs
+A task's code runs in threads beside the trainer's, `Task.concurrency` calls at a time, the parts of a mixture each with threads
+of its own; with one, in the order in which it would run without. A call that takes longer than the limit is left alone in its
+thread (Python cannot stop one) and a fresh thread takes over. What only works in the main thread, as signal handlers, needs
 rollout.turn_timeout=null: then calls are made directly, one after the other, without a limit.
 """
 
