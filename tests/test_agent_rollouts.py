@@ -127,7 +127,8 @@ def run(tmp_path_factory, server):
         "trl": {"task": "trl", "args": guessing(folder, "AsyncGuessing")},
         "maths": {"task": "math", "args": sums(folder)},
     }
-    task = make_task("mixture", 0, {"parts": parts})
+    plain = {"task": "math", "args": {key: value for key, value in parts["maths"]["args"].items() if key != "tool"}}
+    task = make_task("mixture", 0, {"parts": parts | {"maths": plain}})  # the same problems; the ranks open the sandbox
     tiny_model(task, [*map(task.train_problem, range(12)), *task.held_out(6)], folder / "model")
     config = {
         "name": "agents", "output_dir": str(folder), "world_size": 2, "task": "mixture", "task_args": {"parts": parts},
