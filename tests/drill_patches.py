@@ -1,5 +1,6 @@
 """What a test changes in a run, from inside: each function is called in every rank of tests/forked_ranks.py before it starts."""
 
+import json
 import os
 import shutil
 import signal
@@ -48,6 +49,13 @@ def kill_at():
 
 def _in_checkpoints(name, args):
     return name != "rmtree" or str(args[0]).endswith(".removing") and os.path.exists(args[0])
+
+
+def evaluates():
+    """Make this process what `gear-trainer evaluate EVALUATE` starts."""
+    from gear_trainer import cli, run
+
+    run.main = lambda argv: cli.main(["evaluate", *json.loads(os.environ["EVALUATE"])])
 
 
 def nan_loss_on_one_rank():

@@ -388,10 +388,10 @@ def test_D17_a_lone_surrogate_and_ten_megabytes_are_no_failure(small):
 
 
 def test_D17_a_tool_that_sleeps_ends_its_rollout_not_the_step(small):
-    never, before = threading.Event(), callers(0.2, 1).abandoned
+    never, before = threading.Event(), callers(0.2, 1, "").abandoned
     task = Says(lambda _: never.wait(600) and Reply(says("late")))
     rollouts = play(small, task, size=2, timeout=0.2)
-    assert callers(0.2, 1).abandoned == before + 4
+    assert callers(0.2, 1, "").abandoned == before + 4
     never.set()
     assert all(r.failed and r.failures[0] == "step: no answer within 0.2 s (rollout.turn_timeout)" for r in rollouts)
     assert play(small, Says("ok"), timeout=0.2)[0].success, "a fresh thread took over"
