@@ -408,13 +408,21 @@ def test_every_loss_of_trl_takes_advantages_by_token(loss, level, tools):
     assert torch.equal(each, plain) and each != 0
 
 
-def test_a_run_logs_the_metrics_and_evaluates_as_trl_does(tmp_path, tok):
-    own = dict(credit="gear", teacher_prompt=hinted)
-    trainer = grpo(tmp_path, tok, GearGRPOTrainer, dict(eval_strategy="no", beta=0.1, num_iterations=2), **own)
+def test_a_run_with_lora_a_reference_and_two_iterations_logs_and_evaluates_as_trl_does(tmp_path, tok):
+    """The reference's pass runs through the policy too, its adapter off; the student's pass is TRL's own for the old log-probs."""
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
+    changes = dict(beta=0.1, num_iterations=2)
+    trainer = grpo(tmp_path, tok, GearGRPOTrainer, changes, credit="gear", teacher_prompt=hinted, peft_config=lora)
+    scored = []
+    inner = trainer._pass
+    trainer._pass = lambda batch, prompt: scored.append(prompt) or inner(batch, prompt)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert all({"gear/share_in_segments", "gear/mean_signal", "gear/mean_weight_positive"} <= log.keys() for log in logs[:1])
-    assert logs[0]["gear/teacher_prompts_changed"] == 1
+    assert {"gear/share_in_segments", "gear/mean_signal", "gear/mean_weight_positive", "kl"} <= logs[0].keys()
+    assert logs[0]["gear/teacher_prompts_changed"] == 1 and logs[0]["gear/mean_signal"] != 0
+    assert len(scored) == 1, "one pass beside TRL's: behind the teacher's prompt, once for both iterations"
     trainer.model.eval()
     batch = trainer._generate_and_score_completions([tiny.rows(4, 9)[0]] * 8)
     assert batch["advantages"].dim() == 1

@@ -86,3 +86,8 @@ def warm_start(tok: PreTrainedTokenizerFast, seed: int, steps: int, output: str)
 
 def _said(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def teacher_prompt(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The hint that the warm start taught, before the question."""
+    return [_said("user", HINT.format(answer=row["answer"]) + row["prompt"][0]["content"])]
