@@ -1,7 +1,9 @@
 """TRL's trainers with this package's head and credit: on the CPU, with a tiny model, beside TRL's own."""
 
 import importlib.util
+import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -15,8 +17,18 @@ with warnings.catch_warnings():
 
     import_utils.is_vllm_available = lambda *_, **__: False  # it would be imported for nothing: 8 s
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
-    from trl import SFTConfig, SFTTrainer
+    from trl import (
+        DPOConfig,
+        DPOTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        RLOOConfig,
+        RLOOTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils as trl_utils
 
@@ -76,7 +88,7 @@ def weights_of(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-# --- the head --------------------------------------------------------------------------------------------------------------------
+# --- the head ------------------------------------------------------------------------------------------------------------------
 
 SHAPES = {"plain": (None, None, 1.0), "bias, softcap, scale": (True, 5.0, 0.5)}
 
@@ -172,32 +184,34 @@ def test_the_switch_puts_back_what_was_there():
     assert trl_utils._ChunkedLogProbFunction is own
 
 
+def said(content):
+    return [{"role": "assistant", "content": content}]
+
+
+def paired(trainer, args, tmp_path, tok, rows, **own):
+    """A trainer of two steps on rows of answers. own: beside the model and the data."""
+    options = dict(per_device_train_batch_size=8, max_steps=2, logging_steps=1, learning_rate=1e-2, **COMMON)
+    data = Dataset.from_list(rows)
+    return trainer(tiny.model(tok), args=args(str(tmp_path), **options), train_dataset=data, processing_class=tok, **own)
+
+
 def sft(tmp_path, tok):
-    said = [{"prompt": r["prompt"], "completion": [{"role": "assistant", "content": r["answer"]}]} for r in tiny.rows(16, 0)]
-    args = SFTConfig(str(tmp_path), per_device_train_batch_size=8, max_steps=2, logging_steps=1, learning_rate=1e-2, **COMMON)
-    return SFTTrainer(tiny.model(tok), args=args, train_dataset=Dataset.from_list(said), processing_class=tok)
-
-
-def preferences(tmp_path, tok):
-    answers = [
-        ([{"role": "assistant", "content": r["answer"]}], [{"role": "assistant", "content": "?"}]) for r in tiny.rows(16, 0)
-    ]
-    return [
-        {"prompt": r["prompt"], "chosen": good, "rejected": bad} for r, (good, bad) in zip(tiny.rows(16, 0), answers, strict=True)
-    ]
+    rows = [{"prompt": row["prompt"], "completion": said(row["answer"])} for row in tiny.rows(16, 0)]
+    return paired(SFTTrainer, SFTConfig, tmp_path, tok, rows)
 
 
 def dpo(tmp_path, tok):
-    args = DPOConfig(str(tmp_path), per_device_train_batch_size=8, max_steps=2, logging_steps=1, learning_rate=1e-2, **COMMON)
-    data = Dataset.from_list(preferences(tmp_path, tok))
-    return DPOTrainer(tiny.model(tok), ref_model=tiny.model(tok), args=args, train_dataset=data, processing_class=tok)
+    rows = [{"prompt": row["prompt"], "chosen": said(row["answer"]), "rejected": said("?")} for row in tiny.rows(16, 0)]
+    return paired(DPOTrainer, DPOConfig, tmp_path, tok, rows, ref_model=tiny.model(tok))
 
 
 def kto(tmp_path, tok):
-    pairs = preferences(tmp_path, tok)
-    data = [{"prompt": p["prompt"], "completion": p[k], "label": k == "chosen"} for p in pairs for k in ("chosen", "rejected")]
-    args = KTOConfig(str(tmp_path), per_device_train_batch_size=8, max_steps=2, logging_steps=1, learning_rate=1e-2, **COMMON)
-    return KTOTrainer(tiny.model(tok), ref_model=tiny.model(tok), args=args, train_dataset=Dataset.from_list(data), processing_class=tok)
+    rows = [
+        {"prompt": row["prompt"], "completion": said(text), "label": text != "?"}
+        for row in tiny.rows(16, 0)
+        for text in (row["answer"], "?")
+    ]
+    return paired(KTOTrainer, KTOConfig, tmp_path, tok, rows, ref_model=tiny.model(tok))
 
 
 def rloo(tmp_path, tok):
@@ -236,7 +250,7 @@ def test_trls_trainers_train_the_same_model_with_the_head(make, tmp_path, tok):
     torch.testing.assert_close(weights_of(ours), weights_of(plain), rtol=1e-3, atol=1e-3)
 
 
-# --- the trainer -----------------------------------------------------------------------------------------------------------------
+# --- the trainer ---------------------------------------------------------------------------------------------------------------
 
 
 def test_grpo_and_gear_without_redistribution_are_trls_own_trainer_bit_by_bit(tmp_path, tok):
@@ -363,8 +377,8 @@ def test_the_teacher_scores_the_students_completions(tools, tok):
     (student, _, keep), (teacher, mask, same) = passes[-2:]
     assert keep == same == batch["completion_ids"].shape[1]
     assert torch.equal(student[:, -keep:], teacher[:, -keep:]) and torch.equal(student[:, -keep:], batch["completion_ids"])
-    said = tok.batch_decode([row[on.bool()] for row, on in zip(teacher[:, :-keep], mask[:, :-keep], strict=True)])
-    assert said == [hinted(row)[0]["content"] for row in rows]
+    read = tok.batch_decode([row[on.bool()] for row, on in zip(teacher[:, :-keep], mask[:, :-keep], strict=True)])
+    assert read == [hinted(row)[0]["content"] for row in rows]
 
 
 def test_a_row_that_is_masked_as_a_whole_passes(tools):
@@ -409,7 +423,7 @@ def test_every_loss_of_trl_takes_advantages_by_token(loss, level, tools):
 
 
 def test_a_run_with_lora_a_reference_and_two_iterations_logs_and_evaluates_as_trl_does(tmp_path, tok):
-    """The reference's pass runs through the policy too, its adapter off; the student's pass is TRL's own for the old log-probs."""
+    """The reference's pass runs through the policy too, its adapter off; the student's is TRL's own for the old log-probs."""
     from peft import LoraConfig
 
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -444,3 +458,40 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path, tok):
     trainer = grpo(tmp_path, tok, GearGRPOTrainer, credit="gear", teacher_prompt=lambda row: row["prompt"])
     with pytest.raises(GearKernelsError, match="teacher_prompt left every prompt of the first batch as the student's"):
         trainer.train()
+
+
+# --- the page and the example --------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_trains(tmp_path, tok):
+    page = (Path(__file__).parents[1] / "docs" / "trl.md").read_text()
+    names = dict(model=tiny.model(tok), reward=digits, dataset=tiny.rows(16, 0), tokenizer=tok)
+    names["config"] = dict(output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=1, **COMMON)
+    names["config"]["max_completion_length"] = 6
+    own = trl_utils._ChunkedLogProbFunction
+    try:
+        for block in re.findall(r"```python\n(.*?)```", page, re.S):
+            exec(block, names)
+        assert trl_utils._ChunkedLogProbFunction is GearLogProb
+    finally:
+        trl_utils._ChunkedLogProbFunction = own
+    logged = names["trainer"].state.log_history[0]
+    assert logged["gear/teacher_prompts_changed"] == 1 and logged["gear/share_above_threshold"] > 0
+
+
+def test_the_example_reads_gsm8ks_form_and_judges_its_answers(tmp_path):
+    train = load("train")
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "6 * 7?", "answer": "6 * 7 = 42\n#### 42"}) + "\n")
+    row = train.gsm8k(str(tmp_path / "gsm8k.jsonl"))[0]
+    assert row == {"prompt": [{"role": "user", "content": "6 * 7?"}], "answer": "42"}
+    assert "The answer is 42." in train.teacher_prompt(row)[0]["content"] and train.teacher_prompt(row)[0]["role"] == "user"
+    texts = [said(text) for text in ("so 41, no: 42", "1,042", "none")]
+    assert train.correct(texts, ["42", "1042", "42"]) == [1.0, 1.0, 0.0]
+
+
+def test_the_benchmark_of_a_step_runs_both_heads(tmp_path):
+    from benchmarks.reports import trl as report
+
+    found = report.measure(report.QUICK, torch.float32, rounds=1)
+    theirs, ours = (found["steps"][name] for name in ("TRL", "gear_kernels"))
+    assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4) and found["trl_over_ours"]["time"] > 0

@@ -1,7 +1,7 @@
 """A step of TRL's GRPOTrainer with its own head and with this package's: `python -m benchmarks.reports.trl [--quick]`.
 
-The step is the trainer's own: loss of a batch (log-probs and entropy from hidden states) and backward, without the optimizer. Both
-heads take turns in one process; what is compared is their ratio. Writes trl.json.
+The step is the trainer's own: the loss of a batch (log-probs and entropy from hidden states) and its backward, no optimizer.
+Both heads take turns in one process; what is compared is their ratio. Writes trl.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A stand-in for a real model and data set, so that the example runs on two CPU cores in a minute: sums of two digits.
 
-The model is a two-layer Qwen3 over a vocabulary of characters. Its warm start, by TRL's SFTTrainer, teaches it the form of an answer,
-to guess sums (right in three of ten rows of the data), and to trust a hint where the prompt has one.
+The model is a two-layer Qwen3 over a vocabulary of characters. Its warm start, by TRL's SFTTrainer, teaches it the form of an
+answer, to guess sums (right in three of ten rows of the data), and to trust a hint where the prompt has one.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ def use_gear_head() -> HeadSwitch:
 
     From the call on, or within `with use_gear_head():`. Log-probs and entropies are then taken from float32 logits, never rounded
     to bfloat16 on the way, and carry gradients; so do losses made of them. Of the other outputs, which carry none in TRL either,
-    log_sum_sq_probs takes a second sweep, mean_logits one product with the mean of the head's rows, and is_top1 a look of TRL's own
-    function at the rows that could be ties; with a softcap mean_logits is left to that function too.
+    log_sum_sq_probs takes a second sweep, mean_logits one product with the mean of the head's rows, and is_top1 a look of TRL's
+    own function at the rows that could be ties; with a softcap mean_logits is left to that function too.
     """
     return HeadSwitch(GearLogProb)
 
@@ -111,8 +111,8 @@ class HeadCall(NamedTuple):
 class GearLogProb(torch.autograd.Function):
     """TRL's ChunkedLogProbFunction by this package's operator: nine arguments, five outputs, see `use_gear_head`.
 
-    The head is gathered again around the backward under ZeRO-3, as in TRL's own. Under autocast hidden states and head are cast to
-    its dtype for the call; without it a float32 head stays float32, where TRL rounds it to the hidden states' dtype.
+    The head is gathered again around the backward under ZeRO-3, as in TRL's own. Under autocast hidden states and head are cast
+    to its dtype for the call; without it a float32 head stays float32, where TRL rounds it to the hidden states' dtype.
     """
 
     @staticmethod
@@ -234,13 +234,13 @@ OF_TEACHER = ("signal", "teacher_entropy", "forward_kl")
 class GearGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with a credit method: advantages of shape (B, T) in place of (B,), all else as in TRL.
 
-    After generation and rewards, and before the batch is shuffled, each completion is scored once more behind the teacher's prompt,
-    by the policy itself without a gradient; the method turns what differs into token advantages. Metrics are under gear/.
+    After generation and rewards, and before the batch is shuffled, each completion is scored once more behind the teacher's
+    prompt, by the policy itself without a gradient; the method turns what differs into token advantages. Metrics are under gear/.
 
     credit          a name out of gear_kernels.methods.METHODS or a method object, Gear(alpha=0.4).
-    teacher_prompt  a function of a row, with all columns of the data set and `prompt` as the student saw it (what an environment's
-                    reset added, too), to the teacher's prompt: messages where prompts are messages, else a string. Not needed by
-                    methods that read no teacher (grpo, high_entropy).
+    teacher_prompt  a function of a row, with all columns of the data set and `prompt` as the student saw it (what an
+                    environment's reset added, too), to the teacher's prompt: messages where prompts are messages, else a string.
+                    Not needed by methods that read no teacher (grpo, high_entropy).
     signal          k1, the log-ratio of the sampled tokens, or reverse_kl, KL(student || teacher) over the vocabulary; None: the
                     method's own. reverse_kl and the forward KL (sc_grpo, sgcd) take the statistics from both hidden states in one
                     sweep; k1 needs one pass behind the teacher's prompt, and shares the student's with TRL where TRL makes it.
