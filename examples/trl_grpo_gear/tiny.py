@@ -1,4 +1,4 @@
-"""A stand-in for a real model and data set, so that the example runs on two CPU cores in a minute: sums of two digits.
+"""A stand-in for a real model and data set, so that the example runs on two CPU cores in a minute: sums up to 8.
 
 The model is a two-layer Qwen3 over a vocabulary of characters. Its warm start, by TRL's SFTTrainer, teaches it the form of an
 answer, to guess sums (right in three of ten rows of the data), and to trust a hint where the prompt has one.
@@ -51,9 +51,9 @@ def model(tok: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCausalLM:
 
 
 def rows(count: int, seed: int) -> Dataset:
-    """Prompts with their `answer`: 3+8= and 11."""
+    """Prompts with their `answer`: 3+4= and 7."""
     draw = random.Random(seed)
-    pairs = [(draw.randrange(10), draw.randrange(10)) for _ in range(count)]
+    pairs = [(draw.randrange(5), draw.randrange(5)) for _ in range(count)]
     return Dataset.from_list([{"prompt": [_said("user", f"{a}+{b}=")], "answer": str(a + b)} for a, b in pairs])
 
 
@@ -62,7 +62,7 @@ def warm_start(tok: PreTrainedTokenizerFast, seed: int, steps: int, output: str)
     draw, made = random.Random(seed), []
     for row in rows(64 * steps, seed + 1):
         hinted = draw.random() < 0.5
-        answer = row["answer"] if hinted or draw.random() < 0.3 else str(draw.randrange(19))
+        answer = row["answer"] if hinted or draw.random() < 0.3 else str(draw.randrange(9))
         told = HINT.format(answer=answer) if hinted else ""
         asked = _said("user", told + row["prompt"][0]["content"])
         made.append({"prompt": [asked], "completion": [_said("assistant", answer)]})
