@@ -5,6 +5,7 @@ import json
 import os
 import re
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,11 @@ def test_autocast_casts_the_head_as_in_trl():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = GearLogProb.apply(*call)
     gradients = torch.autograd.grad(out[0].sum(), call[:2])
+    half = [call[0].detach().bfloat16().requires_grad_(), call[1]]  # as a layer under autocast leaves hidden states
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = GearLogProb.apply(*half, *call[2:])
+    assert torch.equal(mixed[0], out[0])
+    assert torch.equal(torch.autograd.grad(mixed[0].sum(), half)[1], gradients[1])
     rounded = [x.detach().bfloat16().requires_grad_() for x in call[:2]]
     again = GearLogProb.apply(*rounded, *call[2:])
     assert torch.equal(out[0], again[0])
@@ -171,6 +177,29 @@ def test_a_frozen_head_gets_no_gradient():
     out = GearLogProb.apply(*call)
     out[0].sum().backward()
     assert call[0].grad is not None and call[1].grad is None
+
+
+def test_a_head_that_is_whole_in_forward_and_in_the_gather_of_backward_alone_is_enough(monkeypatch):
+    """As ZeRO-3 has it: the parameter's data is gone in between."""
+    import gear_kernels.integrations.trl as integration
+
+    call, again = head_call("bias, softcap, scale"), head_call("bias, softcap, scale")
+    want = outputs_and_gradients(GearLogProb, again)
+    whole = [x.data for x in call[1:3]]
+
+    @contextmanager
+    def gather(*parameters):
+        for parameter, data in zip(parameters, whole, strict=True):
+            parameter.data = data
+        yield
+
+    monkeypatch.setattr(integration, "maybe_gather_lm_head_ctx", gather)
+    out = GearLogProb.apply(*call)
+    for parameter in call[1:3]:
+        parameter.data = torch.empty(0)
+    got = torch.autograd.grad((2.0 * out[0]).sum() + 0.5 * out[1].sum(), call[:3])
+    for mine, its in zip(got, want[5:], strict=True):
+        assert torch.equal(mine, its)
 
 
 def test_the_switch_puts_back_what_was_there():
@@ -220,6 +249,7 @@ def rloo(tmp_path, tok):
     return RLOOTrainer(tiny.model(tok), digits, args=args, train_dataset=tiny.rows(16, 0), processing_class=tok)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", (sft, dpo, kto, rloo, grpo))
 def test_trls_trainers_train_the_same_model_with_the_head(make, tmp_path, tok):
     plain = make(tmp_path, tok)
@@ -458,6 +488,9 @@ def test_what_cannot_be_served_is_refused_in_one_line(tmp_path, tok):
     trainer = grpo(tmp_path, tok, GearGRPOTrainer, credit="gear", teacher_prompt=lambda row: row["prompt"])
     with pytest.raises(GearKernelsError, match="teacher_prompt left every prompt of the first batch as the student's"):
         trainer.train()
+    trainer._teacher_prompt, trainer._prompts = (lambda row: "?"), [[{"role": "user", "content": "3+4="}]]
+    with pytest.raises(GearKernelsError, match="teacher_prompt gave a str; expected a list as the row's prompt"):
+        trainer._teacher([tiny.rows(1, 0)[0]], {})
 
 
 # --- the page and the example --------------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ def _check_version() -> None:
     except importlib.metadata.PackageNotFoundError:
         found = "none"
     if found == "none" or not Version(SUPPORTED[0]) <= Version(found) < Version(SUPPORTED[1]):
-        wanted = f"trl >= {SUPPORTED[0]}, < {SUPPORTED[1]}"
-        raise ImportError(f"TRL: found {found}; expected {wanted}. To mend: pip install '{wanted.replace(' ', '', 1)}'.")
+        wanted = f"trl>={SUPPORTED[0]},<{SUPPORTED[1]}"
+        raise ImportError(f"TRL: found {found}; expected {wanted}. To mend: pip install '{wanted}'.")
 
 
 _check_version()
@@ -127,7 +127,8 @@ class GearLogProb(torch.autograd.Function):
         values, state = linear_token_stats(*call)
         ctx.set_materialize_grads(False)  # an entropy that is only logged brings no gradient
         ctx.save_for_backward(given.hidden, given.weight, given.bias, given.targets, state)
-        ctx.constants, ctx.count, ctx.dtype = arguments[4:], len(arguments), asked.hidden.dtype
+        ctx.constants, ctx.count = arguments[4:], len(arguments)
+        ctx.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := given.hidden.device.type) else None
         logprobs, entropy = (values[STAT_NAMES.index(name)] for name in ("logprobs", "entropy"))
         others = _others(asked, logprobs, state)
         ctx.mark_non_differentiable(*(x for x in others if x is not None))
@@ -143,7 +144,7 @@ class GearLogProb(torch.autograd.Function):
         for name, gradient in arrived.items():
             table[STAT_NAMES.index(name)] = gradient
         needed = [bool(need) for need in ctx.needs_input_grad[:3]]
-        autocast = torch.autocast(state.device.type, dtype=ctx.dtype, enabled=ctx.dtype != given.hidden.dtype)
+        autocast = torch.autocast(state.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None)
         with maybe_gather_lm_head_ctx(given.weight, given.bias), autocast:
             out = linear_token_stats_backward(*given.cast().operator(tuple(arrived)), state, table, needed)
         own = (x.to(of.dtype) if need else None for x, of, need in zip(out, given[:3], needed, strict=True))
@@ -337,7 +338,11 @@ class GearGRPOTrainer(GRPOTrainer):
         """The teacher's prompts, left-padded ids and mask [B, P'], and the share of rows whose prompt is not the student's."""
         assert self._teacher_prompt is not None
         rows = [{**row, "prompt": prompt} for row, prompt in zip(inputs, self._prompts, strict=True)]
-        ids = self._tokenize_prompts([self._teacher_prompt(row) for row in rows])[0]
+        prompts = [self._teacher_prompt(row) for row in rows]
+        for row, prompt in zip(rows, prompts, strict=True):
+            given, expected = (f"{type(x).__name__}" for x in (prompt, row["prompt"]))
+            require(given == expected, f"teacher_prompt gave a {given}", f"a {expected} as the row's prompt", "return its like")
+        ids = self._tokenize_prompts(prompts)[0]
         own = zip(batch["prompt_ids"].tolist(), batch["prompt_mask"].tolist(), strict=True)
         same = [[i for i, on in zip(*row, strict=True) if on] == list(new) for row, new in zip(own, ids, strict=True)]
         device = batch["prompt_ids"].device
