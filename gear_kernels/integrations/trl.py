@@ -128,7 +128,8 @@ class GearLogProb(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an entropy that is only logged brings no gradient
         ctx.save_for_backward(given.hidden, given.weight, given.bias, given.targets, state)
         ctx.constants, ctx.count = arguments[4:], len(arguments)
-        ctx.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := given.hidden.device.type) else None
+        kind = given.hidden.device.type
+        ctx.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         logprobs, entropy = (values[STAT_NAMES.index(name)] for name in ("logprobs", "entropy"))
         others = _others(asked, logprobs, state)
         ctx.mark_non_differentiable(*(x for x in others if x is not None))
