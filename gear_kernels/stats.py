@@ -136,6 +136,39 @@ def linear_token_stats(
 
     Raises GearKernelsError as `token_stats`, on partitioned (size-0) or DTensor weights, and on a vocabulary shard without group.
     """
+    call = linear_call(
+        student_hidden,
+        head,
+        targets,
+        teacher_hidden,
+        teacher_head=teacher_head,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        stats=stats,
+        jsd_beta=jsd_beta,
+        workspace_bytes=workspace_bytes,
+    )
+    values, _ = ops.linear_token_stats(*call)
+    return _pack(values, tuple(call.stats), student_hidden.shape[:-1])
+
+
+def linear_call(
+    student_hidden: torch.Tensor,
+    head: Head | torch.Tensor,
+    targets: torch.Tensor | None = None,
+    teacher_hidden: torch.Tensor | None = None,
+    *,
+    teacher_head: Head | torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    ignore_index: int = -100,
+    stats: Sequence[str] = DEFAULT_STATS,
+    jsd_beta: float = 0.5,
+    workspace_bytes: int | None = None,
+) -> ops.LinearCall:
+    """The operator's checked call that `linear_token_stats` makes of its arguments, for who runs its backward on his own.
+
+    Raises GearKernelsError as `linear_token_stats`.
+    """
     head = _checked_head("head", head)
     names = _checked_names(stats, targets, teacher_hidden is not None, "teacher_hidden")
     if workspace_bytes is not None and workspace_bytes <= 0:
@@ -145,9 +178,8 @@ def linear_token_stats(
     _check_no_tangents({"student_hidden": student_hidden, "head.weight": head.weight, "head.bias": head.bias})
     targets, inverse = _rows(student_hidden, student_hidden.shape[:-1], targets, temperature)
     rows = (student_hidden, teacher_hidden, targets, inverse)
-    call = _linear_call(rows, head, own, names, workspace_bytes, ignore_index=int(ignore_index), jsd_beta=_checked_beta(jsd_beta))
-    values, _ = ops.linear_token_stats(*call)
-    return _pack(values, names, student_hidden.shape[:-1])
+    beta = _checked_beta(jsd_beta)
+    return _linear_call(rows, head, own, names, workspace_bytes, ignore_index=int(ignore_index), jsd_beta=beta)
 
 
 def _linear_call(rows, head: Head, own: Head | None, names, workspace_bytes: int | None, **constants) -> ops.LinearCall:
