@@ -24,9 +24,7 @@ def custom_advantages(args, rollout_data):
 
 
 def given(**settings):
-    return Namespace(
-        custom_advantage_function_path=PATH, use_rollout_logprobs=False, context_parallel_size=1, gear=settings
-    )
+    return Namespace(custom_advantage_function_path=PATH, use_rollout_logprobs=False, context_parallel_size=1, gear=settings)
 
 
 @pytest.fixture

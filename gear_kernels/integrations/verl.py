@@ -1,7 +1,7 @@
 """The trainer mode `gear_sync` of verl 0.9: its synchronous trainer, with token advantages by a credit method.
 
 Importing this file registers the mode. verl does that in every process when it finds the file's name in its environment:
-VERL_USE_EXTERNAL_MODULES=gear_kernels.integrations.verl. docs/verl.md shows a launch.
+VERL_USE_EXTERNAL_MODULES=gear_kernels.integrations.verl. docs/trainers.md shows a launch.
 """
 
 from __future__ import annotations
@@ -145,7 +145,10 @@ def settings(config: DictConfig) -> tuple[Choice, Callable[[Row], Any]]:
     require(not wrong, f"gear: given {', '.join(wrong)}", f"keys out of {', '.join(SETTINGS)}", "correct the name")
     algorithm = config.algorithm
     bypass = (algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
-    given, expected = "algorithm.rollout_correction.bypass_mode=True", "verl's pass for the old log-probs, which entropy comes from"
+    given, expected = (
+        "algorithm.rollout_correction.bypass_mode=True",
+        "verl's pass for the old log-probs, which entropy comes from",
+    )
     require(not bypass, given, expected, "set it to False")
     group = algorithm.adv_estimator != "gae" and not config.critic.get("enable")
     given, expected = f"algorithm.adv_estimator={algorithm.adv_estimator}", "one advantage a trajectory, without a critic"

@@ -185,9 +185,7 @@ def scores(model, ids, positions=None):
     return logprobs.gather(1, ids.roll(-1)[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
 
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +235,9 @@ def batch(queue, tokenizer):
     keys, rows, tags = [], [], []
     for i, length in enumerate(LENGTHS):
         messages = [{"role": "user", "content": f"w{i // 2} w7 w8"}]
-        prompt = torch.tensor([1, 5, 5, 4, *tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)])
+        prompt = torch.tensor(
+            [1, 5, 5, 4, *tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)]
+        )
         response, mask = torch.randint(11, 97, (length,), generator=draw), torch.ones(length, dtype=torch.int64)
         if i == 3:
             mask[2:4] = 0
