@@ -15,7 +15,7 @@ from ..stats import linear_token_stats
 
 
 class GearLinearForPPO(nn.Module):
-    """Takes the place of verl's FusedLinearForPPO: the same call, entropy and log-probs in float32 whatever the weights' dtype."""
+    """Takes the place of verl's FusedLinearForPPO: the same call; both results are float32 whatever the weights' dtype."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
         super().__init__()

@@ -1,7 +1,7 @@
 """OpenRLHF 0.11.2's experience maker with the teacher in it: its own file and data class, between stand-ins of what they import.
 
-Its packages' own imports need GPUs and flash-attn, so the packages are bare shells that hold the files that are read. Groups of Ray
-actors are one object here that runs the method on a tiny model, as `execute_batch` does on each item of the lists.
+Its packages' own imports need GPUs and flash-attn, so the packages are bare shells that hold the files that are read. A group of
+Ray's actors is one object here that runs the method on a tiny model, as `execute_batch` does on each item of the lists.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from gear_kernels import Gear, GearKernelsError, credit_weights
 
 
 def _shells():
-    """Packages of OpenRLHF without what their __init__ imports, and stand-ins of what the files read here import from elsewhere."""
+    """OpenRLHF's packages without what their __init__ imports, and stand-ins of what the files read here import besides."""
     home = Path(importlib.util.find_spec("openrlhf").origin).parent
     for name in ("utils", "models", "trainer", "trainer.ray", "trainer.ppo_utils"):
         shell = types.ModuleType(f"openrlhf.{name}")
@@ -60,7 +60,11 @@ class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.net, self.out = torch.nn.Embedding(50, 16), torch.nn.GRU(16, 16, batch_first=True), torch.nn.Linear(16, 50)
+        self.embed, self.net, self.out = (
+            torch.nn.Embedding(50, 16),
+            torch.nn.GRU(16, 16, batch_first=True),
+            torch.nn.Linear(16, 50),
+        )
 
     def forward(self, sequences, action_mask, attention_mask, ring_attn_group=None, return_output=False, return_entropy=False):
         logprobs = self.out(self.net(self.embed(sequences))[0]).mul(4).log_softmax(-1)

@@ -92,7 +92,7 @@ def test_patching_takes_the_place_that_verl_looks_at(monkeypatch):
     assert torch_functional.FusedLinearForPPO is verl_head.GearLinearForPPO
 
 
-# --- 2: gear_sync ----------------------------------------------------------------------------------------------------------------
+# --- 2: gear_sync --------------------------------------------------------------------------------------------------------------
 
 
 class Dictionary:
@@ -185,7 +185,10 @@ def scores(model, ids, positions=None):
     return logprobs.gather(1, ids.roll(-1)[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
 
 
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +391,7 @@ def test_it_is_verls_synchronous_trainer_in_all_but_credit(tokenizer):
     assert ours.trainer_mode == theirs.trainer_mode == "sync"
 
 
-# --- 3: how verl finds them ------------------------------------------------------------------------------------------------------
+# --- 3: how verl finds them ----------------------------------------------------------------------------------------------------
 
 
 def test_the_environment_variable_registers_the_mode_and_the_head():
