@@ -145,10 +145,7 @@ def settings(config: DictConfig) -> tuple[Choice, Callable[[Row], Any]]:
     require(not wrong, f"gear: given {', '.join(wrong)}", f"keys out of {', '.join(SETTINGS)}", "correct the name")
     algorithm = config.algorithm
     bypass = (algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
-    given, expected = (
-        "algorithm.rollout_correction.bypass_mode=True",
-        "verl's pass for the old log-probs, which entropy comes from",
-    )
+    given, expected = "algorithm.rollout_correction.bypass_mode=True", "verl's own pass, which entropy comes from"
     require(not bypass, given, expected, "set it to False")
     group = algorithm.adv_estimator != "gae" and not config.critic.get("enable")
     given, expected = f"algorithm.adv_estimator={algorithm.adv_estimator}", "one advantage a trajectory, without a critic"

@@ -5,7 +5,11 @@ and its trainer's own code are the real ones; TransferQueue is a dictionary behi
 worker group scores with a tiny model, for verl's engines need a GPU.
 """
 
+import copy
+import functools
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +19,7 @@ import torch
 import transfer_queue as tq
 import verl
 from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
 from tensordict import TensorDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transfer_queue import KVBatchMeta
@@ -202,20 +207,27 @@ def tokenizer():
     return fast
 
 
+@functools.cache
+def composed():
+    """verl's own configuration."""
+    with initialize_config_dir(config_dir=str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        return compose("ppo_trainer")
+
+
 def configured(*overrides):
-    """verl's own configuration with the keys of a gear_sync run."""
-    folder = str(Path(verl.__file__).parent / "trainer" / "config")
-    with initialize_config_dir(config_dir=folder, version_base=None):
-        return compose(
-            "ppo_trainer",
-            overrides=[
+    """The same with the keys of a gear_sync run, and these."""
+    made = copy.deepcopy(composed())
+    with open_dict(made):
+        made.merge_with_dotlist(
+            [
                 "trainer.v1.trainer_mode=gear_sync",
                 "algorithm.adv_estimator=grpo",
                 "actor_rollout_ref.rollout.n=2",
                 f"actor_rollout_ref.rollout.temperature={TEMPERATURE}",
-                *overrides,
-            ],
+                *(override.removeprefix("+") for override in overrides),
+            ]
         )
+    return made
 
 
 def trainer(tokenizer, *overrides):
@@ -260,7 +272,8 @@ def row(uid, prompt, response, mask, reward, messages):
     scored[-1] = reward
     return {
         "uid": uid, "prompts": prompt, "responses": response, "response_mask": mask, "loss_mask": mask, "input_ids": ids,
-        "position_ids": torch.arange(len(ids)), "rm_scores": scored, "raw_prompt": messages, "multi_modal_inputs": {},
+        "position_ids": torch.arange(len(ids)), "rm_scores": scored, "rollout_log_probs": torch.full((len(response),), -3.0),
+        "raw_prompt": messages, "multi_modal_inputs": {},
         "reward_model": {"ground_truth": f"w{20 + int(uid[1:])}" if uid[0] == "u" else ""}, "num_turns": 2,
     }  # fmt: skip
 
@@ -276,7 +289,7 @@ def by_hand(model, batch, method, hint="A known good solution: w{}"):
         n = len(response)
         with torch.no_grad():
             own, teacher = (scores(model, torch.cat([p, response])) for p in (prompt, taught))
-        signal.append((own[0] - teacher[0])[-n - 1 : -1])
+        signal.append(own[0][-n - 1 : -1] - teacher[0][-n - 1 : -1])
         entropy.append(own[1][-n - 1 : -1])
         unsure.append(teacher[1][-n - 1 : -1])
     groups = torch.tensor(REWARDS).view(2, 2)
@@ -372,7 +385,7 @@ def test_a_prompt_of_another_shape_is_refused():
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("+gear.method=sgcd", "forward_kl|teacher_entropy|sgcd"),
+        ("+gear.method=sc_grpo", "sc_grpo.* reads forward_kl, which verl's gear_sync does not have"),
         ("+gear.metod=gear", "given metod; expected keys out of method"),
         ("+gear.args.alpah=1", "alpah"),
         ("algorithm.adv_estimator=gae", "adv_estimator=gae"),
@@ -389,6 +402,17 @@ def test_it_is_verls_synchronous_trainer_in_all_but_credit(tokenizer):
     ours, theirs = trainer(tokenizer), get_trainer_cls("sync")(configured("trainer.v1.trainer_mode=sync"))
     assert type(ours.replay_buffer) is type(theirs.replay_buffer)
     assert ours.trainer_mode == theirs.trainer_mode == "sync"
+
+
+def test_the_command_on_the_page_is_one_that_verls_configuration_takes():
+    page = (ROOT / "docs" / "trainers.md").read_text()
+    command = re.search(r"verl\.trainer\.main_ppo \\\n(.*?)```", page, re.S)[1]
+    overrides = shlex.split(command.replace("\\\n", " "))
+    with initialize_config_dir(config_dir=str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    assert gear_verl.settings(config)[0].method == Gear() and config.actor_rollout_ref.model.use_fused_kernels
+    modules = re.search(r"export VERL_USE_EXTERNAL_MODULES=(\S+)", page)[1]
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES == modules
 
 
 # --- 3: how verl finds them ----------------------------------------------------------------------------------------------------
