@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PINNED = {re.split(r"==", line)[0].lower().replace("_", "-") for line in (ROOT / "requirements" / "cpu.txt").read_text().splitlines()}
+LIST = (ROOT / "requirements" / "cpu.txt").read_text()
+PINNED = {name.lower().replace("_", "-") for name in re.findall(r"^([\w.-]+)==", LIST, re.M)}
 
 LOADS = """
 import json, sys
@@ -72,6 +73,7 @@ def test_without_a_compiler_the_package_is_pure_and_says_what_is_missing(tmp_pat
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("gear_kernels/py.typed", "gear_trainer/configs/mathapi_cpu.yaml", "gear_trainer/report/report.html.jinja"):
         assert name in names
-    shipped = {path.relative_to(ROOT).as_posix() for package in ("gear_kernels", "gear_trainer") for path in (ROOT / package).rglob("*.py")}
+    sources = (path for package in ("gear_kernels", "gear_trainer") for path in (ROOT / package).rglob("*.py"))
+    shipped = {path.relative_to(ROOT).as_posix() for path in sources}
     assert shipped <= set(names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs")) or "csrc" in name or ".so" in name]
