@@ -26,7 +26,7 @@ LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed
 # Importing vLLM takes 30 s where no bytecode is kept, 16 s with it; every rank does, and so do the processes of tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-fast test-verl fuzz drills bench compile-matrix venv lint types clean
+.PHONY: train test test-fast test-verl fuzz drills bench compile-matrix venv lint types docs clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) world_size=$(RANKS) $(ARGS)
 
@@ -96,6 +96,16 @@ lint: venv
 # the annotations of both packages, against each other and the libraries' own
 types: venv
 	$(BIN)/basedpyright --pythonpath $(BIN)/python $(ARGS)
+
+# the site in build/site; a link or an anchor that leads nowhere fails it
+DOCS_VENV := build/docs-venv
+docs: $(DOCS_VENV)/.deps
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+
+$(DOCS_VENV)/.deps: requirements/docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
 
 clean:
 	rm -rf .venv .venv-verl build *.egg-info gear_kernels/*.so

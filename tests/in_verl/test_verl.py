@@ -405,7 +405,7 @@ def test_it_is_verls_synchronous_trainer_in_all_but_credit(tokenizer):
 
 
 def test_the_command_on_the_page_is_one_that_verls_configuration_takes():
-    page = (ROOT / "docs" / "trainers.md").read_text()
+    page = (ROOT / "docs" / "verl.md").read_text()
     command = re.search(r"verl\.trainer\.main_ppo \\\n(.*?)```", page, re.S)[1]
     overrides = shlex.split(command.replace("\\\n", " "))
     with initialize_config_dir(config_dir=str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
