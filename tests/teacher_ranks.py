@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from gear_trainer.config import load_config  # noqa: E402
 from gear_trainer.errors import ConfigError  # noqa: E402
 from gear_trainer.policy import checkpoint  # noqa: E402
+from gear_trainer.policy.frozen import FrozenModel  # noqa: E402
 from gear_trainer.policy.gather import whole_state_dict  # noqa: E402
-from gear_trainer.policy.teacher import Teacher  # noqa: E402
 from gear_trainer.policy.zero import build_engine  # noqa: E402
 from gear_trainer.recipe import resolve  # noqa: E402
 from gear_trainer.rollout import Rollout  # noqa: E402
@@ -83,8 +83,8 @@ def config(folder, *overrides):
 def make_trainer(cfg, teacher_path):
     recipe = resolve(cfg)
     engine = build_engine(cfg, cfg.model.path)
-    teacher = Teacher(cfg, engine, str(teacher_path)) if recipe.teacher_weights else None
-    trainer = Trainer(cfg, recipe, None, None, engine, None, teacher)
+    frozen = {rule.name: FrozenModel(cfg, engine, str(teacher_path), rule) for rule in recipe.frozen}
+    trainer = Trainer(cfg, recipe, None, None, engine, None, frozen)
     trainer.gap_checked = True  # no engine has sampled these rollouts
     return trainer
 
@@ -213,7 +213,7 @@ def score_gaps(trainer, scores, rollouts, student, teacher):
 def policy_case(name, dtype, cfg, rollouts, plain):
     """STEPS steps against the rule on whole weights; a checkpoint; one more step; a fresh start from it, and the same step."""
     trainer = make_trainer(cfg, cfg.model.path)
-    lm, teacher = trainer.engine.module.lm, trainer.teacher
+    lm, teacher = trainer.engine.module.lm, trainer.frozen["teacher"]
     e = {n: p.float() for n, p in whole_state_dict(lm).items()}
     start, out = e, {"weights": 0.0, "kept": 0.0, "scores": {}}
     for step in range(1, STEPS + 1):
@@ -227,7 +227,7 @@ def policy_case(name, dtype, cfg, rollouts, plain):
         out["weights"] = max(out["weights"], gap(whole_state_dict(teacher.engine.module.lm), published))
         out["kept"] = max(out["kept"], shard_gap(teacher, e))
     out["moved"], out["behind"] = gap(e, start), gap(whole_state_dict(lm), e)
-    checkpoint.save(trainer.engine, cfg, STEPS, teacher)
+    checkpoint.save(trainer.engine, cfg, STEPS, [teacher])
     out |= resume(cfg, trainer, rollouts)
     if name == "synced":
         out["message"] = missing_teacher(cfg, trainer)
@@ -235,15 +235,17 @@ def policy_case(name, dtype, cfg, rollouts, plain):
 
 
 def resume(cfg, trainer, rollouts):
-    kept = [t.clone() for t in trainer.teacher.kept]
+    teacher = trainer.frozen["teacher"]
+    kept = [t.clone() for t in teacher.kept]
     fresh = make_trainer(cfg, cfg.model.path)
-    checkpoint.load(fresh.engine, cfg, STEPS, fresh.teacher)
-    numels = [p.ds_numel - dist.get_rank() * t.numel() for p, t in zip(trainer.teacher.params, kept, strict=True)]
-    same = all(torch.equal(a[: max(0, n)], b[: max(0, n)]) for a, b, n in zip(kept, fresh.teacher.kept, numels, strict=True))
+    again = fresh.frozen["teacher"]
+    checkpoint.load(fresh.engine, cfg, STEPS, [again])
+    numels = [p.ds_numel - dist.get_rank() * t.numel() for p, t in zip(teacher.params, kept, strict=True)]
+    same = all(torch.equal(a[: max(0, n)], b[: max(0, n)]) for a, b, n in zip(kept, again.kept, numels, strict=True))
     scores = [train_step(t, STEPS + 1, rollouts)[0] for t in (trainer, fresh)]
     for name in SCORED:
         same &= all(a is b is None or torch.equal(a, b) for a, b in zip(*(s[name] for s in scores), strict=True))
-    for model in (lambda t: t.engine.module.lm, lambda t: t.teacher.engine.module.lm):
+    for model in (lambda t: t.engine.module.lm, lambda t: t.frozen["teacher"].engine.module.lm):
         same &= gap(whole_state_dict(model(trainer)), whole_state_dict(model(fresh))) == 0
     return {"resumed bitwise": bool(same), "teacher file": len(list(cfg.run_dir.glob("checkpoints/*/teacher_rank*.pt")))}
 
@@ -251,7 +253,7 @@ def resume(cfg, trainer, rollouts):
 def missing_teacher(cfg, trainer):
     checkpoint.save(trainer.engine, cfg, 9)
     try:
-        checkpoint.load(trainer.engine, cfg, 9, trainer.teacher)
+        checkpoint.load(trainer.engine, cfg, 9, list(trainer.frozen.values()))
     except ConfigError as error:
         return str(error)
     return "no error"

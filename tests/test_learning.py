@@ -72,11 +72,21 @@ class Engine:
         return torch.zeros((), device=self.device)
 
 
+class Beside:
+    """A frozen model of which only log-probs are asked."""
+
+    def logprobs(self, rows, targets, temperature):
+        return -0.1 * targets.float()
+
+    def follow(self, step):
+        self.followed = step
+
+
 def learner(device, *overrides):
     """A trainer, a step's experience and schedule on a device; what ranks agree on is found on the CPU."""
     cfg = load_config(DEMO, [*SIZES, "train.tokens_per_micro_batch=64", *overrides])
     recipe = resolve(cfg)
-    trainer = loop.Trainer(cfg, recipe, None, None, Engine(device), None)
+    trainer = loop.Trainer(cfg, recipe, None, None, Engine(device), None, {rule.name: Beside() for rule in recipe.frozen})
     trainer.gap_checked = True  # the first step of a start looks at the gap to the sampler, once
     made = pack_with(recipe, rollouts(), ADVANTAGES, torch.device("cpu"))
     passes = schedule(cfg, recipe, made)
@@ -110,6 +120,11 @@ def looks(*overrides):
         ["credit=opsd"],
         ["credit=opsd+gear", "distill.variant=sampled"],
         ["credit=sdar"],
+        ["credit=gear", "kl.coefficient=0.1", "train.entropy_bonus=0.01", "train.importance_mode=mask"],
+        ["credit=grpo", "train.policy_loss=gspo", "train.importance_mode=sequence_mask", "kl.coefficient=0.1", "kl.estimator=k2"],
+        ["credit=gear", "train.policy_loss=cispo", "train.mask_truncated=true"],
+        ["credit=gear", "teacher.sees=sibling", "teacher.wrong_hint=true"],
+        ["credit=opsd+gear", "distill.until_step=2"],
     ],
     ids=lambda o: " ".join(o),
 )

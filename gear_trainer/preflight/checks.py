@@ -11,7 +11,7 @@ from gear_trainer.evaluation import check_sets
 from gear_trainer.hints import endpoint
 from gear_trainer.hints.siblings import Siblings
 from gear_trainer.hints.writer import Writer, check_room, templates
-from gear_trainer.policy.hub import check_model_path
+from gear_trainer.policy.hub import check_model_path, model_sizes
 from gear_trainer.policy.zero import deepspeed_config
 from gear_trainer.preflight.machine import check_machine, check_port
 from gear_trainer.recipe import Recipe, resolve
@@ -28,7 +28,7 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
     the task, for it knows turns and tools without the data.
     """
     recipe = resolve(cfg)
-    check_teacher(cfg)
+    check_frozen(cfg, recipe)
     check_references(cfg, recipe)
     check_model_path(cfg.model.path)
     check_machine(cfg)
@@ -55,9 +55,13 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
 _UNFOLLOWED = {"zero_hpz_partition_size": 1, "zero_quantized_nontrainable_weights": False, "mics_shard_size": -1}  # and off
 
 
-def check_teacher(cfg: Config) -> None:
-    """Raises ConfigError where a teacher that follows the policy does not go with the run's DeepSpeed options."""
-    if cfg.teacher.weights not in ("ema", "synced"):
+def check_frozen(cfg: Config, recipe: Recipe) -> None:
+    """Raises ConfigError where a model that follows the policy does not go with the run's DeepSpeed options, or a reference model
+    of its own path is not there or has another vocabulary."""
+    if recipe.kl and recipe.kl.reference.path:
+        check_reference(cfg, recipe.kl.reference.path)
+    following = next((model for model in recipe.frozen if model.follows), None)
+    if following is None:
         return
     zero = deepspeed_config(cfg)["zero_optimization"]
     found = [name for name, off in _UNFOLLOWED.items() if zero.get(name, off) != off]
@@ -65,8 +69,20 @@ def check_teacher(cfg: Config) -> None:
         found.append("offload_param.device=nvme")
     if found:
         raise ConfigError(
-            f"teacher.weights={cfg.teacher.weights}: does not go with deepspeed.zero_optimization.{found[0]}; "
-            "leave it out, or use teacher.weights=rollout or initial"
+            f"{following.key}={following.weights}: does not go with deepspeed.zero_optimization.{found[0]}; "
+            f"leave it out, or use {following.key}=initial"
+        )
+
+
+def check_reference(cfg: Config, path: str) -> None:
+    """A reference model is there and scores the policy's tokens. Raises ConfigError."""
+    check_model_path(path, "kl.reference")
+    sizes = [(model_sizes(name) or {}).get("vocab_size") for name in (path, cfg.model.path)]
+    shared = cfg.model.path.startswith("builtin:")  # its vocabulary is the task's
+    if not shared and None not in sizes and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"kl.reference={path}: its vocabulary has {sizes[0]} tokens, that of model.path={cfg.model.path} {sizes[1]}: "
+            "give a model of the same tokenizer"
         )
 
 
