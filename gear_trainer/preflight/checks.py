@@ -115,14 +115,23 @@ def check_truth(cfg: Config, recipe: Recipe, task: Task) -> None:
 
 def warnings(cfg: Config, recipe: Recipe) -> list[str]:
     """A line for each setting that works and is likely not meant."""
+    found = []
+    if cfg.train.policy_loss == "gspo" and min(cfg.train.clip_low, cfg.train.clip_high) > 0.01:
+        found.append(
+            "train.policy_loss=gspo: a sequence's ratio stays close to 1, and at "
+            f"train.clip_low={cfg.train.clip_low:g} train.clip_high={cfg.train.clip_high:g} it is hardly ever clipped; the paper has "
+            "3e-4 and 4e-4"
+        )
+    if recipe.kl and recipe.kl.estimator == "k1":
+        found.append("kl.estimator=k1 has no gradient on average, as a loss it is noise; k2 has the KL's, k3 is GRPO's")
     if cfg.model.dtype == "bfloat16" and recipe.stretches_noise:
         # measured on the demo's policy, 64 of its rollouts with the teacher's prompt: the largest error of a rollout's signals
         # against float32 is 8e-4 nats (median) to 0.2, and the largest signal of 38 % of the rollouts is below 1e-3
-        return [
+        found.append(
             "model.dtype=bfloat16 rounds hidden states, so signals are off by about 1e-3 nats: where the teacher has nothing to "
             "say that noise gets the full spread of weights; credit_args.signal_floor=0.001 holds it back"
-        ]
-    return []
+        )
+    return found
 
 
 def check_launch(cfg: Config) -> None:
