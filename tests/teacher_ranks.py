@@ -47,6 +47,8 @@ GRADIENTS = {  # name: overrides; the teacher reads model b, but "rollout" is mo
     "opsd+grpo, sampled": ["credit=grpo+opsd", "distill.variant=sampled", "teacher.weights=synced", SHARDED],
     "sdar": ["credit=sdar", "distill.coefficient=0.5", "teacher.weights=initial", SHARDED],
     "sdar, the policy's": ["credit=sdar", "distill.coefficient=0.5", SHARDED],
+    "grpo, kl, entropy": ["credit=grpo", "kl.coefficient=0.7", "train.entropy_bonus=0.05", SHARDED],
+    "opsd+grpo, kl": ["credit=opsd+grpo", "teacher.weights=initial", "kl.coefficient=0.7", "kl.estimator=k2", WHOLE],
 }
 POLICIES = {  # name: (dtype, overrides)
     "initial": ("float32", ["teacher.weights=initial", SHARDED]),
@@ -126,10 +128,24 @@ def jsd(p, q, beta):
     return beta * (q.exp() * (q - m)).sum(-1) + (1 - beta) * (p.exp() * (p - m)).sum(-1)
 
 
+def entropy(p):
+    return -(p.exp() * p).sum(-1)
+
+
+def reference_kl(cfg, lp, reference, r):
+    """k2 or k3 of the policy's tokens, behind the student's own prompt; the reference model shares its weights with the teacher."""
+    tokens = torch.tensor([[r.ids[i]] for i in r.policy_positions])
+    with torch.no_grad():
+        gap = log_probs(reference, r.prompt_ids, r).gather(1, tokens)[:, 0]
+    gap = gap - lp
+    return gap.square() / 2 if cfg.kl.estimator == "k2" else gap.exp() - 1 - gap
+
+
 def plain_gradients(cfg, student, teacher, rollouts):
     """Of the mean over tokens, then over trajectories, on policy; and the mean divergence over tokens."""
     student.zero_grad()
     d, total, divergence, count = cfg.distill, 0.0, 0.0, 0
+    distils = {"grpo": 0.0, "opsd": 1.0}.get(cfg.credit, 0.1)
     for r, a in zip(rollouts, ADVANTAGES, strict=True):
         p, q, lp, lt = plain_rows(student, teacher, r)
         gap = (lt - lp).detach()
@@ -140,8 +156,9 @@ def plain_gradients(cfg, student, teacher, rollouts):
         else:
             distilled = value = jsd(p, q, d.beta)
         policy = 0.0 if cfg.credit == "opsd" else -a * lp
-        coefficient = d.coefficient or (1.0 if cfg.credit == "opsd" else 0.1)
-        total = total + (coefficient * distilled + policy).mean() / len(rollouts)
+        coefficient = d.coefficient or distils
+        held = cfg.kl.coefficient * reference_kl(cfg, lp, teacher, r) - cfg.train.entropy_bonus * entropy(p)
+        total = total + (coefficient * distilled + policy + held).mean() / len(rollouts)
         divergence, count = divergence + value.detach().sum().item(), count + len(lp)
     total.backward()
     return {n: p.grad.clone() for n, p in student.named_parameters()}, divergence / count
@@ -169,7 +186,7 @@ def gradient_case(cfg, folder, rollouts, want, divergence):
     return {
         "errors": {n: ((got[n] - w).norm() / w.norm()).item() for n, w in want.items()},
         "divergence": seen,
-        "divergence error": abs(seen[0] - divergence),
+        "divergence error": abs((seen[0] or 0.0) - divergence) if cfg.credit != "grpo" else 0.0,
         "forwards": graded[0],
         "head stayed whole": heads.numel() > 0 and not heads.ds_persist,
     }
@@ -204,7 +221,7 @@ def score_gaps(trainer, scores, rollouts, student, teacher):
             continue
         with torch.no_grad():
             p, q, lp, lt = plain_rows(student, teacher, r)
-        rows = {"logprobs": lp, "teacher_logprobs": lt, "signal": jsd(p, q, 1), "teacher_entropy": -(q.exp() * q).sum(-1)}
+        rows = {"logprobs": lp, "teacher_logprobs": lt, "signal": jsd(p, q, 1), "teacher_entropy": entropy(q)}
         for name, want in rows.items():
             gaps[name] = max(gaps.get(name, 0.0), (scores[name][i].double() - want).abs().max().item())
     return gaps
@@ -275,7 +292,7 @@ def main(folder):
     a, b = (load(folder / name, dtype=torch.float32) for name in "ab")  # before DeepSpeed replaces F.linear
     half = [load(folder / "a", dtype=torch.bfloat16) for _ in "ab"]
     configs = {name: config(folder, f"name=g{i}", "model.dtype=float32", *o) for i, (name, o) in enumerate(GRADIENTS.items())}
-    want = {n: plain_gradients(c, a, a if c.teacher.weights == "rollout" else b, rollouts) for n, c in configs.items()}
+    want = {n: plain_gradients(c, a, b if resolve(c).frozen else a, rollouts) for n, c in configs.items()}
     deepspeed.init_distributed("gloo")
     result = {"gradients": {}, "policies": {}}
     for name, cfg in configs.items():

@@ -119,8 +119,8 @@ def warnings(cfg: Config, recipe: Recipe) -> list[str]:
     if cfg.train.policy_loss == "gspo" and min(cfg.train.clip_low, cfg.train.clip_high) > 0.01:
         found.append(
             "train.policy_loss=gspo: a sequence's ratio stays close to 1, and at "
-            f"train.clip_low={cfg.train.clip_low:g} train.clip_high={cfg.train.clip_high:g} it is hardly ever clipped; the paper has "
-            "3e-4 and 4e-4"
+            f"train.clip_low={cfg.train.clip_low:g} train.clip_high={cfg.train.clip_high:g} hardly ever clipped; "
+            "the paper has 3e-4 and 4e-4"
         )
     if recipe.kl and recipe.kl.estimator == "k1":
         found.append("kl.estimator=k1 has no gradient on average, as a loss it is noise; k2 has the KL's, k3 is GRPO's")
