@@ -133,7 +133,7 @@ def entropy(p):
 
 
 def reference_kl(cfg, lp, reference, r):
-    """k2 or k3 of the policy's tokens, behind the student's own prompt; the reference model shares its weights with the teacher."""
+    """k2 or k3 of the policy's tokens, behind the student's own prompt."""
     tokens = torch.tensor([[r.ids[i]] for i in r.policy_positions])
     with torch.no_grad():
         gap = log_probs(reference, r.prompt_ids, r).gather(1, tokens)[:, 0]

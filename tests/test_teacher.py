@@ -1,4 +1,4 @@
-"""Teacher policies, distillation losses and the KL term under 2-rank DeepSpeed ZeRO-3, against plain models (one torchrun for all cases)."""
+"""Teachers, distillation losses, the KL term under 2-rank DeepSpeed ZeRO-3, against plain models (one torchrun for all cases)."""
 
 import json
 import os
