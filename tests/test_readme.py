@@ -40,13 +40,15 @@ def test_files_that_the_readme_names_exist():
         assert (root / name).is_file(), name
 
 
-@pytest.mark.parametrize("page", ("operators.md", "credit.md", "mathematics.md"))
+@pytest.mark.parametrize("page", ("operators.md", "credit.md", "mathematics.md", "objective.md"))
 def test_pages(page):
     names = {"__name__": "page"}
     for block in re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / page).read_text(), re.S):
         exec(block, names)
     if page == "operators.md":
         assert names["hidden"].grad.isfinite().all() and names["weight"].grad.any() and names["distill"].item() > 0
+    elif page == "objective.md":
+        assert names["logprobs"].grad.isfinite().all() and names["entropy"].grad.ne(0).all()
     elif page == "mathematics.md":
         bent = torch.tensor([1.1, 1.095, 0.9, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0])
         assert torch.allclose(names["success"].weights, bent) and torch.allclose(names["failure"].weights, 2 - bent)
