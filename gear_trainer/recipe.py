@@ -89,7 +89,7 @@ class Frozen:
         return self.weights != "initial"
 
     def is_same(self, other: Frozen | None) -> bool:
-        """Whether one copy can serve as both."""
+        """True where one copy can serve as both."""
         if other is None or (self.weights, self.path) != (other.weights, other.path):
             return False
         return self.weights == "initial" or (self.weights == "ema" and self.ema_rate == other.ema_rate)
@@ -164,7 +164,7 @@ class Recipe:
 
     @property
     def teacher_weights(self) -> str | None:
-        """How the weights of a teacher of its own follow; None without one."""
+        """The rule by which a teacher of its own follows; None without one."""
         return self.teacher and self.teacher.weights
 
     @property

@@ -186,7 +186,8 @@ def test_other_policy_losses_run(out, server, name, more):
     four = ("train.steps=2", "train.updates_per_step=4", "train.lr=1e-3")
     metrics = _run(server, name, out, *SMALL, *more, *four)
     assert [m["step"] for m in metrics] == [1, 2] and all(m["updates_skipped"] == 0 for m in metrics)
-    assert all(m["approx_kl"] > 0 and 0 < m["clip_fraction"] < 1 for m in metrics), metrics
+    assert all(m["approx_kl"] > 0 and 0 <= m["clip_fraction"] < 1 for m in metrics), metrics
+    assert name != "gspo" or min(m["clip_fraction"] for m in metrics) > 0
 
 
 def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(out):
