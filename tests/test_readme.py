@@ -82,6 +82,10 @@ def check_where_models_live(names):
     assert issubclass(names["AdaptedHead"], names["Scored"])  # trained by test_where_models_live.py
 
 
+def check_objective(names):
+    assert names["logprobs"].grad.isfinite().all() and names["entropy"].grad.ne(0).all()
+
+
 def check_index(names):
     assert names["hidden"].grad.any() and names["lm_head_weight"].grad.any()
 

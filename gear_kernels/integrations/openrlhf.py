@@ -1,7 +1,7 @@
 """Token advantages for OpenRLHF 0.11: an experience maker that scores each rollout behind a teacher's prompt as well.
 
 OpenRLHF has no registry: a trainer of one's own makes this maker in place of RemoteExperienceMaker, and where the method reads
-entropy, its actors are PolicyModelActor with `EntropyForward` in front. docs/trainers.md shows both.
+entropy, its actors are PolicyModelActor with `EntropyForward` in front. docs/verl.md shows both.
 """
 
 from __future__ import annotations

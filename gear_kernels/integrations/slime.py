@@ -1,7 +1,7 @@
 """Token advantages for slime: the function behind its `--custom-advantage-function-path`.
 
 Read against slime's sources of 21 August 2026 (commit 0624b824): `compute_advantages_and_returns` in its Megatron back end calls
-the function on each rank of the last pipeline stage. Needs torch alone; docs/trainers.md shows a launch.
+the function on each rank of the last pipeline stage. Needs torch alone; docs/verl.md shows a launch.
 """
 
 from __future__ import annotations

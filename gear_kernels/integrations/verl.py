@@ -1,7 +1,7 @@
 """The trainer mode `gear_sync` of verl 0.9: its synchronous trainer, with token advantages by a credit method.
 
 Importing this file registers the mode. verl does that in every process when it finds the file's name in its environment:
-VERL_USE_EXTERNAL_MODULES=gear_kernels.integrations.verl. docs/trainers.md shows a launch.
+VERL_USE_EXTERNAL_MODULES=gear_kernels.integrations.verl. docs/verl.md shows a launch.
 """
 
 from __future__ import annotations
