@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 METHODS = ("gear", "grpo")
@@ -21,6 +22,13 @@ def rewards(method: str, seed: int, folder: Path, steps: int) -> list[float]:
     return [log["reward"] for log in json.loads((out / "log.json").read_text()) if "reward" in log]
 
 
+def draw(axes: Any, found: list[float], colour: str, label: str | None) -> None:
+    """The reward of every step as a dot, and means of five steps as a line."""
+    axes.plot(range(1, len(found) + 1), found, ".", color=colour, alpha=0.4)
+    means = [sum(found[i : i + 5]) / len(found[i : i + 5]) for i in range(0, len(found), 5)]
+    axes.plot([i * 5 + 3 for i in range(len(means))], means, color=colour, label=label)
+
+
 def main() -> None:
     """Run and draw."""
     import matplotlib
@@ -29,7 +37,7 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
     asked = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
@@ -38,7 +46,7 @@ def main() -> None:
             for seed in range(asked.seeds):
                 found = rewards(method, seed, Path(folder), asked.steps)
                 print(method, seed, [round(x, 3) for x in found], flush=True)
-                axes.plot(range(1, len(found) + 1), found, color=f"C{colour}", alpha=0.8, label=method if seed == 0 else None)
+                draw(axes, found, f"C{colour}", method if seed == 0 else None)
     axes.set(xlabel="step", ylabel="mean reward (share of right sums)", ylim=(0, 1))
     axes.legend(title="credit")
     figure.savefig(HERE / "curve.png", dpi=120)
