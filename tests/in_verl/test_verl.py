@@ -412,7 +412,7 @@ def test_the_command_on_the_page_is_one_that_verls_configuration_takes():
         config = compose("ppo_trainer", overrides=overrides)
     assert gear_verl.settings(config)[0].method == Gear() and config.actor_rollout_ref.model.use_fused_kernels
     modules = re.search(r"export VERL_USE_EXTERNAL_MODULES=(\S+)", page)[1]
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES == modules
+    assert modules == config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES
 
 
 # --- 3: how verl finds them ----------------------------------------------------------------------------------------------------
