@@ -138,7 +138,7 @@ def reference_kl(cfg, lp, reference, r):
     with torch.no_grad():
         gap = log_probs(reference, r.prompt_ids, r).gather(1, tokens)[:, 0]
     gap = gap - lp
-    return gap.square() / 2 if cfg.kl.estimator == "k2" else gap.exp() - 1 - gap
+    return gap.square() / 2 if cfg.kl.estimator == "k2" else (gap.exp() - 1 - gap).clamp(max=10)
 
 
 def plain_gradients(cfg, student, teacher, rollouts):
