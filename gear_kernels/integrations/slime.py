@@ -43,7 +43,7 @@ def advantages(args: Namespace, rollout_data: dict[str, Any]) -> None:
     mend = "set it to 1 and shorten what a rank holds by --tensor-model-parallel-size"
     require(size == 1, f"--context-parallel-size {size}", "1: segments run over a whole trajectory", mend)
     chosen = choose(settings.get("method", "gear"), GIVES, args=settings.get("args"), trainer="slime").method
-    inputs: dict[str, list[torch.Tensor]] = {}
+    inputs: dict[str, Any] = {}
     if "signal" in chosen.needs:
         pairs = zip(_column(rollout_data, "log_probs"), _column(rollout_data, "teacher_log_probs"), strict=True)
         inputs["signal"] = [own - teacher for own, teacher in pairs]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from packaging.version import Version  # comes with transformers, as TRL needs it
@@ -37,9 +37,9 @@ def _check_version() -> None:
 
 _check_version()
 
-from trl import GRPOTrainer  # noqa: E402
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
+from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import maybe_gather_lm_head_ctx, pad  # noqa: E402
 
 # --- the head --------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class GearLogProb(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias in their dtypes, from those of log-probs and entropy."""
         *tensors, state = ctx.saved_tensors
-        given = HeadCall(*tensors, *ctx.constants)
+        given: Any = HeadCall(*tensors, *ctx.constants)
         arrived = {name: x for name, x in zip(("logprobs", "entropy"), gradients, strict=False) if x is not None}
         table = state.new_zeros((len(STAT_NAMES), state.shape[0]))
         for name, gradient in arrived.items():
@@ -286,17 +286,18 @@ class GearGRPOTrainer(GRPOTrainer):
         return result
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        training, self._passes = self.model.training, []
+        model: Any = self.model
+        training, self._passes = model.training, []
         try:
-            batch = super()._generate_and_score_completions(inputs)
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
             if not training:
                 return batch
-            self.model.eval()  # no dropout: its noise would be a signal
+            model.eval()  # no dropout: its noise would be a signal
             with torch.no_grad():
                 rows, metrics = self._score(inputs, batch)
         finally:
             self._passes = None
-            self.model.train(training)
+            model.train(training)
         credit = token_advantages(
             batch["advantages"],
             batch["completion_mask"],
@@ -312,7 +313,8 @@ class GearGRPOTrainer(GRPOTrainer):
     def _log_means(self, metrics: dict[str, Tensor]) -> None:
         """Log the ranks' means of 0-d tensors, by one collective."""
         values = torch.stack([x.float() for x in metrics.values()]).unsqueeze(0)
-        for name, value in zip(metrics, self.accelerator.gather(values).mean(0).tolist(), strict=True):
+        gathered: Any = self.accelerator.gather(values)
+        for name, value in zip(metrics, gathered.mean(0).tolist(), strict=True):
             self._metrics["train"][name].append(value)
 
     # --- scoring: what the method reads, [B, T] each
@@ -349,12 +351,17 @@ class GearGRPOTrainer(GRPOTrainer):
         device = batch["prompt_ids"].device
         changed = 1 - torch.tensor(same, dtype=torch.float32, device=device).mean()
         if not self._seen_teacher:
-            any_changed = self.accelerator.gather(changed.reshape(1)).sum() > 0
+            everywhere: Any = self.accelerator.gather(changed.reshape(1))
             given = "teacher_prompt left every prompt of the first batch as the student's"
-            require(bool(any_changed), given, "a hint in some", "put the ground truth into it: the signal would be 0 everywhere")
+            require(
+                bool(everywhere.sum() > 0),
+                given,
+                "a hint in some",
+                "put the ground truth into it: the signal would be 0 everywhere",
+            )
             self._seen_teacher = True
-        rows_of_ids = [torch.as_tensor(row) for row in ids]
-        padded = pad(rows_of_ids, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
+        rows_of_ids, pad_id = [torch.as_tensor(row) for row in ids], cast(int, self._tokenizer.pad_token_id)
+        padded = pad(rows_of_ids, padding_value=pad_id, padding_side="left").to(device)
         mask = pad([torch.ones_like(row) for row in rows_of_ids], padding_value=0, padding_side="left").to(device)
         return (padded, mask), changed
 
@@ -362,7 +369,7 @@ class GearGRPOTrainer(GRPOTrainer):
         """Log-probs and entropy of the completions, from TRL's own pass where it made one without dropout."""
         old = batch.get("old_per_token_logps")
         made = next((found for found in self._passes or () if found[0] is old), None)
-        return made if made is not None and not _drops(self.model) else self._pass(batch, prompt)
+        return made if made is not None and not _drops(cast(torch.nn.Module, self.model)) else self._pass(batch, prompt)
 
     def _pass(self, batch: dict[str, Any], prompt: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probs and entropy of the completions behind a prompt, nats."""
@@ -372,6 +379,7 @@ class GearGRPOTrainer(GRPOTrainer):
 
     def _both(self, batch: dict[str, Any], student: Any, teacher: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Statistics of the completions from the hidden states behind both prompts, a micro-batch at a time; 0 on padding."""
+        model: Any = self.model
         passes, size, parts = [_behind(batch, prompt) for prompt in (teacher, student)], self.args.per_device_train_batch_size, []
         for start in range(0, passes[0][0].shape[0], size):
             both = _BothHidden(names)
@@ -381,7 +389,7 @@ class GearGRPOTrainer(GRPOTrainer):
                 labels[:, :-keep] = -100
                 both.mask = labels[:, 1:] != -100
                 with HeadSwitch(both), self.accelerator.autocast():
-                    self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+                    model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
             scored = both.mask[:, -passes[0][2] :]
             assert both.found is not None
             parts.append([x.new_zeros(scored.shape).masked_scatter(scored, x) for x in both.found])

@@ -183,7 +183,7 @@ def _columns(credit: Choice) -> dict[str, tuple[str, ...]]:
     return {name: columns[name] for name in credit.method.needs if name in columns}
 
 
-def _difference(rows: torch.Tensor, minus: torch.Tensor | None = None) -> torch.Tensor:
+def _difference(rows: Any, minus: Any = None) -> torch.Tensor:
     """Jagged rows, less other rows of the same lengths: jagged tensors made apart do not subtract."""
     if minus is None:
         return rows

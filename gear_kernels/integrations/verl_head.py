@@ -23,7 +23,7 @@ class GearLinearForPPO(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor, temperature: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Log-probs of input_ids and entropies, nats, both float32 of input_ids' shape [...].
 
         hidden_states [..., D] and vocab_weights [V, D] floating; input_ids [...] integers, the tokens that follow; temperature
