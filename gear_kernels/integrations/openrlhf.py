@@ -73,9 +73,9 @@ class GearExperienceMaker(RemoteExperienceMaker):
         require(not in_reward, "a KL penalty in the reward", "one advantage a trajectory", "set algo.kl.use_loss or init_coef=0")
 
     def _dispatch_forward(self, group: Any, sync_condition: bool, **kwargs: Any) -> Any:
-        own = group is self.actor_model_group and "mm_train_inputs_list" not in kwargs
-        if not own or "entropy" not in self.credit.needs or self.entropies:
+        if group is not self.actor_model_group or "entropy" not in self.credit.needs or self.entropies:
             return super()._dispatch_forward(group, sync_condition, **kwargs)
+        kwargs.pop("mm_train_inputs_list", None)  # a list of None: samples with images are refused
         return super()._dispatch_forward(_Renamed(group, "forward_with_entropy"), sync_condition, **kwargs)
 
     def _flatten_results(self, refs: Any, duplicate_factor: int) -> list[Any]:

@@ -4,6 +4,7 @@ Its packages' own imports need GPUs and flash-attn, so the packages are bare she
 Ray's actors is one object here that runs the method on a tiny model, as `execute_batch` does on each item of the lists.
 """
 
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -25,7 +26,9 @@ def _shells():
         shell.__path__ = [str(home.joinpath(*name.split(".")))]
         sys.modules[shell.__name__] = shell
     sys.modules["openrlhf.trainer.ray.launcher"] = types.SimpleNamespace(RayActorGroup=object)
-    sys.modules.setdefault("deepspeed", types.ModuleType("deepspeed"))
+    deepspeed = types.ModuleType("deepspeed")
+    deepspeed.__spec__ = importlib.machinery.ModuleSpec("deepspeed", None)  # transformers asks whether there is one
+    sys.modules.setdefault("deepspeed", deepspeed)
 
 
 _shells()
@@ -79,7 +82,7 @@ class PolicyModelActor:
         self.actor, self.strategy = model, strategy
 
     @torch.no_grad()
-    def forward(self, sequences, action_mask=None, attention_mask=None):
+    def forward(self, sequences, action_mask=None, attention_mask=None, packed_seq_lens=None, mm_train_inputs_list=None):
         return self.actor(sequences, action_mask, attention_mask, ring_attn_group=self.strategy.ring_attn_group)
 
 
@@ -228,6 +231,6 @@ def test_prompts_that_tell_nothing_or_were_changed_are_refused():
     with pytest.raises(GearKernelsError, match="signal would be 0"):
         maker(teacher_prompt=lambda prompt, label: prompt).make_experience_batch(samples())
     changed = samples()
-    changed[0].prompts = ["w"]
+    changed[0].prompts = ["w w <end>"]
     with pytest.raises(GearKernelsError, match="does not begin with its prompt"):
         maker(teacher_prompt=told).make_experience_batch(changed)
