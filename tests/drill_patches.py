@@ -68,8 +68,8 @@ def nan_loss_on_one_rank():
         self.number = number
         return update(self, number, *rest)
 
-    def broken(self, logprobs, inputs):
-        loss, parts = policy_loss(self, logprobs, inputs)
+    def broken(self, recipe, logprobs, inputs):
+        loss, parts = policy_loss(self, recipe, logprobs, inputs)
         return (loss * 0 + float("nan") if self.number >= 3 else loss), parts
 
     Updater.__call__, Updater._policy_loss = remember, broken
