@@ -485,11 +485,11 @@ def test_calls_that_go_wrong_are_answered_and_counted(interpreter):
 
 
 def test_why_a_call_was_stopped_is_said(interpreter):
+    limits = replace(QUICK, seconds=30.0)
     for code, said in {
         "while True: print('x')": "cut and stopped: more than 4096 bytes of output",
         "x = 'x' * (4 << 30)": "MemoryError\nstopped: more than 256 MiB of memory",
     }.items():
-        limits = replace(QUICK, seconds=30.0)
         assert python_tool.shown(interpreter.run(code, limits), limits).endswith(said)
 
 
