@@ -26,7 +26,7 @@ LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed
 # Importing vLLM takes 30 s where no bytecode is kept, 16 s with it; every rank does, and so do the processes of tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-fast fuzz drills bench compile-matrix venv lint types clean
+.PHONY: train test test-fast test-verl fuzz drills bench compile-matrix venv lint types docs clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) world_size=$(RANKS) $(ARGS)
 
@@ -50,6 +50,20 @@ drills: venv
 bench: venv
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --full --benchmark-json=build/benchmarks.json $(ARGS)
+
+# verl and OpenRLHF, whose pins clash with the other tests', in an environment of their own: requirements/verl.txt. Python 3.11 or 3.12
+VERL := .venv-verl/bin/python
+test-verl: .venv-verl/.built
+	$(VERL) -m pytest --confcutdir=tests/in_verl tests/in_verl $(ARGS)
+
+.venv-verl/.deps: requirements/verl.txt
+	test -x $(VERL) || $(PYTHON) -m venv .venv-verl
+	$(VERL) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
+	touch $@
+
+.venv-verl/.built: .venv-verl/.deps setup.py CMakeLists.txt pyproject.toml $(wildcard gear_kernels/csrc/*)
+	$(VERL) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
 
 # every kernel for every target: by the pinned Triton against the committed table, then by the oldest and the newest one, whose
 # spills are named; and the interpreter's kernels with numpy 1. Ten minutes on two cores; the versions go to build/
@@ -83,5 +97,15 @@ lint: venv
 types: venv
 	$(BIN)/basedpyright --pythonpath $(BIN)/python $(ARGS)
 
+# the site in build/site; a link or an anchor that leads nowhere fails it
+DOCS_VENV := build/docs-venv
+docs: $(DOCS_VENV)/.deps
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+
+$(DOCS_VENV)/.deps: requirements/docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info gear_kernels/*.so
+	rm -rf .venv .venv-verl build *.egg-info gear_kernels/*.so

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from . import backends
-from .errors import bad_input, check_choice, require
-from .methods import METHODS, Gear, Grpo, PolicyCredit, PolicyTokens
+from .errors import bad_input, require
+from .methods import Gear, Grpo, PolicyCredit, PolicyTokens, resolve
 from .records import FLOAT_INPUTS, Credit, Pack, check_nan
 from .reference import credit as reference
 
@@ -66,7 +66,7 @@ def credit_weights(
     synchronisations: offsets are cut to [0, T], NaN spreads. There nothing synchronises, but for `random`, and for a mask with
     turn, gigpo or a method of your own that has no `rule`.
     """
-    chosen = _resolve(method)
+    chosen = resolve(method)
     floats = dict(zip(FLOAT_INPUTS, (signal, entropy, teacher_entropy, forward_kl, turn_rewards), strict=True))
     rows = {**floats, "turn_ids": turn_ids, "anchors": anchors}
     pack = _checked(chosen, rows, {"advantages": advantages, "groups": groups}, cu_seqlens, mask)
@@ -139,21 +139,6 @@ def _tally(result: PolicyCredit, tokens: PolicyTokens) -> torch.Tensor:
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------
-
-
-def _resolve(method: object) -> Any:
-    """The method itself; Any, for a caller's own needs no base class."""
-    if isinstance(method, str):
-        check_choice("method", method, tuple(METHODS))
-        return METHODS[method]
-    usable = not isinstance(method, type) and callable(getattr(method, "apply", None)) and hasattr(method, "needs")
-    require(
-        usable,
-        f"method: given {method!r}",
-        f"a name ({', '.join(METHODS)}) or a method object",
-        "pass Gear(...) or Grpo()",
-    )
-    return method
 
 
 def _checked(method, rows: dict, sequences: dict, cu_seqlens: torch.Tensor, mask: torch.Tensor | None) -> Pack:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import model_head
+from .errors import bad_input
 from .reference.stats import BY_NAME
 from .stats import DEFAULT_STATS, Head, TokenStats, linear_token_stats
 
@@ -43,6 +44,16 @@ class FusedHead(nn.Linear):
         adopted.softcap, adopted.scale = softcap, scale
         return adopted
 
+    @classmethod
+    def from_model(cls, model: nn.Module) -> FusedHead:
+        """Turn the output layer of a causal LM (transformers') into a FusedHead in place, with its softcap and scale: `adopt`.
+
+        Call it before get_peft_model, DDP, fully_shard or deepspeed.initialize. Raises GearKernelsError as `adopt`, and for a
+        model without an output layer.
+        """
+        layer, config = model_head.layer_and_config(model)
+        return cls.adopt(cast(nn.Linear, layer), model_head.softcap(config), model_head.scale(config))
+
     def __call__(self, hidden: torch.Tensor, *positional, **named) -> torch.Tensor | TokenStats:
         """Calls `forward`. What follows hidden travels by name, because the hook of torch's ColwiseParallel drops all but the
         first positional argument: logits came back, and now the sharded weight is refused.
@@ -75,7 +86,8 @@ class FusedHead(nn.Linear):
             lacks_target, lacks_teacher = targets is None, teacher_hidden is None
             asked = [BY_NAME[name] for name in DEFAULT_STATS]
             stats = [s.name for s in asked if not (s.needs_target and lacks_target or s.needs_teacher and lacks_teacher)]
-        return linear_token_stats(
+        _check_outputs_stay_whole(self)
+        out = linear_token_stats(
             hidden,
             Head(self.weight, self.bias, self.softcap, self.scale),
             targets,
@@ -87,10 +99,25 @@ class FusedHead(nn.Linear):
             jsd_beta=jsd_beta,
             workspace_bytes=workspace_bytes,
         )
+        # Fields are views of one tensor: written in place they would lose the hook by which FSDP2 gathers the weight in backward
+        return TokenStats(*(None if field is None else field.clone() for field in out))
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={getattr(self, name)}" for name in ("softcap", "scale") if getattr(self, name) is not None)
         return super().extra_repr() + options
+
+
+def _check_outputs_stay_whole(head: nn.Module) -> None:
+    """Refuse FSDP2's rounding of what the head or its root returns: accelerate's policy for bf16 has it, in nats up to 1/256 of
+    a log-prob, silently.
+    """
+    state = getattr(head, "_get_fsdp_state", lambda: None)()
+    context = getattr(state, "_state_ctx", None)
+    for part in (state, getattr(context, "iter_forward_root", None)):
+        dtype = getattr(getattr(part, "_mp_policy", None), "output_dtype", None)
+        if dtype in (torch.bfloat16, torch.float16):
+            given = f"fully_shard's mp_policy rounds the statistics to output_dtype={dtype}"
+            raise bad_input(given, "float32 statistics", "pass MixedPrecisionPolicy(..., output_dtype=None), or torch.float32")
 
 
 model_head.PLAIN_FORWARDS.append(FusedHead.forward)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from .stats import Head, linear_token_stats
 
 _LOG_RATIO_LIMIT, _K3_LIMIT = 20.0, 10.0  # nats; e^20 is 4.9e8
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
+IMPORTANCE_MODES = ("truncate", "mask", "sequence_mask")
 
 
 def policy_gradient_loss(
@@ -41,32 +43,164 @@ def policy_gradient_loss(
     token_weights: see `aggregation_weights`. clip_high above clip_low is DAPO's clip-higher (arXiv 2503.14476). dual_clip: a
     number c above 1 bounds the term of a token of negative advantage from below by c A, so that a ratio that exploded cannot
     rule the step (arXiv 1912.09729); None for none. importance_weights: a factor per token, such as the truncated ratio of
-    trainer to sampler. Computed in the dtype of logprobs.
+    trainer to sampler (`importance_weights`). Computed in the dtype of logprobs.
 
     Returns the loss (a scalar) and detached scalars over the tokens of weight other than 0: tokens (their number), clip_fraction
     (where the clipped term is the smaller), dual_clip_fraction (where c A is the larger, 0 without dual_clip), ratio_mean,
     ratio_max, approx_kl (KL(old || new) by r - 1 - log r, nats, at most 10 a token); 0 if there are no tokens. Raises
     GearKernelsError where shapes differ, and for a dual_clip that is not above 1.
     """
-    if dual_clip is not None and not dual_clip > 1:
-        raise bad_input(f"dual_clip is {dual_clip}", "a number above 1, or None", "3.0 is usual")
+    _check_dual_clip(dual_clip)
+    given = _surrogate(logprobs, old_logprobs, token_advantages, token_weights, importance_weights)
+    return _clipped(given, _bounded(given.log_ratio), (clip_low, clip_high), dual_clip)
+
+
+def gspo_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    token_advantages: torch.Tensor,
+    token_weights: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    dual_clip: float | None = None,
+    importance_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped surrogate loss with the ratio of the whole sequence: GSPO-token (arXiv 2507.18071, section 4.3).
+
+    As `policy_gradient_loss`, but every token's r is s = exp(mean of logprobs - old_logprobs over its sequence's tokens of weight
+    other than 0), whose gradient goes through the token's own log-prob: r_t = sg[s] * exp(logprobs_t - sg[logprobs_t]). With one
+    advantage and one weight for all tokens of a sequence this is GSPO itself, in value and gradient. Such ratios stay close to 1:
+    the defaults of the clip are the paper's. [T] packed tokens; cu_seqlens: int [B + 1], where sequences begin and end.
+
+    Returns the loss and the metrics of `policy_gradient_loss`, of the sequences' ratios. Raises GearKernelsError as that does.
+    """
+    _check_dual_clip(dual_clip)
+    given = _surrogate(logprobs, old_logprobs, token_advantages, token_weights, importance_weights)
+    mean = _sequence_means(given.log_ratio.detach(), given.used, cu_seqlens)
+    own = torch.where(given.used, logprobs - logprobs.detach(), 0)  # 0 in value, the token's own gradient
+    return _clipped(given, _bounded(mean + own), (clip_low, clip_high), dual_clip)
+
+
+def cispo_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    token_advantages: torch.Tensor,
+    token_weights: torch.Tensor,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 0.2,
+    importance_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """CISPO's loss: -sum token_weights * importance_weights * sg[clip(r, 1 - clip_low, 1 + clip_high)] * A * logprobs.
+
+    The clipped ratio is a constant weight, so that a clipped token still has a gradient (MiniMax-M1, arXiv 2506.13585). With
+    clip_low = 1 the ratio has no lower bound, as in that paper. Arguments of one shape, as in `policy_gradient_loss`. Only
+    `logprobs` is differentiated.
+
+    Returns the loss and detached scalars: tokens, clip_fraction (of ratios outside the bounds), ratio_mean, ratio_max, approx_kl.
+    Raises GearKernelsError where shapes differ.
+    """
+    given = _surrogate(logprobs, old_logprobs, token_advantages, token_weights, importance_weights)
+    log_ratio = _bounded(given.log_ratio.detach())
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -(given.weights * clipped * given.advantages * torch.where(given.used, logprobs, 0)).sum()
+    return loss, _policy_metrics(log_ratio, given.used, clipped != ratio)
+
+
+class _Surrogate(NamedTuple):
+    """Checked arguments of a policy loss; whatever a token of weight 0 holds is 0 here."""
+
+    used: torch.Tensor  # weight other than 0
+    log_ratio: torch.Tensor  # logprobs - old_logprobs, differentiable
+    advantages: torch.Tensor
+    weights: torch.Tensor  # with the importance weights
+
+
+def _surrogate(logprobs, old_logprobs, token_advantages, token_weights, importance_weights) -> _Surrogate:
     given = {"old_logprobs": old_logprobs, "token_advantages": token_advantages, "token_weights": token_weights}
     if importance_weights is not None:
         given["importance_weights"] = importance_weights
     _check_shapes(logprobs, given)
     used = token_weights != 0
-    log_ratio = _bounded(torch.where(used, logprobs - old_logprobs.detach(), 0))
-    ratio = log_ratio.exp()
+    log_ratio = torch.where(used, logprobs - old_logprobs.detach(), 0)
     advantages = torch.where(used, token_advantages, 0).detach()
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    weights = token_weights if importance_weights is None else token_weights * torch.where(used, importance_weights, 0)
+    return _Surrogate(used, log_ratio, advantages, weights.detach())
+
+
+def _clipped(
+    given: _Surrogate, log_ratio: torch.Tensor, clip: tuple[float, float], dual_clip: float | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped surrogate of bounded log ratios, and its metrics."""
+    used, advantages, ratio = given.used, given.advantages, log_ratio.exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages
     term, bounded = torch.minimum(plain, clipped), torch.zeros_like(used)
     if dual_clip is not None:
         floor = torch.where(advantages < 0, dual_clip * advantages, -torch.inf)
         term, bounded = torch.maximum(term, floor), floor > term
-    weights = token_weights if importance_weights is None else token_weights * torch.where(used, importance_weights, 0)
-    loss = -(weights.detach() * term).sum()
+    loss = -(given.weights * term).sum()
     metrics = _policy_metrics(log_ratio.detach(), used, (clipped < plain).detach())
     return loss, metrics | {"dual_clip_fraction": (bounded & used).sum() / metrics["tokens"].clamp_min(1)}
+
+
+def _check_dual_clip(dual_clip: float | None) -> None:
+    if dual_clip is not None and not dual_clip > 1:
+        raise bad_input(f"dual_clip is {dual_clip}", "a number above 1, or None", "3.0 is usual")
+
+
+def _sequence_means(values: torch.Tensor, used: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """For each token the mean of `values` [T] over its sequence's used tokens (0 without any); unused values are 0 already."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or values.dim() != 1:
+        raise bad_input(
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} for tokens {tuple(values.shape)}",
+            "integers [B + 1] for packed tokens [T]",
+            "lay the sequences end to end",
+        )
+    offsets = cu_seqlens.long()
+    # not index_add_: its order of additions on a GPU is another one every time
+    sums, counts = (torch.segment_reduce(x.double(), "sum", offsets=offsets, unsafe=True) for x in (values, used))
+    means = sums / counts.clamp_min(1)
+    return means.repeat_interleave(offsets.diff(), output_size=values.numel()).to(values.dtype)
+
+
+def importance_weights(
+    logprobs: torch.Tensor,
+    sampler_logprobs: torch.Tensor,
+    mode: str = "truncate",
+    *,
+    cap: float = 2.0,
+    floor: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weights [T] that correct the policy gradient where the engine that sampled and the trainer give other log-probs (nats).
+
+    With k = exp(logprobs - sampler_logprobs), the trainer's before the update: `truncate` is k within [floor, cap] (truncated
+    importance sampling, fengyao.notion.site/off-policy-rl); `mask` is k where it lies in [floor, cap], else 0 (IcePop, arXiv
+    2510.18855: 0.5 to 5); `sequence_mask` is k where the geometric mean of its sequence's k lies there, else 0. floor None: no
+    lower bound. A k that is not a number counts as outside; `truncate` keeps it. cu_seqlens: int [B + 1], of sequence_mask.
+    Nothing is differentiated.
+
+    Raises GearKernelsError on an unknown mode, bounds in the wrong order, shapes, and on a sequence_mask without cu_seqlens.
+    """
+    if mode not in IMPORTANCE_MODES:
+        raise bad_input(f"mode is {mode!r}", "one of " + ", ".join(IMPORTANCE_MODES), "use one of these")
+    low = 0.0 if floor is None else floor
+    if not 0 <= low < cap:
+        raise bad_input(f"floor is {floor} and cap {cap}", "0 <= floor < cap", "IcePop takes 0.5 and 5")
+    _check_shapes(logprobs, {"sampler_logprobs": sampler_logprobs})
+    log_ratio = (logprobs - sampler_logprobs).detach()
+    ratio = log_ratio.exp()
+    if mode == "truncate":
+        return ratio.clamp(min=floor, max=cap)
+    judged = ratio
+    if mode == "sequence_mask":
+        if cu_seqlens is None:
+            raise bad_input("cu_seqlens is None", "integers [B + 1] for sequence_mask", "pass where sequences begin and end")
+        judged = _sequence_means(log_ratio, torch.ones_like(log_ratio, dtype=torch.bool), cu_seqlens).exp()
+    return torch.where((judged >= low) & (judged <= cap) & ratio.isfinite(), ratio, 0)
 
 
 def _bounded(log_ratio: torch.Tensor) -> torch.Tensor:
@@ -224,6 +358,17 @@ def _teacher_gap(logprobs, teacher_logprobs, token_weights, **others: torch.Tens
     _check_shapes(logprobs, {"teacher_logprobs": teacher_logprobs, "token_weights": token_weights, **others})
     used = token_weights != 0
     return used, torch.where(used, teacher_logprobs.detach() - logprobs, 0)
+
+
+def entropy_loss(entropy: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss -sum of token_weights * entropy [...], nats: times a small coefficient a bonus that keeps a policy exploring
+    (arXiv 1602.01783, section 4).
+
+    Differentiated in `entropy`, in its dtype. Returns the loss and the detached mean over tokens of weight other than 0,
+    `entropy` (nats, 0 without such tokens). Raises GearKernelsError where shapes differ.
+    """
+    loss, metrics = divergence_loss(entropy, token_weights)
+    return -loss, {"entropy": metrics["divergence"]}
 
 
 def _gap_metrics(gap: torch.Tensor, used: torch.Tensor) -> dict[str, torch.Tensor]:

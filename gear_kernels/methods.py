@@ -11,7 +11,7 @@ import random
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -41,6 +41,7 @@ __all__ = [
     "Method",
     "PolicyCredit",
     "PolicyTokens",
+    "resolve",
     "signals_of",
 ]
 SEGMENTERS = tuple(name for name in SCAN_SEGMENTERS if name != "stable")  # Gear's
@@ -554,3 +555,21 @@ METHODS = {
 def signals_of(method: object) -> tuple[str, ...]:
     """The signals that a method may be given, its own first."""
     return getattr(method, "signals", Method.signals)
+
+
+def resolve(method: object) -> Any:
+    """The method that a name out of METHODS means, or the method object itself; Any, for a caller's own needs no base class.
+
+    Raises GearKernelsError for an unknown name, a class in place of its object, and what has no `needs` and `apply`.
+    """
+    if isinstance(method, str):
+        check_choice("method", method, tuple(METHODS))
+        return METHODS[method]
+    usable = not isinstance(method, type) and callable(getattr(method, "apply", None)) and hasattr(method, "needs")
+    require(
+        usable,
+        f"method: given {method!r}",
+        f"a name ({', '.join(METHODS)}) or a method object",
+        "pass Gear(...) or Grpo()",
+    )
+    return method

@@ -33,6 +33,12 @@ class ModelHead(NamedTuple):
 
 def read(model: nn.Module) -> ModelHead:
     """The head of a causal LM of transformers (or of one that peft wraps). Raises GearKernelsError for one that is no `Head`."""
+    layer, config = layer_and_config(model)
+    return ModelHead(*weight_and_bias(layer), softcap(config), scale(config))
+
+
+def layer_and_config(model: nn.Module) -> tuple[nn.Module, Any]:
+    """A causal LM's output layer and its text configuration. Raises GearKernelsError for a model that has none."""
     find = getattr(model, "get_output_embeddings", None)
     layer, config = None if find is None else find(), getattr(model, "config", None)
     if layer is None or config is None:
@@ -40,8 +46,7 @@ def read(model: nn.Module) -> ModelHead:
         raise bad_input(given, "a causal LM with get_output_embeddings() and config", mend)
     if getattr(config, "is_encoder_decoder", False):
         raise bad_input(f"the model is an encoder-decoder, {type(model).__name__}", "a causal LM", "build the Head by hand")
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return ModelHead(*weight_and_bias(layer), softcap(config), scale(config))
+    return layer, config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def softcap(config: Any) -> float | None:
@@ -124,7 +129,10 @@ def _no_product(layer: Any, name: str) -> tuple[str, str] | None:
 
 def _check_whole(weight: torch.Tensor) -> None:
     if weight.numel() == 0 or type(weight).__name__ == "DTensor":
-        mend = "gather it around Head.from_model and the op, or leave the head out of target_modules"
+        mend = (
+            "call Head.from_model and the op inside the model's forward; under FSDP2 give the head no fully_shard of its own, "
+            "the outermost one gathers it; or leave the head out of target_modules"
+        )
         raise bad_input("the weight under the head's LoRA adapter is sharded", "a whole weight on each rank", mend)
 
 

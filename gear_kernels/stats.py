@@ -70,8 +70,8 @@ def token_stats(
     student_logits, teacher_logits: the same shape, float32, bfloat16, float16 or float64, any strides; dtypes may differ unless
     one is float64. Cut padded columns off by a slice, logits[:, :valid_vocab].  targets: integers [N]; needed for log-probs; a
     row whose target is `ignore_index` returns 0 and passes no gradient, whatever it holds.  temperature: divides both logits; a
-    number or a tensor [N], above 0, not differentiated.  stats: names of TokenStats fields; the divergences and teacher_* need
-    teacher_logits.  jsd_beta: between 0 and 1, the teacher's share of the mixture (arXiv 2306.13649).
+    number or a tensor [N], above 0, float32 or float64, not differentiated.  stats: names of TokenStats fields; the divergences
+    and teacher_* need teacher_logits.  jsd_beta: between 0 and 1, the teacher's share of the mixture (arXiv 2306.13649).
 
     Sums are float32 in blocks and float64 between blocks and tiles (float64 throughout for float64 inputs); the gradient is
     computed in float32 and rounded once to the logits' dtype. Divergences are never negative. -inf logits contribute zero and get
@@ -136,6 +136,39 @@ def linear_token_stats(
 
     Raises GearKernelsError as `token_stats`, on partitioned (size-0) or DTensor weights, and on a vocabulary shard without group.
     """
+    call = linear_call(
+        student_hidden,
+        head,
+        targets,
+        teacher_hidden,
+        teacher_head=teacher_head,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        stats=stats,
+        jsd_beta=jsd_beta,
+        workspace_bytes=workspace_bytes,
+    )
+    values, _ = ops.linear_token_stats(*call)
+    return _pack(values, tuple(call.stats), student_hidden.shape[:-1])
+
+
+def linear_call(
+    student_hidden: torch.Tensor,
+    head: Head | torch.Tensor,
+    targets: torch.Tensor | None = None,
+    teacher_hidden: torch.Tensor | None = None,
+    *,
+    teacher_head: Head | torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    ignore_index: int = -100,
+    stats: Sequence[str] = DEFAULT_STATS,
+    jsd_beta: float = 0.5,
+    workspace_bytes: int | None = None,
+) -> ops.LinearCall:
+    """The operator's checked call that `linear_token_stats` makes of its arguments, for who runs its backward on his own.
+
+    Raises GearKernelsError as `linear_token_stats`.
+    """
     head = _checked_head("head", head)
     names = _checked_names(stats, targets, teacher_hidden is not None, "teacher_hidden")
     if workspace_bytes is not None and workspace_bytes <= 0:
@@ -145,9 +178,8 @@ def linear_token_stats(
     _check_no_tangents({"student_hidden": student_hidden, "head.weight": head.weight, "head.bias": head.bias})
     targets, inverse = _rows(student_hidden, student_hidden.shape[:-1], targets, temperature)
     rows = (student_hidden, teacher_hidden, targets, inverse)
-    call = _linear_call(rows, head, own, names, workspace_bytes, ignore_index=int(ignore_index), jsd_beta=_checked_beta(jsd_beta))
-    values, _ = ops.linear_token_stats(*call)
-    return _pack(values, names, student_hidden.shape[:-1])
+    beta = _checked_beta(jsd_beta)
+    return _linear_call(rows, head, own, names, workspace_bytes, ignore_index=int(ignore_index), jsd_beta=beta)
 
 
 def _linear_call(rows, head: Head, own: Head | None, names, workspace_bytes: int | None, **constants) -> ops.LinearCall:
@@ -346,6 +378,9 @@ def _checked_temperature(temperature: torch.Tensor, like: torch.Tensor, shape: t
         raise bad_input(
             f"temperature has shape {tuple(temperature.shape)}", f"a number, or one per row {tuple(shape)}", "expand it"
         )
+    if temperature.dtype in _HALVES:  # FSDP2's policies cast every input: 0.7 is 0.1 % off, which is nats of a log-prob
+        given = f"temperature has dtype {temperature.dtype}, rounded"
+        raise bad_input(given, "float32 or float64", "pass a number, or cast it before the model, not within")
     if temperature.device != like.device:
         raise bad_input(f"temperature is on {temperature.device}", f"the rows' {like.device}", "move it")
     return temperature.detach()

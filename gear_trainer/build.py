@@ -100,7 +100,7 @@ def build(
     import torch.distributed as dist
 
     from gear_trainer.policy import checkpoint
-    from gear_trainer.policy.teacher import Teacher
+    from gear_trainer.policy.frozen import FrozenModel
     from gear_trainer.policy.zero import build_engine
     from gear_trainer.rollout.engine import make_engine
     from gear_trainer.train.loop import Trainer
@@ -117,11 +117,11 @@ def build(
     sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
     engine = build_engine(cfg, model_path)
-    teacher = Teacher(cfg, engine, model_path) if recipe.teacher_weights else None
+    frozen = {rule.name: FrozenModel(cfg, engine, model_path, rule) for rule in recipe.frozen}
     if start:
-        checkpoint.load(engine, cfg, start, teacher)
+        checkpoint.load(engine, cfg, start, tuple(frozen.values()))
     references = _references(cfg, recipe, chat, endpoint, sampler)
-    return Trainer(cfg, recipe, task, chat, engine, sampler, teacher, references, interrupts), start
+    return Trainer(cfg, recipe, task, chat, engine, sampler, frozen, references, interrupts), start
 
 
 def _meet(cfg: Config) -> None:
@@ -173,7 +173,7 @@ def _references(cfg: Config, recipe: Recipe, chat: Any, endpoint: Any, sampler: 
     from gear_trainer.hints.writer import PolicyWriter, Writer
 
     if recipe.references == "siblings":
-        return Siblings(chat)
+        return Siblings(chat, recipe.wrong_hint)
     if recipe.references is None:
         return None
     model = endpoint or PolicyWriter(cfg, chat, sampler)

@@ -135,6 +135,8 @@ def _train(cfg: Config, resume: bool) -> int:
     from gear_trainer.policy.hub import check_hub_model
 
     check_hub_model(cfg.model.path)
+    if recipe.kl and recipe.kl.reference.path:
+        check_hub_model(recipe.kl.reference.path, "kl.reference")
     # every rank asks for itself, as it will during the run
     endpoint = connect(cfg.writer, cfg.rollout.max_model_len) if recipe.references == "writer" and cfg.writer.url else None
     model_path = resolve_model_path(cfg, task)  # before the process group: a warm start outlasts a collective's patience

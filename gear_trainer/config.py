@@ -21,7 +21,7 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_a
 MOVED = {
     f"rollout.{key}": f"rollout.vllm.{key}"
     for key in ("max_num_seqs", "gpu_memory_utilization", "kv_cache_mib", "sleep_level", "engine_args")
-}
+} | {"train.std_advantages": "train.advantages (true: grpo, false: dr_grpo)"}
 
 
 class Section(BaseModel):
@@ -141,7 +141,13 @@ class TrainConfig(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clipping: float = Field(default=1.0, ge=0, description="global norm; 0 is off")
-    clip_low: float = Field(default=0.2, gt=0, lt=1, description="ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    policy_loss: Literal["clip", "gspo", "cispo"] = Field(
+        default="clip",
+        description="clip: PPO's and GRPO's, a ratio a token; gspo: the sequence's ratio; cispo: the clipped ratio as a weight",
+    )
+    clip_low: float = Field(
+        default=0.2, gt=0, le=1, description="ratio is clipped to [1 - clip_low, 1 + clip_high]; 1: no lower bound (cispo)"
+    )
     clip_high: float = Field(default=0.2, gt=0, description="above clip_low for DAPO's clip-higher")
     dual_clip: float | None = Field(
         default=None, gt=1, description="bounds a token of negative advantage by dual_clip * A; 3 is usual"
@@ -149,13 +155,31 @@ class TrainConfig(Section):
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = Field(
         default="seq_mean_token_mean", description="GEAR's and GRPO's: mean over tokens, then over trajectories"
     )
-    std_advantages: bool = Field(
-        default=True, description="divide the group's advantages by their standard deviation (Dr. GRPO: false)"
+    advantages: Literal["grpo", "dr_grpo", "rloo", "batch"] = Field(
+        default="grpo",
+        description="reward less the group's mean, divided by the group's standard deviation; dr_grpo: not divided; rloo: less "
+        "the mean of the others; batch: divided by the standard deviation of the step's rewards",
+    )
+    entropy_bonus: float = Field(default=0.0, ge=0, description="coefficient of the policy's entropy, which is raised; 0 is off")
+    importance_mode: Literal["truncate", "mask", "sequence_mask"] = Field(
+        default="truncate",
+        description="against vLLM's mismatch, k = p_trainer / p_sampler as a weight: cut at its bounds; 0 outside them (IcePop); "
+        "0 in a whole rollout whose geometric mean of k is outside",
     )
     importance_cap: float | None = Field(
-        default=2.0,
-        gt=0,
-        description="truncated importance weights min(p_trainer / p_sampler, cap) against vLLM's mismatch; null is off",
+        default=2.0, gt=0, description="the upper bound of importance weights; null: no importance weights"
+    )
+    importance_floor: float | None = Field(default=None, gt=0, description="their lower bound (IcePop: 0.5 with a cap of 5)")
+    overlong_buffer: int | None = Field(
+        default=None,
+        ge=1,
+        description="policy tokens before overlong_length over which the reward falls by 1, evenly (DAPO); null is off",
+    )
+    overlong_length: int | None = Field(
+        default=None, ge=1, description="policy tokens at which the whole 1 is taken off; null: rollout.max_new_tokens"
+    )
+    mask_truncated: bool = Field(
+        default=False, description="leave rollouts that tokens ran out in out of the loss (DAPO's overlong filtering)"
     )
     updates_per_step: int = Field(default=1, ge=1, description="optimizer steps over a step's rollouts, split by prompt")
     tokens_per_micro_batch: int = Field(
@@ -175,6 +199,22 @@ class TeacherConfig(Section):
         default=None,
         description="in its prompt: the task's ground truth, or a correct rollout of the group; null is the method's own",
     )
+    wrong_hint: bool = Field(
+        default=False,
+        description="of sees=sibling: take from the signal what a failed rollout in the same prompt makes of it (RLCSD)",
+    )
+
+
+class KlConfig(Section):
+    coefficient: float = Field(default=0.0, ge=0, description="of KL(policy || reference model) in the loss; 0 is off")
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="of a token's KL, from d = log p_reference - log p: -d, d^2 / 2, or e^d - 1 - d (GRPO)"
+    )
+    reference: str = Field(
+        default="initial",
+        description="initial: the starting model; ema: the policy's moving average; or an HF directory or hub name",
+    )
+    ema_rate: float = Field(default=0.01, gt=0, le=1, description="of ema: share of the policy mixed in after each step")
 
 
 class DistillConfig(Section):
@@ -192,6 +232,12 @@ class DistillConfig(Section):
         default=None,
         gt=0,
         description="of the distillation loss; null: 1 for opsd alone, 0.1 beside a credit method, 0.01 for sdar",
+    )
+    until_step: int | None = Field(
+        default=None,
+        ge=1,
+        description="distil first, then RL: the distillation loss alone up to this step, the credit method alone after it; "
+        "null: both at once",
     )
 
 
@@ -258,6 +304,7 @@ class Config(Section):
     writer: WriterConfig = WriterConfig()
     train: TrainConfig = TrainConfig()
     teacher: TeacherConfig = TeacherConfig()
+    kl: KlConfig = KlConfig()
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -334,12 +381,35 @@ class Config(Section):
             raise ValueError(
                 f"eval.max_new_tokens: {new} leave no room for a prompt in a context of {context}: raise eval.max_model_len"
             )
+        _check_bounds(t, r.max_new_tokens)
         if t.tokens_per_micro_batch < r.max_model_len:
             raise ValueError(
                 f"train.tokens_per_micro_batch={t.tokens_per_micro_batch} is less than one sequence of "
                 f"rollout.max_model_len={r.max_model_len}: raise it"
             )
         return self
+
+
+def _check_bounds(t: TrainConfig, max_new_tokens: int) -> None:
+    """What belongs together in the objective. Raises ValueError."""
+    cap, floor = t.importance_cap, t.importance_floor
+    if cap is None and (floor is not None or t.importance_mode != "truncate"):
+        raise ValueError(
+            f"train.importance_cap=null switches importance weights off, and train.importance_mode={t.importance_mode} with "
+            f"importance_floor={floor} asks for them: set a cap"
+        )
+    if cap is not None and floor is not None and floor >= cap:
+        raise ValueError(f"train.importance_floor={floor} is not below train.importance_cap={cap}: lower it")
+    if t.policy_loss == "cispo" and t.dual_clip is not None:
+        raise ValueError("train.dual_clip bounds the clipped surrogate, which train.policy_loss=cispo has not: leave it out")
+    if t.overlong_length is not None and t.overlong_buffer is None:
+        raise ValueError("train.overlong_length is read with train.overlong_buffer alone: set both, or leave it out")
+    longest = t.overlong_length or max_new_tokens
+    if t.overlong_buffer is not None and t.overlong_buffer > longest:
+        raise ValueError(
+            f"train.overlong_buffer={t.overlong_buffer} is longer than the {longest} tokens at which it ends "
+            "(train.overlong_length, else rollout.max_new_tokens): lower it"
+        )
 
 
 def _generated(cfg: Config) -> dict[str, tuple[tuple[Any, ...], str]]:

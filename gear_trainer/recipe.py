@@ -1,4 +1,4 @@
-"""The meaning of `credit`, `signal`, `teacher`, `writer` and `distill` together: one `Recipe`, made once, read by everyone else.
+"""The meaning of `credit`, `signal`, `teacher`, `writer`, `kl` and `distill` together: one `Recipe`, made once, read by others.
 
 Nobody else parses `credit`, compares a signal's name or asks what a credit method declares.
 """
@@ -6,13 +6,13 @@ Nobody else parses `credit`, compares a signal's name or asks what a credit meth
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from gear_kernels import Gear, GearKernelsError, TokenStats, credit_weights
-from gear_kernels.losses import divergence_loss, divergence_stat, sampled_distillation_loss, sdar_loss
+from gear_kernels.losses import divergence_loss, divergence_stat, reference_kl_loss, sampled_distillation_loss, sdar_loss
 from gear_kernels.methods import FLOAT_INPUTS, INPUTS, METHODS, Method
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
@@ -69,6 +69,47 @@ class Distillation:
         return self.coefficient * loss, metrics["divergence"]
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """The weights of a frozen model beside the policy, and how they follow it after each step.
+
+    initial: not at all; ema: e + ema_rate * (policy - e); synced: the policy's own, copied every sync_every steps.
+    """
+
+    name: Literal["teacher", "reference"]  # of its file in a checkpoint
+    key: str  # of the configuration that asked for it, for messages
+    weights: Literal["initial", "ema", "synced"]
+    ema_rate: float = 0.0
+    sync_every: int = 1
+    path: str | None = None  # where it starts from; None: where the policy does
+
+    @property
+    def follows(self) -> bool:
+        """True where the weights follow the policy's, so there is state to save: others are read again instead."""
+        return self.weights != "initial"
+
+    def is_same(self, other: Frozen | None) -> bool:
+        """True where one copy can serve as both."""
+        if other is None or (self.weights, self.path) != (other.weights, other.path):
+            return False
+        return self.weights == "initial" or (self.weights == "ema" and self.ema_rate == other.ema_rate)
+
+
+@dataclass(frozen=True)
+class Kl:
+    """The term coefficient * KL(policy || reference model), estimated from the sampled tokens (GRPO's, arXiv 2402.03300)."""
+
+    coefficient: float
+    estimator: str
+    reference: Frozen
+    shared: bool  # the teacher's copy is the reference model
+
+    def loss(self, logprobs: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted loss over n policy tokens, times the coefficient, and their mean estimate (nats), both scalars."""
+        loss, metrics = reference_kl_loss(logprobs, reference, weights, estimator=self.estimator)
+        return self.coefficient * loss, metrics["reference_kl"]
+
+
 class Declared(NamedTuple):
     """The optional parts of a credit method; a class that does not derive from gear_kernels' Method may leave them out."""
 
@@ -93,18 +134,49 @@ def _at(method: Any, step: int) -> Any:
 class Recipe:
     """A run's recipe: what it does with its rollouts; made by `resolve`, read everywhere.
 
-    teacher_weights: of a teacher with weights of its own; None where the policy itself is the teacher, or nothing reads one.
+    teacher: of a teacher with weights of its own; None where the policy itself is the teacher, or nothing reads one.
     references: who puts something else than the ground truth into the teacher's prompt. gen_batches: batches that a step may
-    sample, 1 without the filter for mixed groups.
+    sample, 1 without the filter for mixed groups. until: the last step of the distillation loss alone, which the method alone
+    follows; None: both act at every step.
     """
 
     method: Any
     declared: Declared
     signal: str
     distillation: Distillation | None
-    teacher_weights: Literal["initial", "ema", "synced"] | None
+    teacher: Frozen | None
     references: Literal["writer", "siblings"] | None
     gen_batches: int
+    kl: Kl | None = None
+    entropy_bonus: float = 0.0
+    masks_truncated: bool = False
+    wrong_hint: bool = False
+    until: int | None = None
+
+    def at(self, step: int) -> Recipe:
+        """The recipe of the 1-based step: another than the run's where it distils first."""
+        if self.until is None:
+            return self
+        if step > self.until:
+            return replace(self, distillation=None)
+        plain = METHODS["grpo"]
+        return replace(self, method=plain, declared=Declared.by(plain), wrong_hint=False)
+
+    @property
+    def teacher_weights(self) -> str | None:
+        """The rule by which a teacher of its own follows; None without one."""
+        return self.teacher and self.teacher.weights
+
+    @property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """All frozen models beside the policy, each once."""
+        own = self.kl.reference if self.kl and not self.kl.shared else None
+        return tuple(model for model in (self.teacher, own) if model is not None)
+
+    @property
+    def moves_all(self) -> bool:
+        """True where a rollout of advantage 0 has something to learn too: distillation, the KL term, the entropy bonus."""
+        return self.distillation is not None or self.kl is not None or self.entropy_bonus > 0
 
     @property
     def teacher_columns(self) -> tuple[str, ...]:
@@ -140,7 +212,8 @@ class Recipe:
     @property
     def stats_to_update(self) -> tuple[str, ...]:
         """The statistics of the update pass."""
-        return ("logprobs", *(self.distillation.stats if self.distillation else ()))
+        entropy = ("entropy",) if self.entropy_bonus else ()
+        return ("logprobs", *entropy, *(self.distillation.stats if self.distillation else ()))
 
     @property
     def jsd_beta(self) -> float | None:
@@ -178,16 +251,22 @@ def resolve(cfg: Config) -> Recipe:
         raise ConfigError(f"credit={cfg.credit} reads {', '.join(missing)}, which this trainer does not make: choose another")
     distillation = _make_distillation(loss, cfg)
     asks = any(column in method.needs for column in TEACHER_COLUMNS)
-    weights = cfg.teacher.weights
+    teacher = _teacher(cfg) if asks or distillation is not None else None
+    references = _references(cfg, own, asks)
     filtered = own.mixed_groups if cfg.rollout.filter_groups is None else cfg.rollout.filter_groups
     return Recipe(
         method=method,
         declared=own,
         signal=cfg.signal or own.signals[0],
         distillation=distillation,
-        teacher_weights=weights if weights != "rollout" and (asks or distillation is not None) else None,
-        references=_references(cfg, own, asks),
+        teacher=teacher,
+        references=references,
         gen_batches=cfg.rollout.max_num_gen_batches if filtered else 1,
+        kl=_kl(cfg, teacher),
+        entropy_bonus=cfg.train.entropy_bonus,
+        masks_truncated=cfg.train.mask_truncated,
+        wrong_hint=_wrong_hint(cfg, method, references),
+        until=_until(cfg, distillation),
     )
 
 
@@ -227,10 +306,53 @@ def _make_method(name: str, cfg: Config) -> Any:
 def _make_distillation(name: str | None, cfg: Config) -> Distillation | None:
     if name is None:
         return None
-    alone = cfg.credit.strip() == "opsd"  # sdar alone is sdar+grpo, as in its paper
+    first = cfg.distill.until_step is not None
+    alone = first or cfg.credit.strip() == "opsd"  # sdar alone is sdar+grpo, as in its paper
     coefficient = {"sdar": 0.01, "opsd": 1.0 if alone else 0.1}[name]
     d = cfg.distill
     return Distillation(name, d.variant, d.beta, d.coefficient if d.coefficient is not None else coefficient, alone)
+
+
+def _teacher(cfg: Config) -> Frozen | None:
+    t = cfg.teacher
+    return None if t.weights == "rollout" else Frozen("teacher", "teacher.weights", t.weights, t.ema_rate, t.sync_every)
+
+
+def _kl(cfg: Config, teacher: Frozen | None) -> Kl | None:
+    k = cfg.kl
+    if not k.coefficient:
+        return None
+    if k.reference == "ema":
+        reference = Frozen("reference", "kl.reference", "ema", k.ema_rate)
+    else:
+        reference = Frozen("reference", "kl.reference", "initial", path=None if k.reference == "initial" else k.reference)
+    return Kl(k.coefficient, k.estimator, reference, reference.is_same(teacher))
+
+
+def _until(cfg: Config, distillation: Distillation | None) -> int | None:
+    """The last step of distillation alone. Raises ConfigError where there is nothing to distil, or nothing that follows."""
+    until = cfg.distill.until_step
+    if until is None:
+        return None
+    if distillation is None or "+" not in cfg.credit:
+        raise ConfigError(
+            f"distill.until_step={until}: credit={cfg.credit} is not a distillation loss and the method that follows it: "
+            "give both, as credit=opsd+grpo"
+        )
+    if until >= cfg.train.steps:
+        raise ConfigError(f"distill.until_step={until}: train.steps={cfg.train.steps} ends before the method's turn; lower it")
+    return until
+
+
+def _wrong_hint(cfg: Config, method: Any, references: str | None) -> bool:
+    """Whether the signal is held against a wrong hint's. Raises ConfigError where nobody reads a signal, or none can be shown."""
+    if not cfg.teacher.wrong_hint:
+        return False
+    if "signal" not in method.needs:
+        raise ConfigError(f"teacher.wrong_hint: credit={cfg.credit} reads no signal that could be corrected: drop it")
+    if references != "siblings":
+        raise ConfigError("teacher.wrong_hint shows a failed sibling where a correct one stands: set teacher.sees=sibling")
+    return True
 
 
 def _references(cfg: Config, own: Declared, asks: bool) -> Literal["writer", "siblings"] | None:

@@ -11,6 +11,7 @@ rolls that many out at a time, of a policy that says the ground truth, and print
 
 from __future__ import annotations
 
+import datetime
 import random
 import resource
 import sys
@@ -34,6 +35,7 @@ from gear_trainer.tasks.bfcl.package import part, rows, turn_checkers
 from gear_trainer.tasks.tool_calls import ToolCall, calls_turn
 
 KINDS = ("gold", "truncated", "perturbed", "reordered", "extra", "moved")
+CACHES = ("TravelAPI._flight_cost_lookup",)  # book_flight asks anew for the price that it takes
 
 
 class Compared(NamedTuple):
@@ -59,7 +61,7 @@ def changed(value, rng):
         return value + rng.choice((-1, 1, 7))
     if isinstance(value, list):
         return [*value[:-1], changed(value[-1], rng)] if value else ["x"]
-    return value[:-1] if isinstance(value, str) and rng.random() < 0.5 else f"{value}x"
+    return value[:-1] if isinstance(value, str) and value and rng.random() < 0.5 else f"{value}x"
 
 
 def mutated(gold, kind, rng):
@@ -119,6 +121,47 @@ def end_states_differ(item, one, other):
     return not turn_checkers()[0](worlds[0].instances, worlds[1].instances)["valid"]
 
 
+def touched(one):
+    """Where the first call stands that a changed episode left out or has otherwise: its user turn, and its place there."""
+    pairs = enumerate(zip(one.item.gold, one.turns, strict=True))
+    return next((at, i) for at, (gold, now) in pairs for i, call in enumerate(gold) if [call] != now[i : i + 1])
+
+
+def states(item, turns):
+    """Every attribute of the item's instances, hidden ones too, after these user turns, as {"class.attribute": text}; without
+    clocks, random generators, and what is kept to be quicker."""
+    world = item.world()
+    for call in (call for turn in turns for call in turn):
+        world.run(call)
+    named = ((f"{name}.{key}", value) for name, instance in world.instances.items() for key, value in vars(instance).items())
+    return {key: written(value) for key, value in named if key not in CACHES and not isinstance(value, random.Random)}
+
+
+def written(value, above=()):
+    """An attribute's content as text; what is above it in its own tree, as a folder's parent, is only named."""
+    if id(value) in above or isinstance(value, datetime.datetime):
+        return "..."
+    if hasattr(value, "__dict__"):
+        value = vars(value)
+    above = (*above, id(value))
+    if isinstance(value, dict):
+        return repr({key: written(inner, above) for key, inner in value.items()})
+    return repr([written(inner, above) for inner in value]) if isinstance(value, (list, tuple)) else repr(value)
+
+
+def changes_state(one):
+    """Whether the call of the ground truth that a changed episode touches changes an attribute of any instance."""
+    at, i = touched(one)
+    before = [*one.item.gold[:at], one.item.gold[at][:i]]
+    return states(one.item, before) != states(one.item, [*before, [one.item.gold[at][i]]])
+
+
+def different(one):
+    """The attributes that a changed episode leaves otherwise than the ground truth."""
+    truth, now = states(one.item, one.item.gold), states(one.item, one.turns)
+    return [name for name in truth if truth[name] != now.get(name)]
+
+
 def compared(count, seed=0, categories=None):
     """`count` episodes under both judges."""
     task = make_task("bfcl-multi-turn", 0, {"categories": categories} if categories else {})
@@ -142,17 +185,21 @@ def main(count):
     print(Counter((one.kind, one.ours.success) for one in found))
     changes = [one for one in found if one.kind in ("truncated", "perturbed")]
     moving = [one for one in changes if end_states_differ(one.item, one.item.gold, ())]
+    itself = [one for one in changes if changes_state(one)]
     other = [one for one in moving if end_states_differ(one.item, one.item.gold, one.turns)]
     for what, some in (
         ("all", changes),
         ("whose ground truth changes the state", moving),
+        ("whose left out or changed call itself changes the state", itself),
         ("which end in another state than the ground truth", other),
     ):
-        print(f"truncated or perturbed, {what}: {len(some)}, below 1: {sum(not one.ours.success for one in some)}")
+        below = sum(not one.ours.success for one in some)
+        print(f"truncated or perturbed, {what}: {len(some)}, below 1: {below} ({below / len(some):.1%})")
     for one in changes:
         if one.ours.success:
-            pairs = zip(one.item.gold, one.turns, strict=True)
-            print("  passes:", one.problem.id, [(list(a), b) for a, b in pairs if list(a) != b])
+            at, i = touched(one)
+            mover = "changes the state" if one in itself else "only looks"
+            print(f"  passes: {one.problem.id}, {one.item.gold[at][i]} -> {one.turns[at][i : i + 1]}: {mover}; {different(one)}")
     differing = [one for one in found if one.ours.success != one.theirs]
     print(f"{len(found)} episodes, {len(differing)} verdicts differ from the package's")
     for one in differing:

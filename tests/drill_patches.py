@@ -1,5 +1,6 @@
 """What a test changes in a run, from inside: each function is called in every rank of tests/forked_ranks.py before it starts."""
 
+import json
 import os
 import shutil
 import signal
@@ -50,6 +51,13 @@ def _in_checkpoints(name, args):
     return name != "rmtree" or str(args[0]).endswith(".removing") and os.path.exists(args[0])
 
 
+def evaluates():
+    """Make this process what `gear-trainer evaluate EVALUATE` starts."""
+    from gear_trainer import cli, run
+
+    run.main = lambda argv: cli.main(["evaluate", *json.loads(os.environ["EVALUATE"])])
+
+
 def nan_loss_on_one_rank():
     """From step 3 on rank 1's surrogate is NaN in value, with a gradient that a clip has stopped."""
     if os.environ["RANK"] != "1":
@@ -60,8 +68,8 @@ def nan_loss_on_one_rank():
         self.number = number
         return update(self, number, *rest)
 
-    def broken(self, logprobs, inputs):
-        loss, parts = policy_loss(self, logprobs, inputs)
+    def broken(self, recipe, logprobs, inputs):
+        loss, parts = policy_loss(self, recipe, logprobs, inputs)
         return (loss * 0 + float("nan") if self.number >= 3 else loss), parts
 
     Updater.__call__, Updater._policy_loss = remember, broken

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -72,8 +73,15 @@ class Server:
 
     def start(self, log, *argv, patch=None, ranks=2, **environment):
         """Fork a run of the trainer; `patch`: `module:function` of tests/, called in every rank before it starts."""
-        order = {"argv": ["--config", DEMO, *argv], "log": str(log), "patch": patch, "ranks": ranks, "environment": environment}
-        return Ranks(self, self.ask({**order, "port": free_port()}), log)
+        return self._ranks(log, "gear_trainer.run:main", ["--config", DEMO, *argv], patch, ranks, environment)
+
+    def call(self, log, function, *argv, ranks=2, **environment):
+        """Fork ranks that call `function`, `module:name` of tests/, with a list of texts; it returns an exit code or None."""
+        return self._ranks(log, function, [str(text) for text in argv], None, ranks, environment)
+
+    def _ranks(self, log, function, argv, patch, ranks, environment):
+        order = {"function": function, "argv": argv, "patch": patch, "ranks": ranks, "environment": environment}
+        return Ranks(self, self.ask({**order, "log": str(log), "port": free_port()}), log)
 
     def close(self):
         self.process.stdin.close()
@@ -150,15 +158,19 @@ def _fork(question, rank):
     code = 1
     try:
         if question["patch"]:
-            module, name = question["patch"].split(":")
-            getattr(importlib.import_module(module), name)()
-        from gear_trainer.run import main
-
-        code = main(question["argv"])
+            _named(question["patch"])()
+        code = _named(question["function"])(question["argv"]) or 0
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _named(reference):
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 if __name__ == "__main__":

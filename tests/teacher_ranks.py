@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from gear_trainer.config import load_config  # noqa: E402
 from gear_trainer.errors import ConfigError  # noqa: E402
 from gear_trainer.policy import checkpoint  # noqa: E402
+from gear_trainer.policy.frozen import FrozenModel  # noqa: E402
 from gear_trainer.policy.gather import whole_state_dict  # noqa: E402
-from gear_trainer.policy.teacher import Teacher  # noqa: E402
 from gear_trainer.policy.zero import build_engine  # noqa: E402
 from gear_trainer.recipe import resolve  # noqa: E402
 from gear_trainer.rollout import Rollout  # noqa: E402
@@ -47,6 +47,8 @@ GRADIENTS = {  # name: overrides; the teacher reads model b, but "rollout" is mo
     "opsd+grpo, sampled": ["credit=grpo+opsd", "distill.variant=sampled", "teacher.weights=synced", SHARDED],
     "sdar": ["credit=sdar", "distill.coefficient=0.5", "teacher.weights=initial", SHARDED],
     "sdar, the policy's": ["credit=sdar", "distill.coefficient=0.5", SHARDED],
+    "grpo, kl, entropy": ["credit=grpo", "kl.coefficient=0.7", "train.entropy_bonus=0.05", SHARDED],
+    "opsd+grpo, kl": ["credit=opsd+grpo", "teacher.weights=initial", "kl.coefficient=0.7", "kl.estimator=k2", WHOLE],
 }
 POLICIES = {  # name: (dtype, overrides)
     "initial": ("float32", ["teacher.weights=initial", SHARDED]),
@@ -83,8 +85,8 @@ def config(folder, *overrides):
 def make_trainer(cfg, teacher_path):
     recipe = resolve(cfg)
     engine = build_engine(cfg, cfg.model.path)
-    teacher = Teacher(cfg, engine, str(teacher_path)) if recipe.teacher_weights else None
-    trainer = Trainer(cfg, recipe, None, None, engine, None, teacher)
+    frozen = {rule.name: FrozenModel(cfg, engine, str(teacher_path), rule) for rule in recipe.frozen}
+    trainer = Trainer(cfg, recipe, None, None, engine, None, frozen)
     trainer.gap_checked = True  # no engine has sampled these rollouts
     return trainer
 
@@ -126,10 +128,24 @@ def jsd(p, q, beta):
     return beta * (q.exp() * (q - m)).sum(-1) + (1 - beta) * (p.exp() * (p - m)).sum(-1)
 
 
+def entropy(p):
+    return -(p.exp() * p).sum(-1)
+
+
+def reference_kl(cfg, lp, reference, r):
+    """k2 or k3 of the policy's tokens, behind the student's own prompt."""
+    tokens = torch.tensor([[r.ids[i]] for i in r.policy_positions])
+    with torch.no_grad():
+        gap = log_probs(reference, r.prompt_ids, r).gather(1, tokens)[:, 0]
+    gap = gap - lp
+    return gap.square() / 2 if cfg.kl.estimator == "k2" else (gap.exp() - 1 - gap).clamp(max=10)
+
+
 def plain_gradients(cfg, student, teacher, rollouts):
     """Of the mean over tokens, then over trajectories, on policy; and the mean divergence over tokens."""
     student.zero_grad()
     d, total, divergence, count = cfg.distill, 0.0, 0.0, 0
+    distils = {"grpo": 0.0, "opsd": 1.0}.get(cfg.credit, 0.1)
     for r, a in zip(rollouts, ADVANTAGES, strict=True):
         p, q, lp, lt = plain_rows(student, teacher, r)
         gap = (lt - lp).detach()
@@ -140,8 +156,9 @@ def plain_gradients(cfg, student, teacher, rollouts):
         else:
             distilled = value = jsd(p, q, d.beta)
         policy = 0.0 if cfg.credit == "opsd" else -a * lp
-        coefficient = d.coefficient or (1.0 if cfg.credit == "opsd" else 0.1)
-        total = total + (coefficient * distilled + policy).mean() / len(rollouts)
+        coefficient = d.coefficient or distils
+        held = cfg.kl.coefficient * reference_kl(cfg, lp, teacher, r) - cfg.train.entropy_bonus * entropy(p)
+        total = total + (coefficient * distilled + policy + held).mean() / len(rollouts)
         divergence, count = divergence + value.detach().sum().item(), count + len(lp)
     total.backward()
     return {n: p.grad.clone() for n, p in student.named_parameters()}, divergence / count
@@ -169,7 +186,7 @@ def gradient_case(cfg, folder, rollouts, want, divergence):
     return {
         "errors": {n: ((got[n] - w).norm() / w.norm()).item() for n, w in want.items()},
         "divergence": seen,
-        "divergence error": abs(seen[0] - divergence),
+        "divergence error": abs((seen[0] or 0.0) - divergence) if cfg.credit != "grpo" else 0.0,
         "forwards": graded[0],
         "head stayed whole": heads.numel() > 0 and not heads.ds_persist,
     }
@@ -204,7 +221,7 @@ def score_gaps(trainer, scores, rollouts, student, teacher):
             continue
         with torch.no_grad():
             p, q, lp, lt = plain_rows(student, teacher, r)
-        rows = {"logprobs": lp, "teacher_logprobs": lt, "signal": jsd(p, q, 1), "teacher_entropy": -(q.exp() * q).sum(-1)}
+        rows = {"logprobs": lp, "teacher_logprobs": lt, "signal": jsd(p, q, 1), "teacher_entropy": entropy(q)}
         for name, want in rows.items():
             gaps[name] = max(gaps.get(name, 0.0), (scores[name][i].double() - want).abs().max().item())
     return gaps
@@ -213,7 +230,7 @@ def score_gaps(trainer, scores, rollouts, student, teacher):
 def policy_case(name, dtype, cfg, rollouts, plain):
     """STEPS steps against the rule on whole weights; a checkpoint; one more step; a fresh start from it, and the same step."""
     trainer = make_trainer(cfg, cfg.model.path)
-    lm, teacher = trainer.engine.module.lm, trainer.teacher
+    lm, teacher = trainer.engine.module.lm, trainer.frozen["teacher"]
     e = {n: p.float() for n, p in whole_state_dict(lm).items()}
     start, out = e, {"weights": 0.0, "kept": 0.0, "scores": {}}
     for step in range(1, STEPS + 1):
@@ -227,7 +244,7 @@ def policy_case(name, dtype, cfg, rollouts, plain):
         out["weights"] = max(out["weights"], gap(whole_state_dict(teacher.engine.module.lm), published))
         out["kept"] = max(out["kept"], shard_gap(teacher, e))
     out["moved"], out["behind"] = gap(e, start), gap(whole_state_dict(lm), e)
-    checkpoint.save(trainer.engine, cfg, STEPS, teacher)
+    checkpoint.save(trainer.engine, cfg, STEPS, [teacher])
     out |= resume(cfg, trainer, rollouts)
     if name == "synced":
         out["message"] = missing_teacher(cfg, trainer)
@@ -235,15 +252,17 @@ def policy_case(name, dtype, cfg, rollouts, plain):
 
 
 def resume(cfg, trainer, rollouts):
-    kept = [t.clone() for t in trainer.teacher.kept]
+    teacher = trainer.frozen["teacher"]
+    kept = [t.clone() for t in teacher.kept]
     fresh = make_trainer(cfg, cfg.model.path)
-    checkpoint.load(fresh.engine, cfg, STEPS, fresh.teacher)
-    numels = [p.ds_numel - dist.get_rank() * t.numel() for p, t in zip(trainer.teacher.params, kept, strict=True)]
-    same = all(torch.equal(a[: max(0, n)], b[: max(0, n)]) for a, b, n in zip(kept, fresh.teacher.kept, numels, strict=True))
+    again = fresh.frozen["teacher"]
+    checkpoint.load(fresh.engine, cfg, STEPS, [again])
+    numels = [p.ds_numel - dist.get_rank() * t.numel() for p, t in zip(teacher.params, kept, strict=True)]
+    same = all(torch.equal(a[: max(0, n)], b[: max(0, n)]) for a, b, n in zip(kept, again.kept, numels, strict=True))
     scores = [train_step(t, STEPS + 1, rollouts)[0] for t in (trainer, fresh)]
     for name in SCORED:
         same &= all(a is b is None or torch.equal(a, b) for a, b in zip(*(s[name] for s in scores), strict=True))
-    for model in (lambda t: t.engine.module.lm, lambda t: t.teacher.engine.module.lm):
+    for model in (lambda t: t.engine.module.lm, lambda t: t.frozen["teacher"].engine.module.lm):
         same &= gap(whole_state_dict(model(trainer)), whole_state_dict(model(fresh))) == 0
     return {"resumed bitwise": bool(same), "teacher file": len(list(cfg.run_dir.glob("checkpoints/*/teacher_rank*.pt")))}
 
@@ -251,7 +270,7 @@ def resume(cfg, trainer, rollouts):
 def missing_teacher(cfg, trainer):
     checkpoint.save(trainer.engine, cfg, 9)
     try:
-        checkpoint.load(trainer.engine, cfg, 9, trainer.teacher)
+        checkpoint.load(trainer.engine, cfg, 9, list(trainer.frozen.values()))
     except ConfigError as error:
         return str(error)
     return "no error"
@@ -273,7 +292,7 @@ def main(folder):
     a, b = (load(folder / name, dtype=torch.float32) for name in "ab")  # before DeepSpeed replaces F.linear
     half = [load(folder / "a", dtype=torch.bfloat16) for _ in "ab"]
     configs = {name: config(folder, f"name=g{i}", "model.dtype=float32", *o) for i, (name, o) in enumerate(GRADIENTS.items())}
-    want = {n: plain_gradients(c, a, a if c.teacher.weights == "rollout" else b, rollouts) for n, c in configs.items()}
+    want = {n: plain_gradients(c, a, b if resolve(c).frozen else a, rollouts) for n, c in configs.items()}
     deepspeed.init_distributed("gloo")
     result = {"gradients": {}, "policies": {}}
     for name, cfg in configs.items():

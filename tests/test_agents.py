@@ -81,6 +81,17 @@ def test_truncated_and_perturbed_answers_are_wrong(ace):
 
 
 @needs_data
+def test_acebench_verdicts_are_the_packages_own(ace):
+    """Answers and agents made from the ground truth; what the package does from a model's text on is its own code."""
+    import single_turn_episodes
+
+    for found in (single_turn_episodes.acebench(FOLDER, 200, seed=3), single_turn_episodes.agents(FOLDER, 40, seed=3)):
+        assert {one.kind for one in found} == set(single_turn_episodes.KINDS)
+        assert [one for one in found if one.ours.success != one.theirs] == []
+        assert 0 < sum(one.ours.success for one in found) < len(found)
+
+
+@needs_data
 def test_the_reason_of_a_zero_is_named(ace):
     task = ace["official"]
     problem = next(p for p in task.held_out(400) if p.category == "normal_atom_bool")

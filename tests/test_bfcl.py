@@ -184,6 +184,18 @@ def test_verdicts_are_the_packages_own():
     changed = [one for one in found if one.kind in ("truncated", "perturbed")]
     moved = [one for one in changed if bfcl_episodes.end_states_differ(one.item, one.item.gold, one.turns)]
     assert len(moved) >= 20 and not any(one.ours.success for one in moved)
+    itself = [one for one in changed if bfcl_episodes.changes_state(one)]
+    assert len(itself) >= 20 and not any(one.ours.success for one in itself)
+
+
+def test_verdicts_on_one_turn_are_the_packages_own():
+    """Single-turn answers made from the ground truth, read by the package's handler for Qwen and judged by its checker."""
+    import single_turn_episodes
+
+    found = single_turn_episodes.bfcl(200, seed=3)
+    assert {one.kind for one in found} == set(single_turn_episodes.KINDS)
+    assert [one for one in found if one.ours.success != one.theirs] == []
+    assert 0 < sum(one.ours.success for one in found) < len(found)
 
 
 def test_missing_functions_are_shown_in_a_user_message(several):

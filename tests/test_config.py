@@ -1,5 +1,6 @@
 """Bad input gets one message that names the file, the key and the mend, before anything starts."""
 
+import importlib.util
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from gear_kernels import Gear, Grpo
 from gear_kernels.methods import Rlsd
+from gear_trainer import run
 from gear_trainer.config import changes, load_config, parse_yaml
 from gear_trainer.errors import ConfigError
 from gear_trainer.policy.hub import check_model_path, model_sizes
@@ -24,6 +26,7 @@ from gear_trainer.runs.files import _flat
 from gear_trainer.tasks import TaskError, make_task
 from gear_trainer.train.update import learning_rate
 
+DATA = os.environ.get("GEAR_DATA")
 CONFIGS = Path(__file__).parents[1] / "gear_trainer" / "configs"
 DEMO = CONFIGS / "mathapi_cpu.yaml"
 
@@ -291,6 +294,40 @@ def test_D8_the_8b_config_is_dry_run_without_the_network(tmp_path):
         assert wanted in done.stdout, wanted
     (left_out,) = [line for line in done.stdout.splitlines() if line.startswith("left out: ")]
     assert "openai/gsm8k" in left_out and "its data and prompts are left out" in left_out
+
+
+# What a shipped config's file is called where GEAR_DATA has another; the cards that its first lines name.
+NAMED_HERE = {
+    "arpo": ["task_args.path=data/arpo/math_5k.jsonl"],
+    "toolrl": ["task_args.path=data/toolrl/rlla_sft.json"],
+}
+CARDS = {"qwen3_4b_1gpu": 141, "arpo_qwen3_4b": 141, "toolrl_qwen3_4b": 141}
+WITH_THE_TOOL = ["task_args.tool=python", "rollout.max_model_len=8192"]  # as the first lines of the arpo configs say
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DATA is None, reason="GEAR_DATA names no folder with the sets that configs name")
+@pytest.mark.parametrize("more", [[], WITH_THE_TOOL], ids=["", "tool"])
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_is_dry_run_for_its_card(path, more, tmp_path, monkeypatch, capsys):
+    """The memory plan fits, and the task is made where its data are on this machine."""
+    if more and not path.stem.startswith("arpo"):
+        pytest.skip("the tool is mathematics'")
+    if path.stem.startswith("tau") and importlib.util.find_spec("tau2") is None:
+        pytest.skip("the package tau2 is not installed")
+    (tmp_path / "data").symlink_to(DATA)
+    monkeypatch.chdir(tmp_path)
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    given = [*NAMED_HERE.get(path.stem.split("_")[0], []), *more]
+    code = run.main(["--config", str(path), "--dry-run", "--card", str(CARDS.get(path.stem, 80)), *given])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    wanted = ["step geometry", "which is"] if "cpu" not in path.stem else ["step geometry"]
+    assert all(text in said.out for text in wanted) and "warning: this" not in said.out
+    left_out = [line for line in said.out.splitlines() if line.startswith("left out: ")]
+    assert all("openai/gsm8k" in line for line in left_out)
+    assert not more or "in 4 turn(s)" in said.out
 
 
 def test_D8_a_run_does_not_start_without_its_data(monkeypatch):

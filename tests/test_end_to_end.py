@@ -37,6 +37,11 @@ def _run(server, name, out, *more, **how):
     return read_metrics(out / name / "metrics.jsonl")
 
 
+def _same(got, want):
+    for key in want.keys() - {"seconds", "tokens_per_second"}:
+        assert got[key] == pytest.approx(want[key], rel=1e-6, abs=1e-9), (got["step"], key)
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -113,8 +118,7 @@ def test_kill_9_and_resume_repeats_the_uninterrupted_run(demo, out, server):
     assert [m["step"] for m in resumed] == list(range(6))
     assert "resuming" in (out / "killed.log").read_text()
     for got, want in zip(resumed[3:], demo[3:6], strict=True):
-        for key in want.keys() - {"seconds", "tokens_per_second"}:
-            assert got[key] == pytest.approx(want[key], rel=1e-6, abs=1e-9), (got["step"], key)
+        _same(got, want)
 
 
 def test_without_the_push_vllm_falls_behind(out, server):
@@ -141,6 +145,49 @@ def test_sgcd_with_both_writers(out, server):
             assert all(1 <= w <= 2 for w in weights) and (r["reference"] is None) == (r["teacher_logprobs"] is None)
             assert r["reference"] or set(weights) == {1.0}, "no reference: plain advantages"
     assert {r["reference"] for r in rows} <= {None, "[masked]: call the tool, then copy."}
+
+
+SMALL = ("eval.every=0", "rollout.prompts_per_step=8", "checkpoint.export=false")
+KL_OF_AN_AVERAGE = (
+    "credit=gear", "kl.coefficient=0.05", "kl.reference=ema", "kl.ema_rate=0.5", "train.entropy_bonus=0.01",
+    "train.importance_mode=mask", "train.importance_floor=0.5", "train.importance_cap=5", "train.advantages=batch",
+    "train.overlong_buffer=8", "train.mask_truncated=true",
+)  # fmt: skip
+
+
+def test_kl_to_an_average_entropy_bonus_and_icepop_resume_exactly(out, server):
+    """Step 3 from the checkpoint of step 2, whose reference model is neither the start's nor the policy's."""
+    more = (*SMALL, *KL_OF_AN_AVERAGE, "train.steps=3", "checkpoint.every=1")
+    whole = _run(server, "kl", out, *more)
+    checkpoints = out / "kl" / "checkpoints"
+    for rank in range(2):
+        assert (checkpoints / "step-2" / f"reference_rank{rank}.pt").stat().st_size > 1e6  # half of 0.7 M parameters in float32
+    (checkpoints / "latest").write_text("step-2")
+    resumed = _run(server, "kl", out, *more, "--resume")
+    assert [m["step"] for m in resumed] == [1, 2, 3]
+    _same(resumed[2], whole[2])
+    first, *later = whole
+    assert first["reference_kl"] == pytest.approx(0, abs=1e-6) and min(m["reference_kl"] for m in later) > 1e-5
+    assert all(m["importance_masked"] == 0 and -1 <= m["overlong_penalty"] <= 0 and m["grad_norm"] > 0 for m in whole)
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        (
+            "gspo",
+            ["train.policy_loss=gspo", "train.clip_low=3e-4", "train.clip_high=4e-4", "train.importance_mode=sequence_mask"],
+        ),
+        ("cispo", ["train.policy_loss=cispo", "train.clip_low=1", "train.aggregation=token_mean", "train.advantages=rloo"]),
+    ],
+)
+def test_other_policy_losses_run(out, server, name, more):
+    """Four updates a step: ratios leave 1, the sequences' by so little that only the paper's clip sees it."""
+    four = ("train.steps=2", "train.updates_per_step=4", "train.lr=1e-3")
+    metrics = _run(server, name, out, *SMALL, *more, *four)
+    assert [m["step"] for m in metrics] == [1, 2] and all(m["updates_skipped"] == 0 for m in metrics)
+    assert all(m["approx_kl"] > 0 and 0 <= m["clip_fraction"] < 1 for m in metrics), metrics
+    assert name != "gspo" or min(m["clip_fraction"] for m in metrics) > 0
 
 
 def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(out):

@@ -27,8 +27,9 @@ from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Episode, Message, Outcome, Problem, Reply, Task
 from gear_trainer.tasks.common import user
+from gear_trainer.train.advantages import group_advantages
 from gear_trainer.train.credit import assign
-from gear_trainer.train.experience import count, group_advantages, pack_with
+from gear_trainer.train.experience import count, pack_with
 
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 TASK = make_task("mathapi", 0)
@@ -388,10 +389,10 @@ def test_D17_a_lone_surrogate_and_ten_megabytes_are_no_failure(small):
 
 
 def test_D17_a_tool_that_sleeps_ends_its_rollout_not_the_step(small):
-    never, before = threading.Event(), callers(0.2, 1).abandoned
+    never, before = threading.Event(), callers(0.2, 1, "").abandoned
     task = Says(lambda _: never.wait(600) and Reply(says("late")))
     rollouts = play(small, task, size=2, timeout=0.2)
-    assert callers(0.2, 1).abandoned == before + 4
+    assert callers(0.2, 1, "").abandoned == before + 4
     never.set()
     assert all(r.failed and r.failures[0] == "step: no answer within 0.2 s (rollout.turn_timeout)" for r in rollouts)
     assert play(small, Says("ok"), timeout=0.2)[0].success, "a fresh thread took over"
@@ -412,7 +413,7 @@ def test_D17_only_the_broken_group_is_dropped(small):
     task = Says("ok", lambda number: boom(number) if number in (1, 9) else Outcome(float(number % 2), number % 2 == 1))
     rollouts = play(small, task, size=4, groups=2)
     assert [r.failed for r in rollouts] == [True] + [False] * 7 and [r.dropped for r in rollouts] == [True] * 4 + [False] * 4
-    advantages = group_advantages(rollouts, divide_by_std=True)
+    advantages = group_advantages(rollouts)
     assert advantages[:4] == [0.0] * 4 and all(advantages[4:])
     assert [is_mixed(group) for group in groups_of(rollouts)] == [False, True]
     sums = Sums()

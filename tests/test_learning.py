@@ -41,6 +41,7 @@ def rollouts():
         if k > 4:
             r.append([1, 1], None)
             r.append([9, 8], [-0.25, -1.0])
+        r.reference, r.wrong_prompt_ids = "shown", [7] * (4 + k)
         r.success, r.turn_rewards, r.anchors = ADVANTAGES[k] > 0, [0.0, 1.0], [k // 2, k]
         out.append(r)
     return out
@@ -72,11 +73,21 @@ class Engine:
         return torch.zeros((), device=self.device)
 
 
+class Beside:
+    """A frozen model of which only log-probs are asked."""
+
+    def logprobs(self, rows, targets, temperature):
+        return -0.1 * targets.float()
+
+    def follow(self, step):
+        self.followed = step
+
+
 def learner(device, *overrides):
     """A trainer, a step's experience and schedule on a device; what ranks agree on is found on the CPU."""
     cfg = load_config(DEMO, [*SIZES, "train.tokens_per_micro_batch=64", *overrides])
     recipe = resolve(cfg)
-    trainer = loop.Trainer(cfg, recipe, None, None, Engine(device), None)
+    trainer = loop.Trainer(cfg, recipe, None, None, Engine(device), None, {rule.name: Beside() for rule in recipe.frozen})
     trainer.gap_checked = True  # the first step of a start looks at the gap to the sampler, once
     made = pack_with(recipe, rollouts(), ADVANTAGES, torch.device("cpu"))
     passes = schedule(cfg, recipe, made)
@@ -110,6 +121,11 @@ def looks(*overrides):
         ["credit=opsd"],
         ["credit=opsd+gear", "distill.variant=sampled"],
         ["credit=sdar"],
+        ["credit=gear", "kl.coefficient=0.1", "train.entropy_bonus=0.01", "train.importance_mode=mask"],
+        ["credit=grpo", "train.policy_loss=gspo", "train.importance_mode=sequence_mask", "kl.coefficient=0.1", "kl.estimator=k2"],
+        ["credit=gear", "train.policy_loss=cispo", "train.mask_truncated=true"],
+        ["credit=gear", "teacher.sees=sibling", "teacher.wrong_hint=true"],
+        ["credit=opsd+gear", "distill.until_step=2"],
     ],
     ids=lambda o: " ".join(o),
 )
@@ -169,6 +185,53 @@ class ByToken(Engine):
         value = -self.weight * batch.targets.float() / 10
         teacher = {"teacher_logprobs": value.detach() * 0.5}
         return TokenStats(**{n: teacher.get(n, value) if n in stats else None for n in TokenStats._fields})
+
+
+class ByHint(ByToken):
+    """The teacher's log-probs follow from its prompt's first token."""
+
+    def __call__(self, batch, temperature, stats, **_):
+        out = super().__call__(batch, temperature, stats)
+        if batch.teacher is None:
+            return out
+        rows = batch.teacher.input_ids
+        return out._replace(teacher_logprobs=-0.1 * rows[batch.teacher.index // rows.shape[1], 0].float())
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_the_signal_is_less_what_a_wrong_hint_makes_of_it(alone, budget):
+    """lpS - lpT less lpS - lpW; a rollout that was shown no wrong hint keeps its own, as the student's prompt stands there."""
+    hint = ["credit=gear", "teacher.sees=sibling", "teacher.wrong_hint=true", f"train.tokens_per_micro_batch={budget}"]
+    trainer, made, passes = learner(torch.device("cpu"), *hint)
+    made.rollouts[4].wrong_prompt_ids = []
+    trainer.engine.__class__ = ByHint
+    trainer.learn(1, made, passes, sums := Sums())
+    signals, control = made.rows(("signal", "wrong_hint"), 8).values()
+    for r, signal, wrong, taught in zip(made.rollouts, signals, control, made.taught, strict=True):
+        if not taught:
+            assert signal is None
+            continue
+        against = 0.7 if r.wrong_prompt_ids else 0.1  # of its first token, 7, or the student's prompt's, 1
+        assert torch.allclose(signal, torch.full_like(signal, 0.2 - against), atol=1e-6)
+        assert torch.allclose(
+            wrong - signal, -0.1 * torch.tensor([r.ids[p] for p in r.policy_positions]).float() + 2 * against - 0.2
+        )
+    assert sums.read(torch.device("cpu"))["wrong_hint_signal"] is not None
+
+
+def test_first_the_distillation_alone_then_the_method_alone(alone):
+    found = []
+    for step in (1, 2):
+        trainer, made, passes = learner(torch.device("cpu"), "credit=sdar+gear", "distill.until_step=1")
+        recipe = trainer.recipe.at(step)
+        made = pack_with(recipe, made.rollouts, ADVANTAGES, torch.device("cpu"))
+        passes = schedule(trainer.cfg, recipe, made)
+        trainer.engine.__class__ = ByToken
+        trainer.learn(step, made, passes, sums := Sums())
+        values = sums.read(torch.device("cpu"))
+        found.append((values["divergence"], values["clip_fraction"], sum(made.taught), sum(map(len, passes.update[0].split))))
+    assert found[0][0] is not None and found[0][1] is None and found[0][2:] == (8, 8), "every rollout, no surrogate"
+    assert found[1][0] is None and found[1][1] == 0 and found[1][2:] == (6, 6), "those with an advantage"
 
 
 def test_a_rollout_that_every_token_weighs_by_nothing_counts_for_nothing(alone):

@@ -361,7 +361,7 @@ def test_a_mixtures_problems_bring_what_their_task_has(mixture):
     first, second = held_out[:2]
     assert (first.tools, first.max_turns, first.id) == (tools.tools, tools.max_turns, f"tools/{tools.held_out(1)[0].id}")
     assert (second.tools, second.max_turns, second.messages) == (None, 1, sums.held_out(1)[0].messages)
-    assert (mixture.max_turns, mixture.concurrency, mixture.turn_rewards) == (tools.max_turns, 1, False)
+    assert (mixture.max_turns, mixture.concurrency, mixture.turn_rewards) == (tools.max_turns, 2, False)
     episode = mixture.episode(second)
     assert not episode.step(second.answer).messages and episode.outcome("done").success
 

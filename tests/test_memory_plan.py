@@ -123,6 +123,12 @@ def test_more_ranks_more_tokens_and_a_second_model_change_their_rows_alone():
     assert ema["step"]["teacher's weights"] == QWEN3["8B"] * 6 / 8 and "teacher's weights" not in base["step"]
     scored = planned("qwen3_8b", 80, "teacher.weights=ema", "deepspeed.zero_optimization={stage3_prefetch_bucket_size: 0}")[2]
     assert scored.phases["score"]["whole weights"] >= 2 * 151936 * 4096 * 2  # both heads, around the student's own
+    kl, row = "kl.coefficient=0.01", "reference model's weights"
+    held = planned("qwen3_8b", 80, kl)[2].phases
+    assert held["step"][row] == QWEN3["8B"] * 2 / 8 and row not in base["step"]
+    assert planned("qwen3_8b", 80, kl, "kl.reference=ema")[2].phases["step"][row] == QWEN3["8B"] * 6 / 8
+    assert planned("qwen3_8b", 80, kl, "kl.reference=Qwen/Qwen3-4B")[2].phases["step"][row] == QWEN3["4B"] * 2 / 8
+    assert row not in planned("qwen3_8b", 80, kl, "teacher.weights=initial")[2].phases["step"], "the teacher's copy serves both"
     alone = planned("qwen3_8b", 80, "world_size=1")[2].phases
     assert "whole weights" not in alone["update"], "one rank's weights are whole already"
 

@@ -70,6 +70,26 @@ def test_R4_the_head_is_the_models(kind):
     assert_same(model, Head.from_model(model))
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_fused_head_takes_softcap_and_scale_from_its_model(kind):
+    model = model_of(kind)
+    hidden, logits, targets = hidden_of(model)
+    head = FusedHead.from_model(model)
+    assert head is model.get_output_embeddings()
+    log_p = logits.double().log_softmax(-1)
+    got = head(hidden, targets, stats=("logprobs", "entropy"))
+    torch.testing.assert_close(got.logprobs.double(), log_p.gather(-1, targets[:, None])[:, 0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(got.entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=0, atol=5e-6)
+    assert torch.equal(hidden_of(model)[1], logits)  # the plain layer is what it was
+
+
+def test_a_model_without_an_output_layer_has_no_fused_head():
+    with pytest.raises(GearKernelsError, match="a Linear without an output layer.*pass the model itself, not what wraps it"):
+        FusedHead.from_model(nn.Linear(2, 3))
+    with pytest.raises(GearKernelsError, match="the head is a peft lora layer"):
+        FusedHead.from_model(lora(model_of()))
+
+
 @pytest.mark.parametrize("adapters", (1, 2))
 def test_R4_a_lora_head_is_merged_with_its_gradients(adapters):
     model = lora(model_of())

@@ -1,13 +1,16 @@
 """The code of the README and of docs/ runs as it stands."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_op_in_five_lines_and_the_fused_head():
@@ -35,22 +38,79 @@ def test_the_op_in_five_lines_and_the_fused_head():
 
 
 def test_files_that_the_readme_names_exist():
-    root = Path(__file__).parents[1]
     for name in re.findall(r"(?:requirements|gear_trainer|docs)/[\w/]+\.(?:txt|py|yaml|png)", README):
-        assert (root / name).is_file(), name
+        assert (ROOT / name).is_file(), name
 
 
-@pytest.mark.parametrize("page", ("operators.md", "credit.md", "mathematics.md"))
-def test_pages(page):
+def blocks(page):
+    """The Python of a page of docs/, and before each block the reason why it is not run, or ""."""
+    found = re.findall(r"(?:<!-- not run: (.+?) -->\n+)?^( *)```python.*?\n(.*?)^ *```$", (DOCS / page).read_text(), re.S | re.M)
+    return [(why, textwrap.dedent(code)) for why, _, code in found]
+
+
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if "```python" in path.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_as_it_stands(page):
+    """In one namespace, from the top. `<!-- not run: REASON -->` above a block keeps it out: it needs a GPU or a network."""
     names = {"__name__": "page"}
-    for block in re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / page).read_text(), re.S):
-        exec(block, names)
-    if page == "operators.md":
-        assert names["hidden"].grad.isfinite().all() and names["weight"].grad.any() and names["distill"].item() > 0
-    elif page == "mathematics.md":
-        bent = torch.tensor([1.1, 1.095, 0.9, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0])
-        assert torch.allclose(names["success"].weights, bent) and torch.allclose(names["failure"].weights, 2 - bent)
-        assert names["success"].segment_ids.tolist() == [-1, -1, 0, 0, 0, 0, 1, 1, 1, 1]
-    else:
-        weights = names["credit"].weights
-        assert (weights[names["mask"]] >= 0.5).all() and weights[3] == 0
+    for why, code in blocks(page):
+        if not why:
+            exec(compile(code, page, "exec"), names)
+    check = globals().get("check_" + page.removesuffix(".md"))
+    if check:
+        check(names)
+
+
+def check_operators(names):
+    assert names["hidden"].grad.isfinite().all() and names["weight"].grad.any() and names["distill"].item() > 0
+
+
+def check_mathematics(names):
+    bent = torch.tensor([1.1, 1.095, 0.9, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0])
+    assert torch.allclose(names["success"].weights, bent) and torch.allclose(names["failure"].weights, 2 - bent)
+    assert names["success"].segment_ids.tolist() == [-1, -1, 0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def check_credit(names):
+    weights = names["credit"].weights
+    assert (weights[names["mask"]] >= 0.5).all() and weights[3] == 0
+
+
+def check_where_models_live(names):
+    assert issubclass(names["AdaptedHead"], names["Scored"])  # trained by test_where_models_live.py
+
+
+def check_objective(names):
+    assert names["logprobs"].grad.isfinite().all() and names["entropy"].grad.ne(0).all()
+
+
+def check_index(names):
+    assert names["hidden"].grad.any() and names["lm_head_weight"].grad.any()
+
+
+def check_op_in_my_trainer(names):
+    """Rows outside the mask stay out, and two updates have raised the chance of what succeeded over what failed."""
+    mask, rewards = names["mask"], names["rewards"]
+    assert (names["credit"].token_advantages[~mask] == 0).all() and names["scored"].entropy[mask].min() > 0
+    with torch.no_grad():
+        after = names["linear_token_stats"](
+            names["hidden_states"](names["prompt"]), names["model"].lm_head.weight, names["targets"], stats=("logprobs",)
+        ).logprobs
+    change = (after - names["scored"].logprobs).sum(1) / mask.sum(1)
+    assert change[rewards == 1].mean() > change[rewards == 0].mean()
+    assert names["stats"].logprobs.shape == mask.shape and names["logits"].shape == (*mask.shape, 512)
+
+
+def test_every_fence_of_python_is_found():
+    """A block that the search above cannot read would not be run."""
+    for page in PAGES:
+        assert len(blocks(page)) == (DOCS / page).read_text().count("```python"), page
+
+
+def test_the_site_has_every_page_and_every_page_a_title():
+    listed = set(re.findall(r"(?:- |: )([\w./]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    pages = {path.name for path in DOCS.glob("*.md")}
+    assert pages <= listed and all((ROOT / page).is_file() for page in listed - pages)
+    assert all(path.read_text().startswith("# ") for path in DOCS.glob("*.md"))

@@ -16,6 +16,7 @@ from gear_trainer.config import load_config
 from gear_trainer.errors import RunError
 from gear_trainer.rollout import Limits, Status, check_failures, engine_class, make_engine, roll_out
 from gear_trainer.rollout.guard import callers
+from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Episode, Message, Outcome, Problem, Reply, Task
 
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
@@ -210,6 +211,39 @@ def test_with_a_concurrency_of_one_calls_come_in_the_order_of_the_rollouts():
     assert len({thread for *_, thread in seen}) == 1 and seen[0][2] != threading.get_ident()
 
 
+class Part(Talk):
+    """Half of a mixture, whose calls `act` is told of; its arguments have no annotations."""
+
+    act = staticmethod(lambda episode, turn: None)
+
+    def __init__(self, seed=0, slow=False):
+        super().__init__(lambda episode, turn: Part.act(episode, turn))
+        self.slow = slow
+
+
+def test_a_slow_part_of_a_mixture_holds_up_no_other(monkeypatch):
+    """A call of the slow part is at work until the quick part's four episodes took their last turn; nothing looks at a clock."""
+    quick_ended, slow_threads, last_turns, at_work = threading.Event(), set(), [], []
+
+    def act(episode, turn):
+        if episode.task.slow:
+            at_work.append(episode)
+            slow_threads.add(threading.get_ident())
+            assert len(at_work) == 1 and quick_ended.wait(300), "the quick part's episodes wait for this call"
+            at_work.remove(episode)
+        elif turn == episode.task.turns:
+            last_turns.append(episode)
+            if len(last_turns) == 4:
+                quick_ended.set()
+
+    monkeypatch.setattr(Part, "act", staticmethod(act))
+    parts = {"slow": {"task": "test_rollouts:Part", "args": {"slow": True}}, "quick": {"task": "test_rollouts:Part"}}
+    rollouts = play(make_task("mixture", 0, {"parts": parts}), "continuous", groups=2, size=4, timeout=600.0)
+    assert all(r.status == Status.DONE and r.turns == 4 and not r.failures for r in rollouts)
+    assert sorted(r.problem.category for r in rollouts) == ["quick"] * 4 + ["slow"] * 4
+    assert len(last_turns) == 4 and len(slow_threads) == 1
+
+
 # --- async --------------------------------------------------------------------------------------------------------------
 
 
@@ -318,9 +352,9 @@ def test_an_episode_that_hangs_is_closed_while_it_hangs_and_not_scored(schedule)
             freed[episode.number].wait(3600)
 
     task = Talk(hang)
-    before = callers(0.2, 1).abandoned
+    before = callers(0.2, 1, "").abandoned
     rollouts = play(task, schedule, size=2, timeout=0.2)
-    assert all(r.failed and r.turns == 1 for r in rollouts) and callers(0.2, 1).abandoned == before + 4
+    assert all(r.failed and r.turns == 1 for r in rollouts) and callers(0.2, 1, "").abandoned == before + 4
     assert [(e.ends, e.closed) for e in task.episodes] == [([], 1)] * 4
     for event in freed.values():
         event.set()

@@ -397,6 +397,18 @@ def test_a_warm_process_that_breaks_at_its_start_says_why():
         open_sandbox("rlimits", warm="1 / 0")
 
 
+def test_a_run_waits_longer_for_its_first_process_than_a_call_does(monkeypatch):
+    monkeypatch.setattr(choice, "START_LIMIT", 0.0)  # in which nothing starts
+    opened = open_sandbox("rlimits", size=1, warm="")
+    try:
+        assert opened.run("print(6 * 7)").text == "42\n"
+        opened._end_idle()
+        with pytest.raises(SandboxError, match="no answer in time"):
+            opened.run("print(6 * 7)")
+    finally:
+        opened.close()
+
+
 def test_rlimits_on_request_hold_all_but_files(interpreter, tmp_path):
     (tmp_path / "canary").write_text(SECRET)
     assert interpreter.run(f"print(open('{tmp_path}/canary').read())").text == SECRET + "\n"

@@ -85,7 +85,10 @@ class Solver:
 class Indexed:
     """A task whose problem i is solved by the first `solved(i)` samples of its group."""
 
-    max_turns = concurrency = 1
+    max_turns = 1
+
+    def callers(self, problem):
+        return "", 1
 
     def __init__(self, solved, size=4):
         self.solved, self.size, self.asked, self.seen = solved, size, [], {}
@@ -390,6 +393,22 @@ def test_the_teacher_of_sc_grpo_sees_a_correct_sibling(chat):
     assert counts == {"siblings_shown": 4, "siblings_missing": 3}
     text = chat.tokenizer.decode(rollouts[1].teacher_prompt_ids)
     assert "right result:\n2\n" in text and rollouts[1].problem.messages[-1]["content"] in text
+
+
+def test_a_wrong_hint_stands_in_the_very_same_prompt(chat):
+    """A failure where the success stood; without a failure other than itself a rollout is shown neither."""
+    from gear_trainer.hints.siblings import Siblings
+
+    rollouts = group(chat, [("0", True), ("1", False), ("2", True)], 0) + group(
+        chat, [("3", False), ("4", False), ("5", True)], 1
+    )
+    counts = Siblings(chat, wrong_hint=True).write(rollouts, (0, 1))
+    assert [r.reference for r in rollouts] == ["2", None, "0", "5", "5", None]
+    shown = [chat.tokenizer.decode(r.wrong_prompt_ids) for r in rollouts]
+    assert [text and text.split("right result:\n")[1][0] for text in shown] == ["1", "", "1", "4", "3", ""]
+    assert counts == {"siblings_shown": 4, "siblings_missing": 2}
+    right = chat.tokenizer.decode(rollouts[0].teacher_prompt_ids)
+    assert right.replace("right result:\n2\n", "right result:\n1\n") == shown[0]
 
 
 def test_who_sees_a_sibling():

@@ -718,6 +718,7 @@ BAD_LOGITS = {
     "temperature is 0": lambda: token_stats(Z, T, Y, temperature=0),
     r"temperature has shape \(2,\)": lambda: token_stats(Z, T, Y, temperature=torch.ones(2)),
     "temperature holds a value that is not above 0": lambda: token_stats(Z, T, Y, temperature=torch.zeros(3)),
+    "temperature has dtype torch.bfloat16, rounded": lambda: token_stats(Z, T, Y, temperature=torch.ones(3).bfloat16()),
 }
 BAD_HIDDEN = {
     "student_hidden has shape .* expected .*4.* for this head": lambda: linear_token_stats(H[:, :2], W, Y, **ENTROPY),

@@ -1,4 +1,4 @@
-"""Teacher policies and distillation losses under 2-rank DeepSpeed ZeRO-3, against plain models (one torchrun for all cases)."""
+"""Teachers, distillation losses, the KL term under 2-rank DeepSpeed ZeRO-3, against plain models (one torchrun for all cases)."""
 
 import json
 import os
@@ -18,6 +18,7 @@ OPSD = (
     "opsd+grpo",
 )
 SAMPLED = ("opsd+grpo, sampled", "sdar", "sdar, the policy's")
+HELD = ("grpo, kl, entropy", "opsd+grpo, kl")  # to a reference model; the second shares the teacher's copy
 POLICIES = ("initial", "ema", "ema, persistent", "ema, bfloat16", "synced")
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def result(tmp_path_factory):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("case", OPSD + SAMPLED)
+@pytest.mark.parametrize("case", OPSD + SAMPLED + HELD)
 def test_distillation_gradients_equal_one_process(result, case):
     got = result["gradients"][case]
     assert "lm_head.weight" in got["errors"] and len(got["errors"]) > 20, "untied"

@@ -25,8 +25,9 @@ from gear_trainer.runs.metrics import Phases, Sums
 from gear_trainer.runs.records import Records
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Message, Problem
+from gear_trainer.train.advantages import group_advantages
 from gear_trainer.train.credit import assign
-from gear_trainer.train.experience import group_advantages, pack_with
+from gear_trainer.train.experience import pack_with
 from gear_trainer.train.loop import Trainer
 from gear_trainer.train.schedule import schedule
 from gear_trainer.train.score import score
@@ -44,10 +45,10 @@ def _rollout(prompt=3, teacher=5, ids=(7, 8, 9), mask=(1, 1, 1), group=0, reward
 
 def test_group_advantages_are_relative_to_their_group():
     rollouts = [_rollout(group=g, reward=x) for g, x in [(0, 1), (0, 0), (0, 0), (0, 1), (1, 1), (1, 1), (2, 0.25), (2, 0.75)]]
-    got = group_advantages(rollouts, divide_by_std=True)
+    got = group_advantages(rollouts)
     assert got[:4] == pytest.approx([0.8660, -0.8660, -0.8660, 0.8660], abs=1e-4)
     assert got[4:6] == [0.0, 0.0]
-    assert group_advantages(rollouts, divide_by_std=False)[6:] == [-0.25, 0.25]
+    assert group_advantages(rollouts, "dr_grpo")[6:] == [-0.25, 0.25]
 
 
 def test_micro_batch_indices_predict_the_policy_tokens():

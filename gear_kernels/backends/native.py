@@ -22,6 +22,7 @@ TABLES = {
     "segmenters": SCAN_SEGMENTERS,
     "tallies": credit.TALLIES,
 }
+MEND = "install a wheel that has it, or from source with a C++ compiler: docs/install.md"
 
 
 @cache
@@ -30,11 +31,11 @@ def load() -> tuple[Any, str | None]:
     try:
         from .. import _native  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
     except ImportError as error:
-        return None, f"the compiled module is missing ({error}); build it with `pip install -e .`"
+        return None, f"the compiled module is missing ({error}); {MEND}"
     found = {name: tuple(names) for name, names in getattr(_native, "tables", dict)().items()}
     other = ", ".join(name for name in TABLES if found.get(name) != TABLES[name])
     if other:
-        return None, f"the compiled module was built from other sources (its {other} differ); build it with `pip install -e .`"
+        return None, f"the compiled module was built from other sources (its {other} differ); {MEND}"
     return _native, None
 
 

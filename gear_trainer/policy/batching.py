@@ -35,10 +35,12 @@ class MicroBatch:
     teacher: Rows | None
     targets: torch.Tensor
     rows: list[int]  # which rollouts; empty for a padding micro-batch
+    wrong_hint: Rows | None = None  # behind a teacher's prompt with a wrong hint, or the student's where none was shown
 
     def to(self, device: torch.device) -> MicroBatch:
         teacher = self.teacher and self.teacher.to(device)
-        return MicroBatch(self.student.to(device), teacher, on_device(self.targets, device), self.rows)
+        wrong = self.wrong_hint and self.wrong_hint.to(device)
+        return MicroBatch(self.student.to(device), teacher, on_device(self.targets, device), self.rows, wrong)
 
 
 def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -47,8 +49,8 @@ def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _longest(rollout: Rollout, teacher: bool) -> int:
-    prompt = max(len(rollout.prompt_ids), len(rollout.teacher_prompt_ids)) if teacher else len(rollout.prompt_ids)
-    return prompt + len(rollout.ids)
+    prompts = [rollout.prompt_ids, *([rollout.teacher_prompt_ids, rollout.wrong_prompt_ids] if teacher else [])]
+    return max(map(len, prompts)) + len(rollout.ids)
 
 
 def split_rows(rollouts: list[Rollout], rows: list[int], budget: int, teacher: bool) -> list[list[int]]:
@@ -63,11 +65,12 @@ def split_rows(rollouts: list[Rollout], rows: list[int], budget: int, teacher: b
     return batches
 
 
-def micro_batch(rollouts: list[Rollout], rows: list[int], teacher: bool) -> MicroBatch:
+def micro_batch(rollouts: list[Rollout], rows: list[int], teacher: bool, wrong_hint: bool = False) -> MicroBatch:
     chosen = [rollouts[i] for i in rows]
     targets = torch.tensor([r.ids[p] for r in chosen for p in r.policy_positions], dtype=torch.int64)
     taught = _rows(chosen, [r.teacher_prompt_ids for r in chosen]) if teacher else None
-    return MicroBatch(_rows(chosen, [r.prompt_ids for r in chosen]), taught, targets, rows)
+    wrong = _rows(chosen, [r.wrong_prompt_ids or r.prompt_ids for r in chosen]) if wrong_hint else None
+    return MicroBatch(_rows(chosen, [r.prompt_ids for r in chosen]), taught, targets, rows, wrong)
 
 
 def _rows(rollouts: list[Rollout], prompts: list[list[int]]) -> Rows:
@@ -81,8 +84,8 @@ def _rows(rollouts: list[Rollout], prompts: list[list[int]]) -> Rows:
     return Rows(ids, torch.tensor(places, dtype=torch.int64))
 
 
-def padding_micro_batch(teacher: bool) -> MicroBatch:
+def padding_micro_batch(teacher: bool, wrong_hint: bool = False) -> MicroBatch:
     """The smallest micro-batch that runs every module: short ranks pad with it, since ranks with unequal counts would hang."""
     one = torch.zeros(1, dtype=torch.int64)
     rows = Rows(torch.zeros(1, 2, dtype=torch.int64), one)
-    return MicroBatch(rows, rows if teacher else None, one, [])
+    return MicroBatch(rows, rows if teacher else None, one, [], rows if wrong_hint else None)

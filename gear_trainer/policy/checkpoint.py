@@ -1,6 +1,7 @@
 """Checkpoints that resume exactly, and the export in HF format.
 
-A checkpoint holds ZeRO-3's shards (parameters, float32 masters, Adam's moments) and those of a teacher that follows the policy.
+A checkpoint holds ZeRO-3's shards (parameters, float32 masters, Adam's moments) and those of a teacher or a reference model that
+follows the policy.
 Nothing else has state: problems, sampling seeds and the learning rate are functions of (seed, step).
 
 `checkpoints/step-N` is finished once `manifest.json` stands in it, with the size and SHA-256 of every file; `checkpoints/latest`
@@ -17,6 +18,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,15 @@ import torch.distributed as dist
 
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError, RunError
+from gear_trainer.policy.frozen import FrozenModel
 from gear_trainer.policy.gather import whole_state_dict
-from gear_trainer.policy.teacher import Teacher
 from gear_trainer.runs.files import aside, sync, write_whole
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-\d+")
 
 
-def save(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) -> None:
+def save(engine: Any, cfg: Config, step: int, frozen: Sequence[FrozenModel] = ()) -> None:
     """Write `checkpoints/step-N`, then point `latest` at it. Collective.
 
     Raises RunError where the weights are not finite (nothing is written then) or the files cannot be written.
@@ -48,8 +50,8 @@ def save(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) ->
     dist.barrier()
     try:
         engine.save_checkpoint(str(root), tag=f"step-{step}", client_state={"step": step}, save_latest=False)
-        if teacher is not None and teacher.follows:
-            torch.save(teacher.state(), _teacher_file(root, step))
+        for model in _following(frozen):
+            torch.save(model.state(), _own_file(root, step, model))
         _finish(root / f"step-{step}", cfg.checkpoint.keep)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError about positions
         if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
@@ -147,17 +149,18 @@ def check(cfg: Config, step: int) -> None:
         raise ConfigError(f"{damaged[0]}; the checkpoint cannot be used: copy the file again, or {mend}")
 
 
-def load(engine: Any, cfg: Config, step: int, teacher: Teacher | None = None) -> None:
-    """Load `checkpoints/step-N`, which `check` has passed. Collective. Raises ConfigError where it is for another teacher."""
+def load(engine: Any, cfg: Config, step: int, frozen: Sequence[FrozenModel] = ()) -> None:
+    """Load `checkpoints/step-N`, which `check` has passed. Collective. Raises ConfigError where it is for other frozen models."""
     root = _root(cfg)
     path, _ = engine.load_checkpoint(str(root), tag=f"step-{step}")
     if path is None:
         raise ConfigError(f"{root}/step-{step}: DeepSpeed could not load it; remove it and set `latest` to an earlier step")
-    if teacher is not None and teacher.follows:
-        own = _teacher_file(root, step)
+    for model in _following(frozen):
+        own = _own_file(root, step, model)
         if not own.is_file():
-            raise ConfigError(f"{own} is missing: the run had no teacher.weights={cfg.teacher.weights}; resume as it was started")
-        teacher.load_state(torch.load(own, weights_only=True))
+            rule = model.rule
+            raise ConfigError(f"{own} is missing: the run had no {rule.key}={rule.weights}; resume as it was started")
+        model.load_state(torch.load(own, weights_only=True))
 
 
 def _damage(folder: Path) -> str | None:
@@ -179,8 +182,12 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def _teacher_file(root: Path, step: int) -> Path:
-    return root / f"step-{step}" / f"teacher_rank{dist.get_rank()}.pt"
+def _following(frozen: Sequence[FrozenModel]) -> list[FrozenModel]:
+    return [model for model in frozen if model.rule.follows]
+
+
+def _own_file(root: Path, step: int, model: FrozenModel) -> Path:
+    return root / f"step-{step}" / f"{model.rule.name}_rank{dist.get_rank()}.pt"
 
 
 def export(engine: Any, cfg: Config, tokenizer: Any) -> None:

@@ -15,22 +15,22 @@ from gear_trainer.errors import ConfigError
 from gear_trainer.user_code import said
 
 
-def check_model_path(spec: str) -> None:
-    """Fail early, before any engine: a directory without a model, or a hub name that cannot be had."""
-    if spec.startswith("builtin:"):
+def check_model_path(spec: str, key: str = "model.path") -> None:
+    """Fail early, before any engine: a directory without a model, or a hub name that cannot be had. key: that gives it."""
+    if spec.startswith("builtin:") and key == "model.path":
         if spec not in ("builtin:tiny-qwen3", "builtin:smollm2"):
-            raise ConfigError(f"model.path={spec}: known are builtin:tiny-qwen3 and builtin:smollm2")
+            raise ConfigError(f"{key}={spec}: known are builtin:tiny-qwen3 and builtin:smollm2")
         return
     path = Path(spec)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model.path={spec}: the directory has no config.json; point at a model saved in HF format")
+            raise ConfigError(f"{key}={spec}: the directory has no config.json; point at a model saved in HF format")
         return
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise ConfigError(f"model.path={spec}: no such directory; give a local HF directory or a hub name like Qwen/Qwen3-8B")
+        raise ConfigError(f"{key}={spec}: no such directory; give a local HF directory or a hub name like Qwen/Qwen3-8B")
 
 
-def check_hub_model(spec: str) -> None:
+def check_hub_model(spec: str, key: str = "model.path") -> None:
     """A hub name whose configuration is neither cached nor reachable. Network: only for names that are no directory."""
     if spec.startswith("builtin:") or Path(spec).is_dir():
         return
@@ -41,7 +41,7 @@ def check_hub_model(spec: str) -> None:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.path={spec}: not a local directory, and the hub's copy cannot be had ({reason}); "
+            f"{key}={spec}: not a local directory, and the hub's copy cannot be had ({reason}); "
             "download the model and give its path"
         ) from None
 

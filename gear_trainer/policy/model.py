@@ -24,12 +24,7 @@ class Policy(nn.Module):
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm = lm
-        config = lm.config.get_text_config()
-        FusedHead.adopt(
-            cast(nn.Linear, lm.get_output_embeddings()),  # anything else is refused
-            softcap=getattr(config, "final_logit_softcapping", None),
-            scale=_logit_scale(config),
-        )
+        FusedHead.from_model(lm)
 
     def forward(
         self,
@@ -62,11 +57,3 @@ class Policy(nn.Module):
 def hidden_states(lm: PreTrainedModel, rows: Rows) -> torch.Tensor:
     """The last hidden states [n, D] of an HF causal LM, without its head, that predict the n policy tokens of the rows."""
     return lm.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows.index]
-
-
-def _logit_scale(config: Any) -> float | None:
-    if getattr(config, "logit_scale", None):  # Cohere multiplies
-        return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        return 1.0 / float(config.logits_scaling)
-    return None

@@ -11,7 +11,7 @@ from gear_trainer.evaluation import check_sets
 from gear_trainer.hints import endpoint
 from gear_trainer.hints.siblings import Siblings
 from gear_trainer.hints.writer import Writer, check_room, templates
-from gear_trainer.policy.hub import check_model_path
+from gear_trainer.policy.hub import check_model_path, model_sizes
 from gear_trainer.policy.zero import deepspeed_config
 from gear_trainer.preflight.machine import check_machine, check_port
 from gear_trainer.recipe import Recipe, resolve
@@ -28,7 +28,7 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
     the task, for it knows turns and tools without the data.
     """
     recipe = resolve(cfg)
-    check_teacher(cfg)
+    check_frozen(cfg, recipe)
     check_references(cfg, recipe)
     check_model_path(cfg.model.path)
     check_machine(cfg)
@@ -55,9 +55,13 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
 _UNFOLLOWED = {"zero_hpz_partition_size": 1, "zero_quantized_nontrainable_weights": False, "mics_shard_size": -1}  # and off
 
 
-def check_teacher(cfg: Config) -> None:
-    """Raises ConfigError where a teacher that follows the policy does not go with the run's DeepSpeed options."""
-    if cfg.teacher.weights not in ("ema", "synced"):
+def check_frozen(cfg: Config, recipe: Recipe) -> None:
+    """Raises ConfigError where a model that follows the policy does not go with the run's DeepSpeed options, or a reference model
+    of its own path is not there or has another vocabulary."""
+    if recipe.kl and recipe.kl.reference.path:
+        check_reference(cfg, recipe.kl.reference.path)
+    following = next((model for model in recipe.frozen if model.follows), None)
+    if following is None:
         return
     zero = deepspeed_config(cfg)["zero_optimization"]
     found = [name for name, off in _UNFOLLOWED.items() if zero.get(name, off) != off]
@@ -65,8 +69,20 @@ def check_teacher(cfg: Config) -> None:
         found.append("offload_param.device=nvme")
     if found:
         raise ConfigError(
-            f"teacher.weights={cfg.teacher.weights}: does not go with deepspeed.zero_optimization.{found[0]}; "
-            "leave it out, or use teacher.weights=rollout or initial"
+            f"{following.key}={following.weights}: does not go with deepspeed.zero_optimization.{found[0]}; "
+            f"leave it out, or use {following.key}=initial"
+        )
+
+
+def check_reference(cfg: Config, path: str) -> None:
+    """A reference model is there and scores the policy's tokens. Raises ConfigError."""
+    check_model_path(path, "kl.reference")
+    sizes = [(model_sizes(name) or {}).get("vocab_size") for name in (path, cfg.model.path)]
+    shared = cfg.model.path.startswith("builtin:")  # its vocabulary is the task's
+    if not shared and None not in sizes and sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"kl.reference={path}: its vocabulary has {sizes[0]} tokens, that of model.path={cfg.model.path} {sizes[1]}: "
+            "give a model of the same tokenizer"
         )
 
 
@@ -99,14 +115,23 @@ def check_truth(cfg: Config, recipe: Recipe, task: Task) -> None:
 
 def warnings(cfg: Config, recipe: Recipe) -> list[str]:
     """A line for each setting that works and is likely not meant."""
+    found = []
+    if cfg.train.policy_loss == "gspo" and min(cfg.train.clip_low, cfg.train.clip_high) > 0.01:
+        found.append(
+            "train.policy_loss=gspo: a sequence's ratio stays close to 1, and at "
+            f"train.clip_low={cfg.train.clip_low:g} train.clip_high={cfg.train.clip_high:g} hardly ever clipped; "
+            "the paper has 3e-4 and 4e-4"
+        )
+    if recipe.kl and recipe.kl.estimator == "k1":
+        found.append("kl.estimator=k1 has no gradient on average, as a loss it is noise; k2 has the KL's, k3 is GRPO's")
     if cfg.model.dtype == "bfloat16" and recipe.stretches_noise:
         # measured on the demo's policy, 64 of its rollouts with the teacher's prompt: the largest error of a rollout's signals
         # against float32 is 8e-4 nats (median) to 0.2, and the largest signal of 38 % of the rollouts is below 1e-3
-        return [
+        found.append(
             "model.dtype=bfloat16 rounds hidden states, so signals are off by about 1e-3 nats: where the teacher has nothing to "
             "say that noise gets the full spread of weights; credit_args.signal_floor=0.001 holds it back"
-        ]
-    return []
+        )
+    return found
 
 
 def check_launch(cfg: Config) -> None:

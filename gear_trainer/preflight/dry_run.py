@@ -67,7 +67,11 @@ def print_plan(cfg: Config, task: Task, recipe: Recipe, sold_as: float | None = 
     out.print(yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False), markup=False)
     out.print(f"credit method: {recipe.method}", markup=False)
     if recipe.distillation:
-        out.print(f"distillation: {recipe.distillation}", markup=False)
+        until = f" alone up to step {recipe.until}, the method alone after it" if recipe.until else ""
+        out.print(f"distillation{until}: {recipe.distillation}", markup=False)
+    if recipe.kl:
+        shared = ", the teacher's copy" if recipe.kl.shared else ""
+        out.print(f"reference model: {cfg.kl.reference}{shared}, {recipe.kl.coefficient:g} x {recipe.kl.estimator}", markup=False)
     prompts = None
     if Path(cfg.model.path).is_dir() and isinstance(task, Task):
         from transformers import AutoTokenizer

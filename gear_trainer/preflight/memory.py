@@ -40,6 +40,7 @@ GRAPHS = 1 * GIB  # vLLM's captured graphs: an estimate
 # A rank of the CPU demo: 426 MiB after the imports, 70 more of libraries' pages and 35 of objects once both engines are built;
 # objects and heaps grow by 35 (1 step) to 110 MiB (14 steps) while it samples.
 LIBRARIES, OBJECTS = 530 * MIB, 70 * MIB
+FROZEN_ROWS = {"teacher": "teacher's weights", "reference": "reference model's weights"}
 SUMS = 200  # bytes a row: 12 float64 sums, 7 values and 9 numbers of state in float32, a target
 
 
@@ -209,6 +210,12 @@ class Planner:
         rollouts = cfg.rollout.prompts_per_step * cfg.rollout.group_size // cfg.world_size
         return min(cfg.train.tokens_per_micro_batch, rollouts * wide)
 
+    def elements(self, path: str) -> int:
+        """Elements of the weights of a reference model of its own; the policy's where its sizes are not at hand."""
+        known = known_config(path) and model_sizes(path)
+        lm = meta_model(path, "bfloat16", "sdpa") if known else self.lm
+        return sum(p.numel() for p in lm.parameters())
+
     def passes(self, cfg: Config) -> Passes:
         """The bytes of a forward and backward of `tokens`: counted at one number of them, then in proportion."""
         tokens, wide = self.tokens(cfg), max(self.student, self.teacher) + self.response
@@ -237,7 +244,7 @@ class _Rank:
         self.accumulated = 4 if accumulates in ("fp32", "float32") else self.item
         self.share = self.s.total / self.world
         self.passes, self.tokens = planner.passes(cfg), planner.tokens(cfg)
-        self.own = planner.recipe.teacher_weights
+        self.frozen = planner.recipe.frozen
         self.offloaded = self._device(self.zero.offload_optimizer) != "none"
         self.asleep = card.gpu and cfg.rollout.vllm.sleep_level > 0
 
@@ -274,9 +281,10 @@ class _Rank:
         if not self.offloaded:
             held["gradients"] = self.share * self.accumulated
             held["float32 masters and moments"] = self.share * (12 if moments else 4)
-        if self.own:
-            shadow = 4 if self.own == "ema" and self.item == 2 else 0
-            held["teacher's weights"] = self.share * (self.item + shadow)
+        for model in self.frozen:
+            shadow = 4 if model.weights == "ema" and self.item == 2 else 0
+            elements = self.planner.elements(model.path) / self.world if model.path else self.share
+            held[FROZEN_ROWS[model.name]] = elements * (self.item + shadow)
         return held
 
     def _bucket(self) -> float:
@@ -365,7 +373,7 @@ class _Rank:
         held = self._trainer() | self._awake()
         states = self.tokens * self.s.hidden * self.item
         held["fused head"] = 3 * states + self._operator()
-        return held | {"whole weights": self._whole(self.s.head) + self._teacher_head()}
+        return held | {"whole weights": self._whole(self.s.head) + self._frozen_head("teacher", "reference")}
 
     def _update_layers(self) -> dict[str, float]:
         """In the backward, beside all that the forward kept. A head's gradient too large for a bucket waits for the next one's
@@ -389,7 +397,7 @@ class _Rank:
         # hidden states and their gradient, which is summed in float32
         held["fused head"] = states * (self.item * (rows + 1) + 4) + self._operator()
         held["head's gradient"] = self.s.head * self.item
-        teacher = self._teacher_head() if rows == 2 else 0.0
+        teacher = self._frozen_head("teacher") if rows == 2 else 0.0
         return held | {"whole weights": self._whole(self.s.head) + teacher}
 
     def _update_flush(self) -> dict[str, float]:
@@ -425,8 +433,9 @@ class _Rank:
         """The fused operator's tiles and sums: never the logits."""
         return tiling.limits(torch.device("cuda" if self.card.gpu else "cpu")).workspace + SUMS * self.tokens
 
-    def _teacher_head(self) -> float:
-        return self.s.head * self.item if self.own and self.world > 1 else 0.0
+    def _frozen_head(self, *names: str) -> float:
+        """A frozen model's head, whole while it scores; two of them never are at a time."""
+        return self.s.head * self.item if self.world > 1 and any(model.name in names for model in self.frozen) else 0.0
 
     def _host(self) -> float:
         """In the machine's memory, a rank: what is offloaded. The optimizer's: sums and float32 gradients, masters, moments, and
@@ -553,8 +562,8 @@ def table(plan: Plan) -> Any:
 
 
 _ROWS = (
-    "CUDA", "Python", "weights", "gradients", "float32", "teacher", "gradient buckets", "whole", "activations", "a layer",
-    "fused", "head's", "optimizer", "vLLM: w", "vLLM: K", "vLLM: p",
+    "CUDA", "Python", "weights", "gradients", "float32", "teacher", "reference", "gradient buckets", "whole", "activations",
+    "a layer", "fused", "head's", "optimizer", "vLLM: w", "vLLM: K", "vLLM: p",
 )  # fmt: skip
 
 

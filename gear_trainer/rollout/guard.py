@@ -1,9 +1,9 @@
 """A task's episodes behind a guard: what raises, hangs or answers nonsense ends its rollout as an error, never the run.
 
-A task's code runs in threads beside the trainer's, `Task.concurrency` calls at a time; with one, in the order in which it would
-run without. A call that takes longer than the limit is left alone in its thread (Python cannot stop one) and a fresh thread takes
-over. What only works in the main thread, as signal handlers, needs rollout.turn_timeout=null: then calls are made directly, one
-after the other, without a limit.
+A task's code runs in threads beside the trainer's, `Task.concurrency` calls at a time, the parts of a mixture each with threads
+of its own; with one, in the order in which it would run without. A call that takes longer than the limit is left alone in its
+thread (Python cannot stop one) and a fresh thread takes over. What only works in the main thread, as signal handlers, needs
+rollout.turn_timeout=null: then calls are made directly, one after the other, without a limit.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def _settled(settle: Callable[[Any], None], value: Any) -> bool:
 
 
 @lru_cache
-def callers(limit_s: float | None, size: int) -> Callers:
-    """The callers that all rollouts of this process share for a given limit and concurrency."""
+def callers(limit_s: float | None, size: int, name: str) -> Callers:
+    """The callers that all rollouts of this process share for a given limit, concurrency, and name (`Task.callers`)."""
     return Callers(limit_s, size)
 
 
@@ -155,8 +155,14 @@ class Environment:
     """Makes a task's calls; whatever they do comes out as a checked result or an EpisodeError of one line."""
 
     def __init__(self, task: Task, limit_s: float | None):
-        self.task, self.callers = task, callers(limit_s, task.concurrency)
+        self.task, self.limit_s = task, limit_s
+        self._used: set[Callers] = set()
         self._done: SimpleQueue[Future[Any]] = SimpleQueue()
+
+    def _callers(self, problem: Problem) -> Callers:
+        name, size = self.task.callers(problem)
+        self._used.add(found := callers(self.limit_s, size, name))
+        return found
 
     def start(self, problem: Problem) -> Ask:
         """A fresh episode."""
@@ -176,18 +182,18 @@ class Environment:
 
     def begin(self, ask: Ask) -> Future[Any]:
         """Start a call; `finished` hands it back once it is done, for `result`."""
-        answer = self.callers.start(ask.call, *ask.args)
+        answer = self._callers(ask.problem).start(ask.call, *ask.args)
         answer.add_done_callback(self._done.put)
         return answer
 
     def finished(self, block: bool) -> list[Future[Any]]:
         """Calls that are done, each once, in the order in which they ended; `block`: at least one."""
         found: list[Future[Any]] = []
-        self.callers.leave_overdue()
+        self._leave_overdue()
         while block and self._done.empty() and not found:
             with suppress(Empty):
-                found.append(self._done.get(timeout=self.callers.patience()))
-            self.callers.leave_overdue()
+                found.append(self._done.get(timeout=min(one.patience() for one in self._used)))
+            self._leave_overdue()
         while not self._done.empty():  # nobody else takes from it
             found.append(self._done.get())
         return found
@@ -204,8 +210,12 @@ class Environment:
     def ask(self, ask: Ask) -> Any:
         """Make one call and wait for it. Raises EpisodeError."""
         answer = self.begin(ask)
-        self.callers.wait(answer)
+        self._callers(ask.problem).wait(answer)
         return self.result(ask, answer)
+
+    def _leave_overdue(self) -> None:
+        for one in self._used:
+            one.leave_overdue()
 
     def _tell(self, ask: Ask, error: BaseException, line: str) -> None:
         """One line for every kind of failure; the metrics count all."""

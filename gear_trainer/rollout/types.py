@@ -72,6 +72,7 @@ class Rollout:
     turn_rewards: list[float] = field(default_factory=list)  # the environment's, of each turn by itself
     anchors: list[int] = field(default_factory=list)  # names what each turn answers: the prompt, then the last reply
     versions: list[int] = field(default_factory=list)  # of the weights that sampled each turn
+    wrong_prompt_ids: list[int] = field(default_factory=list)  # the teacher's prompt with a wrong hint; empty: none was shown
     reference: str | None = None  # what the teacher reads beside the question, where a credit reference was written
     escaped: int = 0  # texts of both prompts and of replies that spelled control tokens
     cut: int = 0  # replies that did not fit into the context whole

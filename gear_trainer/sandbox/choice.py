@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gear_trainer.sandbox.interpreter import LIMITS, WARM, Limits, Sandbox, SandboxError, said
+from gear_trainer.sandbox.interpreter import LIMITS, OPENING_LIMIT, START_LIMIT, WARM, Limits, Sandbox, SandboxError, said
 from gear_trainer.sandbox.means import AUTO, INSTALL, MEANS, Means
 
 # Each attempt of the trial by what it would show, with the code; one that raises nothing has got through.
@@ -62,7 +62,9 @@ def open_sandbox(choice: str = "auto", size: int | None = None, limits: Limits =
         sandbox = None
         try:
             sandbox = Sandbox(means, size or cores(), limits, warm)
+            sandbox.start_limit = OPENING_LIMIT
             _try_out(sandbox, means)
+            sandbox.start_limit = START_LIMIT
             return sandbox
         except (SandboxError, OSError, ValueError) as error:
             failed.append(f"{name}: {said(error)}")

@@ -24,6 +24,7 @@ from gear_trainer.sandbox.view import LIBRARIES, interpreter, readable
 
 End = Literal["done", "error", "memory", "time", "output", "killed"]
 START_LIMIT = 50.0  # seconds; importing sympy takes 1-2, much more on a loaded machine; below rollout.turn_timeout
+OPENING_LIMIT = 200.0  # the same before a run, where no call waits: 50 was too little on two cores with 30 processes
 _GRACE = 20.0  # seconds beyond a call's limit, after which its process is lost; twice that is below rollout.turn_timeout
 _FLAGS = ("-S", "-s", "-P", "-B", "-X", "utf8")  # no site-packages, nothing written, no path but what it is given
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "HOME": "/", "CUDA_VISIBLE_DEVICES": ""} | {
@@ -82,6 +83,7 @@ class Sandbox:
 
     def __init__(self, means: Means, size: int, limits: Limits = LIMITS, warm: str = WARM):
         self.means, self.size, self.limits, self.restarts = means, size, limits, 0
+        self.start_limit = START_LIMIT
         self.folder = tempfile.mkdtemp(prefix="gear-sandbox-")  # stands in the command line of each of its processes
         self._owner = os.getpid()
         library = Path(self.folder, "library")
@@ -157,7 +159,7 @@ class Sandbox:
             warm = _Warm(self._command, self.folder)
             self._all.add(warm)
         try:
-            warm.wait_until_ready()
+            warm.wait_until_ready(self.start_limit)
         except BaseException:
             warm.kill()
             raise
@@ -180,10 +182,10 @@ class _Warm:
             bufsize=0,
         )
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, limit_s: float) -> None:
         """Return when it has imported its libraries. Raises SandboxError with its own last words."""
         try:
-            self._read(1, time.monotonic() + START_LIMIT)
+            self._read(1, time.monotonic() + limit_s)
         except (EOFError, TimeoutError) as error:
             self._complaints.seek(0)
             lines = self._complaints.read().decode(errors="replace").strip().splitlines()

@@ -117,6 +117,11 @@ class Task(ABC):
     def episode(self, problem: Problem) -> Episode:
         """A fresh environment for one rollout."""
 
+    def callers(self, problem: Problem) -> tuple[str, int]:
+        """The callers that make the calls of this problem's episodes: their name, and how many they are; a mixture's parts have
+        their own."""
+        return "", self.concurrency
+
     def vote(self, problem: Problem, text: str) -> str | None:
         """The answer that a rollout's last turn gives, equal ones as equal texts, for evaluation's majority; None: none."""
         return None

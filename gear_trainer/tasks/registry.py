@@ -155,4 +155,4 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     plain = typing.get_origin(hint) or hint
-    return isinstance(value, plain) if inspect.isclass(plain) else True
+    return isinstance(value, plain) if inspect.isclass(plain) and plain is not Any else True

@@ -35,6 +35,10 @@ def assign(recipe: Recipe, experience: Experience, step: int, sums: Sums) -> Non
     }.items():
         e.write(name, places, values)
     _count_in(recipe, e)
+    if recipe.wrong_hint:
+        seen = e.tokens([i for i, taught in enumerate(e.taught) if taught])
+        shown = e["wrong_hint"] if "wrong_hint" in e.columns else torch.zeros_like(e["logprobs"])
+        sums.mean_of("wrong_hint_signal", shown.index_select(0, seen))
     for name, value in credit.diagnostics.items():
         sums.mean(name, value.double() * len(rows), len(rows))  # a rank that has no such trajectory counts for nothing
 
@@ -55,7 +59,7 @@ def _count_in(recipe: Recipe, e: Experience) -> None:
 
     Which rollouts these are only values tell (a method may weigh all tokens of one by 0), so the device decides.
     """
-    if recipe.distillation:
+    if recipe.moves_all:
         e.columns["moves"] = torch.ones_like(e["logprobs"], dtype=torch.bool)
         return
     found = torch.zeros(len(e.rollouts), dtype=torch.int32, device=e.device)

@@ -10,8 +10,9 @@ import torch
 from gear_trainer.config import Config
 from gear_trainer.policy.batching import on_device
 from gear_trainer.recipe import Recipe
-from gear_trainer.rollout import Rollout, groups_of
+from gear_trainer.rollout import Rollout
 from gear_trainer.runs.metrics import Sums
+from gear_trainer.train.advantages import group_advantages, penalties
 
 SCORED_BY_TEACHER = ("teacher_logprobs", "signal", "teacher_entropy", "forward_kl")
 
@@ -21,8 +22,9 @@ class Experience:
     """One rank's rollouts of a step and the T policy tokens of its B rollouts, in their order, as columns [T] by name.
 
     Known before scoring: sampler_logprobs (float32, nats), turn_ids (int64); with turn rewards also turn_rewards (float32) and
-    anchors (int64). From scoring, float32, nats: logprobs, entropy; teacher_logprobs, signal, teacher_entropy and forward_kl
-    where the recipe reads them, 0 where no teacher looked. From credit: token_advantages, weights, normalised (the method's
+    anchors (int64). From scoring, float32, nats: logprobs, entropy; reference_logprobs with a KL term; teacher_logprobs, signal,
+    teacher_entropy and forward_kl where the recipe reads them, 0 where no teacher looked; wrong_hint, what was taken from the
+    signal. From credit: token_advantages, weights, normalised (the method's
     signal), float32; segments (int32, -1 outside); moves (bool: of a rollout with a token advantage other than 0, or anything
     else to learn). For the update: loss_weights (float32), by which a sum over tokens is the mean over the optimizer step.
 
@@ -36,7 +38,9 @@ class Experience:
     credited: list[int]  # rollouts whose tokens a credit method weighs
     lengths: list[int]  # policy tokens
     device: torch.device
+    left_out: list[bool]  # nobody learns from it: dropped, or truncated where such are masked
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
+    penalty: list[float] | None = None  # of overlong rollouts, in their advantages; None: the run has none
 
     def __post_init__(self) -> None:
         self.bounds = [0]
@@ -78,12 +82,17 @@ class Experience:
 
 
 def pack(cfg: Config, recipe: Recipe, rollouts: list[Rollout], device: torch.device) -> Experience:
-    """The experience of a step's rollouts, before anything is scored."""
-    return pack_with(recipe, rollouts, group_advantages(rollouts, cfg.train.std_advantages), device)
+    """The experience of a step's rollouts, before anything is scored. Collective where advantages are scaled by the batch."""
+    penalty = penalties(cfg.train, rollouts, cfg.rollout.max_new_tokens)
+    experience = pack_with(recipe, rollouts, group_advantages(rollouts, cfg.train.advantages, penalty, device), device)
+    experience.penalty = penalty
+    return experience
 
 
 def pack_with(recipe: Recipe, rollouts: list[Rollout], advantages: list[float], device: torch.device) -> Experience:
     """As `pack`, with the rollouts' advantages given."""
+    left_out = [r.dropped or (recipe.masks_truncated and r.truncated) for r in rollouts]
+    advantages = [0.0 if out else a for out, a in zip(left_out, advantages, strict=True)]
     teaches = [not (recipe.references and r.reference is None) for r in rollouts]
     weighed = [t and a != 0 for t, a in zip(teaches, advantages, strict=True)]
     places = [r.policy_positions for r in rollouts]
@@ -92,9 +101,10 @@ def pack_with(recipe: Recipe, rollouts: list[Rollout], advantages: list[float], 
         advantages,
         teaches,
         taught=[recipe.teaches_all or (recipe.needs_teacher and w) for w in weighed],
-        credited=[i for i, w in enumerate(weighed) if w or (recipe.by_turn and not rollouts[i].dropped)],
+        credited=[i for i, w in enumerate(weighed) if w or (recipe.by_turn and not left_out[i])],
         lengths=[len(p) for p in places],
         device=device,
+        left_out=left_out,
     )
     chosen = list(zip(rollouts, places, strict=True))
     columns = {
@@ -120,20 +130,6 @@ def _by_turn(chosen: list[tuple[Rollout, list[int]]], outcome_in_last_turn: bool
     return {"turn_rewards": torch.tensor(rewards, dtype=torch.float32), "anchors": torch.tensor(anchors, dtype=torch.int64)}
 
 
-def group_advantages(rollouts: list[Rollout], divide_by_std: bool, eps: float = 1e-6) -> list[float]:
-    """A_k = (R_k - mean) / (std + eps) within each group of rollouts of one prompt (GRPO); exactly 0 where all rewards agree, and
-    in a group of which a rollout failed: its reward is unknown, and the others' mean without it is another."""
-    out: list[float] = []
-    for group in groups_of(rollouts):
-        rewards = torch.tensor([r.reward for r in group], dtype=torch.float64)
-        if (rewards == rewards[0]).all() or any(r.failed for r in group):
-            out += [0.0] * len(rewards)
-            continue
-        centred = rewards - rewards.mean()
-        out += (centred / (rewards.std() + eps) if divide_by_std else centred).tolist()
-    return out
-
-
 def count(e: Experience, sums: Sums) -> None:
     """Add a scored step's numbers, of rollouts and of tokens."""
     n, known = len(e.rollouts), sum(not r.failed for r in e.rollouts)
@@ -141,6 +137,8 @@ def count(e: Experience, sums: Sums) -> None:
     sums.mean("success", sum(r.success for r in e.rollouts), known)
     for name, part in (("tool_calls", "calls"), ("tool_errors", "errors"), ("truncated", "truncated")):
         sums.mean(name, sum(getattr(r, part) for r in e.rollouts), n)
+    if e.penalty is not None:
+        sums.mean("overlong_penalty", sum(e.penalty), n)
     sums.mean("zero_advantage", sum(a == 0 for a in e.advantages), n)
     sums.total("policy_tokens", sum(e.lengths))
     sums.mean("response_length", sum(e.lengths), n)

@@ -12,8 +12,8 @@ from gear_trainer.hints.siblings import Siblings
 from gear_trainer.hints.writer import Writer
 from gear_trainer.policy import checkpoint
 from gear_trainer.policy.forward import Forward
+from gear_trainer.policy.frozen import FrozenModel
 from gear_trainer.policy.gather import gathered_weights
-from gear_trainer.policy.teacher import Teacher
 from gear_trainer.recipe import Recipe
 from gear_trainer.rollout import Engine, Rollout
 from gear_trainer.rollout.chat import Chat
@@ -33,7 +33,11 @@ from gear_trainer.train.update import Updater, learning_rate
 
 
 class Trainer:
-    """A run on this rank. references: gives the teacher something to see in place of the ground truth."""
+    """A run on this rank.
+
+    frozen: the models beside the policy by name, `teacher` and `reference`; a reference model that the recipe shares with the
+    teacher is not there. references: gives the teacher something to see in place of the ground truth.
+    """
 
     def __init__(
         self,
@@ -43,18 +47,20 @@ class Trainer:
         chat: Chat,
         engine: Any,
         sampler: Engine,
-        teacher: Teacher | None = None,
+        frozen: dict[str, FrozenModel] | None = None,
         references: Writer | Siblings | None = None,
         interrupts: Interrupts | None = None,
     ):
         self.cfg, self.recipe, self.task, self.chat = cfg, recipe, task, chat
-        self.engine, self.sampler, self.teacher, self.references = engine, sampler, teacher, references
+        self.engine, self.sampler, self.frozen, self.references = engine, sampler, frozen or {}, references
         self.rank, self.device = dist.get_rank(), engine.device
         self.phases, self.interrupts, self.gap_checked = Phases(), interrupts or Interrupts(), False
         self.records = Records(cfg, chat)
         self.held_out = evaluation.sets_of(cfg, task, chat)
         self.sample = StepSampler(cfg, recipe, task, chat, sampler, self.rank)
-        self.forward = Forward(engine, teacher, cfg.rollout.temperature, recipe.jsd_beta)
+        teacher = self.frozen.get("teacher")
+        reference = self.frozen.get("reference", teacher if recipe.kl else None)
+        self.forward = Forward(engine, teacher, cfg.rollout.temperature, recipe.jsd_beta, reference)
         self.update = Updater(cfg, recipe, self.forward)
 
     def train(self, start: int) -> int:
@@ -73,14 +79,14 @@ class Trainer:
                 finite.check(step, values)
                 stop = agreed(self.interrupts.asked, self.device)
                 if step % cfg.checkpoint.every == 0 or step == cfg.train.steps or stop:
-                    checkpoint.save(self.engine, cfg, step, self.teacher)
+                    checkpoint.save(self.engine, cfg, step, tuple(self.frozen.values()))
                 if stop:
                     return step
         return cfg.train.steps
 
     def step(self, step: int, files: RunFiles | None) -> dict[str, Any]:
         """One step of the algorithm, and its metrics. Collective."""
-        cfg, sums = self.cfg, Sums()
+        cfg, sums, recipe = self.cfg, Sums(), self.recipe.at(step)
         with self.phases("rollout"):
             rollouts = self.sample(step, sums)
         with self.phases("write"):
@@ -88,8 +94,8 @@ class Trainer:
         with self.phases("rollout"):
             self.sampler.sleep()
         with self.phases("score"):
-            experience = pack(cfg, self.recipe, rollouts, self.device)
-            passes = schedule(cfg, self.recipe, experience)
+            experience = pack(cfg, recipe, rollouts, self.device)
+            passes = schedule(cfg, recipe, experience)
         self.learn(step, experience, passes, sums)
         with self.phases("push"):
             self.push()
@@ -103,18 +109,19 @@ class Trainer:
 
     def learn(self, step: int, experience: Experience, passes: Schedule, sums: Sums) -> None:
         """Score, credit, update. The host waits for no value here, but for the first step's check of the pushed weights."""
+        recipe = self.recipe.at(step)
         with self.phases("score"):
-            score(self.recipe, experience, passes.score, self.forward)
+            score(recipe, experience, passes.score, self.forward)
         with self.phases("credit"):
-            assign(self.recipe, experience, step, sums)
+            assign(recipe, experience, step, sums)
         count(experience, sums)
         if not self.gap_checked:  # weights that did not arrive show as nats, not as rounding
             self.gap_checked = True
             check_gap(self.cfg, step, sums.read(self.device)["logprob_gap_mean"])
         with self.phases("update"):
             self.update(step, experience, passes.update, sums)
-            if self.teacher:
-                self.teacher.follow(step)
+            for model in self.frozen.values():
+                model.follow(step)
 
     def write_references(self, step: int, rollouts: list[Rollout], sums: Sums) -> None:
         """Let the teacher see something else than the ground truth, where the recipe says so."""

@@ -22,12 +22,14 @@ class Pass:
     split: list[list[int]]
     teacher: bool  # with the teacher's rows
     count: int
+    wrong_hint: bool = False  # and those behind a wrong hint
 
     def micro_batches(self, experience: Experience) -> Iterator[MicroBatch]:
         """On the device, padded to the largest count of any rank."""
         for k in range(self.count):
             short = k >= len(self.split)
-            batch = padding_micro_batch(self.teacher) if short else micro_batch(experience.rollouts, self.split[k], self.teacher)
+            sides = self.teacher, self.wrong_hint
+            batch = padding_micro_batch(*sides) if short else micro_batch(experience.rollouts, self.split[k], *sides)
             yield batch.to(experience.device)
 
 
@@ -56,28 +58,34 @@ def schedule(cfg: Config, recipe: Recipe, experience: Experience) -> Schedule:
         for own, teacher in zip(rows, teachers, strict=True)
     ]
     lengths = [[experience.lengths[i] for i in part] for part in parts]
-    counts, tokens = _agreed([len(s) for s in splits], [n for own in lengths for n in (sum(own), len(own))], experience.device)
+    # a truncated rollout that is masked counts as a sequence without tokens, as in TRL
+    sizes = [n for part in parts for n in (sum(experience.lengths[i] for i in part if not _masked(experience, i)), len(part))]
+    counts, tokens = _agreed([len(s) for s in splits], sizes, experience.device)
     weights = [
         aggregation_weights(
             own,
             cfg.train.aggregation,
-            n_tokens_global=tokens[2 * k],
+            n_tokens_global=max(1, tokens[2 * k]),
             n_seqs_global=tokens[2 * k + 1],
             max_len=cfg.rollout.max_model_len,
         )
         for k, own in enumerate(lengths)
     ]
     experience.columns["loss_weights"] = on_device(torch.cat(weights), experience.device)
-    passes = [Pass(*given) for given in zip(splits, teachers, counts, strict=True)]
+    wrong = [recipe.wrong_hint and teacher for teacher in scored] + [False] * len(parts)
+    passes = [Pass(*given) for given in zip(splits, teachers, counts, wrong, strict=True)]
     return Schedule(passes[: len(scored)], passes[len(scored) :])
 
 
 def _learns(recipe: Recipe, experience: Experience, i: int) -> bool:
     """Whether a rollout can have a gradient; the means count the others too."""
-    dropped, length = experience.rollouts[i].dropped, experience.lengths[i]
-    if recipe.distillation and not dropped:
-        return True
-    return length > 0 and (experience.advantages[i] != 0 or (recipe.by_turn and not dropped))
+    if experience.left_out[i]:
+        return False
+    return recipe.moves_all or (experience.lengths[i] > 0 and (experience.advantages[i] != 0 or recipe.by_turn))
+
+
+def _masked(experience: Experience, i: int) -> bool:
+    return experience.left_out[i] and not experience.rollouts[i].dropped
 
 
 def _agreed(largest: list[int], summed: list[int], device: torch.device) -> tuple[list[int], list[int]]:

@@ -8,26 +8,28 @@ from typing import NamedTuple
 import torch
 
 from gear_kernels import TokenStats
-from gear_kernels.losses import policy_gradient_loss
+from gear_kernels.losses import cispo_loss, entropy_loss, gspo_loss, importance_weights, policy_gradient_loss
 from gear_trainer.config import Config
-from gear_trainer.policy.batching import MicroBatch
+from gear_trainer.policy.batching import MicroBatch, on_device
 from gear_trainer.policy.forward import Forward
 from gear_trainer.recipe import Distillation, Recipe
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.train.experience import Experience
 from gear_trainer.train.schedule import Pass
 
-LOGGED = ("clip_fraction", "dual_clip_fraction", "approx_kl")  # of policy_gradient_loss
+LOGGED = ("clip_fraction", "dual_clip_fraction", "approx_kl")  # of the policy losses
 
 
 class Inputs(NamedTuple):
-    """A micro-batch's columns, [n] float32 each; `importance` and `teacher` are None where nothing reads them."""
+    """A micro-batch's columns, [n] float32 each; `importance`, `teacher` and `reference` are None where nothing reads them."""
 
     old: torch.Tensor  # log-probs of the scoring pass
     advantages: torch.Tensor
     weights: torch.Tensor
-    importance: torch.Tensor | None  # min(p_trainer / p_sampler, cap)
+    importance: torch.Tensor | None  # of p_trainer / p_sampler, see gear_kernels.losses.importance_weights
     teacher: torch.Tensor | None  # log-probs of the scoring pass's teacher
+    reference: torch.Tensor | None  # log-probs of the reference model
+    cu_seqlens: torch.Tensor  # int32 [rollouts + 1]
     counted: torch.Tensor | int  # tokens that the logged means are taken over
 
 
@@ -35,28 +37,34 @@ class Updater:
     """Steps a policy on a scored and credited experience."""
 
     def __init__(self, cfg: Config, recipe: Recipe, forward: Forward):
-        self.cfg, self.recipe, self.forward = cfg, recipe, forward
-        self.engine, self.distill = forward.engine, recipe.distillation
+        self.cfg, self.recipe, self.forward, self.engine = cfg, recipe, forward, forward.engine
 
     def __call__(self, step: int, experience: Experience, passes: list[Pass], sums: Sums) -> None:
         """`updates_per_step` optimizer steps, each over whole groups, normalised by the global count of its trajectories.
 
         Collective. Adds the loss, its parts, grad_norm and updates_skipped, a total: all ranks skip together.
         """
+        recipe = self.recipe.at(step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, step)
-        sums.declare(*LOGGED, "grad_norm", *(("divergence",) if self.distill else ()))
-        sums.mean("updates_skipped", sum(self._step(part, experience, sums) for part in passes), 1)
+        sums.declare(*LOGGED, "grad_norm", *(("divergence",) if self.recipe.distillation else ()))
+        sums.declare(*(("reference_kl",) if recipe.kl else ()), *(("importance_masked",) if self._masks else ()))
+        sums.mean("updates_skipped", sum(self._step(recipe, part, experience, sums) for part in passes), 1)
 
-    def _step(self, part: Pass, experience: Experience, sums: Sums) -> bool:
+    @property
+    def _masks(self) -> bool:
+        """True where importance weights may be 0."""
+        return self.cfg.train.importance_mode != "truncate"
+
+    def _step(self, recipe: Recipe, part: Pass, experience: Experience, sums: Sums) -> bool:
         """One optimizer step; True where DeepSpeed skipped it."""
         total: torch.Tensor | float = 0.0
         world = self.cfg.world_size
         for batch in part.micro_batches(experience):
-            out = self.forward(batch, self.recipe.stats_to_update)
+            out = self.forward(batch, recipe.stats_to_update)
             assert out.logprobs is not None
-            inputs = self._inputs(batch, experience, out.logprobs)
-            loss, parts = self._loss(out, inputs)
+            inputs = self._inputs(recipe, batch, experience, out.logprobs)
+            loss, parts = self._loss(recipe, out, inputs)
             # DeepSpeed averages over ranks; the weights already are global means. A loss that is not finite makes every gradient
             # NaN, also where a clip would have stopped it: DeepSpeed then skips the step, on all ranks alike.
             self.engine.backward(loss * world * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
@@ -71,43 +79,63 @@ class Updater:
         sums.mean("grad_norm", 0.0 if norm is None else norm, 1)
         return not self.engine.was_step_applied()
 
-    def _inputs(self, batch: MicroBatch, e: Experience, like: torch.Tensor) -> Inputs:
+    def _inputs(self, recipe: Recipe, batch: MicroBatch, e: Experience, like: torch.Tensor) -> Inputs:
         """The columns at the batch's tokens; zeros for a padding micro-batch, whose loss is 0 but in the graph."""
+        bounds = torch.tensor([0, *(e.lengths[i] for i in batch.rows)] if batch.rows else [0, 1]).cumsum(0).to(torch.int32)
+        cu_seqlens = on_device(bounds, like.device)
         if not batch.rows:
-            zeros = torch.zeros_like(like)
-            return Inputs(like.detach(), zeros, zeros, None, like.detach(), 0)
+            zeros, old = torch.zeros_like(like), like.detach()
+            return Inputs(old, zeros, zeros, None, old, old, cu_seqlens, 0)
         places = e.tokens(batch.rows)
         names = ("logprobs", "token_advantages", "loss_weights", "sampler_logprobs")
         old, advantages, weights, sampler = (e[name].index_select(0, places) for name in names)
-        cap = self.cfg.train.importance_cap
-        importance = None if cap is None else (old - sampler).exp().clamp(max=cap)
-        teacher = e["teacher_logprobs"].index_select(0, places) if self.recipe.teaches_all else None
-        return Inputs(old, advantages, weights, importance, teacher, e["moves"].index_select(0, places).sum().double())
+        teacher = e["teacher_logprobs"].index_select(0, places) if recipe.teaches_all else None
+        reference = e["reference_logprobs"].index_select(0, places) if recipe.kl else None
+        counted = e["moves"].index_select(0, places).sum().double()
+        importance = self._importance(old, sampler, cu_seqlens)
+        return Inputs(old, advantages, weights, importance, teacher, reference, cu_seqlens, counted)
 
-    def _loss(self, out: TokenStats, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _importance(self, old: torch.Tensor, sampler: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor | None:
+        t = self.cfg.train
+        if t.importance_cap is None:
+            return None
+        bounds = {"cap": t.importance_cap, "floor": t.importance_floor}
+        return importance_weights(old, sampler, t.importance_mode, **bounds, cu_seqlens=cu_seqlens)
+
+    def _loss(self, recipe: Recipe, out: TokenStats, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The sum of the recipe's terms, and the numbers to log."""
         assert out.logprobs is not None
-        loss, parts = self._policy_loss(out.logprobs, inputs)
-        if self.distill:
-            added, divergence = self._distillation(self.distill, out, inputs)
-            return loss + added, parts | {"divergence": divergence}
+        loss, parts = self._policy_loss(recipe, out.logprobs, inputs)
+        if recipe.distillation:
+            added, parts["divergence"] = self._distillation(recipe.distillation, out, inputs)
+            loss = loss + added
+        if recipe.kl:
+            assert inputs.reference is not None
+            added, parts["reference_kl"] = recipe.kl.loss(out.logprobs, inputs.reference, inputs.weights)
+            loss = loss + added
+        if recipe.entropy_bonus:
+            assert out.entropy is not None
+            loss = loss + recipe.entropy_bonus * entropy_loss(out.entropy, inputs.weights)[0]
+        if inputs.importance is not None and self._masks:
+            parts["importance_masked"] = (inputs.importance == 0).double().mean()
         return loss, parts
 
-    def _policy_loss(self, logprobs: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The clipped surrogate and the numbers to log."""
-        if self.distill and self.distill.alone:
+    def _policy_loss(
+        self, recipe: Recipe, logprobs: torch.Tensor, inputs: Inputs
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The surrogate of `train.policy_loss` and its numbers."""
+        if recipe.distillation and recipe.distillation.alone:
             return logprobs.new_zeros(()), {}
         t = self.cfg.train
-        loss, parts = policy_gradient_loss(
-            logprobs,
-            inputs.old,
-            inputs.advantages,
-            inputs.weights,
-            clip_low=t.clip_low,
-            clip_high=t.clip_high,
-            dual_clip=t.dual_clip,
-            importance_weights=inputs.importance,
-        )
-        return loss, {name: parts[name] for name in LOGGED}
+        given = logprobs, inputs.old, inputs.advantages, inputs.weights
+        options = {"clip_low": t.clip_low, "clip_high": t.clip_high, "importance_weights": inputs.importance}
+        if t.policy_loss == "cispo":
+            loss, parts = cispo_loss(*given, **options)
+        elif t.policy_loss == "gspo":
+            loss, parts = gspo_loss(*given, inputs.cu_seqlens, dual_clip=t.dual_clip, **options)
+        else:
+            loss, parts = policy_gradient_loss(*given, dual_clip=t.dual_clip, **options)
+        return loss, {name: parts[name] for name in LOGGED if name in parts}
 
     def _distillation(self, distill: Distillation, out: TokenStats, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The distillation loss of a micro-batch and its mean divergence; a sampled one is corrected as the surrogate is."""

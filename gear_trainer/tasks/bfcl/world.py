@@ -6,6 +6,7 @@ import ast
 import copy
 import inspect
 import json
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ FAILED = "Error during execution: "  # how the package begins the answer to a ca
 _LARGEST = 10**100
 _STEEPEST = 1000  # of exponents, precisions and places: MathAPI raises whole numbers to them, at any size
 _STEEP = ("exponent", "precision", "decimal_places")
+_ALONE = threading.Lock()  # logarithm sets mpmath's precision, which is the process'; parts of a mixture call at the same time
 
 
 class World:
@@ -45,7 +47,9 @@ class World:
         for name, value in call.arguments.items():
             _check_size(name, value)
         method: Any = self.methods[call.name]
-        return method(**copy.deepcopy(_shared_defaults(method.__func__) | call.arguments))
+        arguments = copy.deepcopy(_shared_defaults(method.__func__) | call.arguments)
+        with _ALONE:
+            return method(**arguments)
 
     def gold_call(self, text: str) -> ToolCall:
         """A call of the ground truth, which the package writes as Python, with every argument under its name."""

@@ -25,8 +25,9 @@ class MixtureTask(Task):
 
     Weights 2 and 1 mean that of each three problems in a row two are the first task's, in an order drawn anew for every block of
     three; each task is asked for its own indices 0, 1, 2, ... as it would be alone. Held-out problems are dealt evenly, whatever
-    the weights. A problem's id and category begin with its part's name. It brings its own tools and limit of turns; `concurrency`
-    is the least of the parts', `turn_rewards` holds where all of them have turn rewards.
+    the weights. A problem's id and category begin with its part's name. It brings its own tools and limit of turns. Each
+    part's calls are made by callers of its own, as many as it has alone: a slow part holds up no other. `turn_rewards` holds
+    where all parts have turn rewards.
     """
 
     parts: dict[str, Any]
@@ -37,7 +38,7 @@ class MixtureTask(Task):
         _ = self._counts
         own = {
             "max_turns": max(task.max_turns for task in tasks),
-            "concurrency": min(task.concurrency for task in tasks),
+            "concurrency": sum(task.concurrency for task in tasks),
             "turn_rewards": all(task.turn_rewards for task in tasks),
             "shows_truth": all(task.shows_truth for task in tasks),
         }
@@ -112,6 +113,12 @@ class MixtureTask(Task):
 
     def episode(self, problem: Problem) -> Episode:
         return self._tasks[problem.data["part"]].episode(problem.data["problem"])
+
+    def callers(self, problem: Problem) -> tuple[str, int]:
+        """The callers of the problem's part."""
+        part = problem.data["part"]
+        name, size = self._tasks[part].callers(problem.data["problem"])
+        return f"{part}/{name}", size
 
     def vote(self, problem: Problem, text: str) -> str | None:
         """The vote of the problem's part."""
