@@ -7,6 +7,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -418,6 +419,21 @@ def test_a_row_that_is_masked_as_a_whole_passes(tools):
     assert batch["advantages"].isfinite().all() and batch["advantages"][0].any()
 
 
+def on_two_ranks(folder, deepspeed):
+    """A trainer for two ranks, on given completions: what is sampled does not depend on the last bits of the weights."""
+    args = config(folder, deepspeed=deepspeed, optim="sgd", max_grad_norm=1.0)
+    args.learning_rate = 0.5
+    own = dict(credit=Gear(alpha=0.4, kl_threshold=1e-4), teacher_prompt=hinted, rollout_func=Fixed())
+    return GearGRPOTrainer(
+        tiny.model(tokenizer := tiny.tokenizer()),
+        digits,
+        args=args,
+        train_dataset=tiny.rows(16, 0),
+        processing_class=tokenizer,
+        **own,
+    )
+
+
 def test_both_signals_come_from_one_forward_of_each_prompt(tools):
     """rlsd reads k1: by log-probs of two passes, and with the full statistics of gear's reverse_kl beside."""
     trainer, rows, batch = tools("gear", signal="reverse_kl")
@@ -433,6 +449,20 @@ def test_both_signals_come_from_one_forward_of_each_prompt(tools):
     for name, want in pairs:
         torch.testing.assert_close(both[name], want, rtol=1e-5, atol=1e-5)
     assert (both["reverse_kl"] > 0).sum() == (both["forward_kl"] > 0).sum() == batch["completion_mask"].sum()
+
+
+@pytest.mark.slow
+def test_zero_3_on_two_ranks_takes_the_steps_that_ddp_takes(server, tmp_path):
+    ranks = server.call(log := tmp_path / "ranks.log", "trl_ranks:main", tmp_path)
+    assert ranks.wait() == [0, 0], log.read_text()[-6000:]
+    found = torch.load(tmp_path / "found.pt")
+    assert found["ZeRO-3, sharded"] and not found["DDP, sharded"]
+    start = weights_of(SimpleNamespace(model=tiny.model(tiny.tokenizer())))
+    assert (found["DDP"] - start).abs().max() > 1e-2
+    torch.testing.assert_close(found["ZeRO-3"], found["DDP"], rtol=1e-5, atol=1e-6)
+    for its, mine in zip(found["DDP, log"], found["ZeRO-3, log"], strict=True):
+        assert mine == pytest.approx(its, rel=1e-4, abs=1e-6)
+    assert found["ZeRO-3, log"][0]["gear/share_in_segments"] > 0
 
 
 def test_dropout_is_no_signal(tools):
