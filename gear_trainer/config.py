@@ -187,8 +187,8 @@ class TrainConfig(Section):
     )
     packing: bool | None = Field(
         default=None,
-        description="lay the sequences of a micro-batch end to end in place of padding them to its longest; null: where the model "
-        "and its attention can, which the dry run and the run's first lines say",
+        description="lay the sequences of a micro-batch end to end in place of padding them to its longest; null: where the "
+        "model and its attention can, which the dry run and the run's first lines say",
     )
 
 

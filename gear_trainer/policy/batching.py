@@ -33,7 +33,7 @@ class Ends:
         return Ends(on_device(self.position_ids, device), on_device(self.cu_seqlens, device), self.longest)
 
     def arguments(self) -> dict[str, Any]:
-        """What a transformers model is called with beside the ids."""
+        """The arguments of a transformers model beside the ids."""
         return given(self.position_ids, self.cu_seqlens, self.longest)
 
 
@@ -126,9 +126,7 @@ def even(rollouts: list[Rollout], split: list[list[int]], count: int, budget: in
     return [batches[k] for _, k in sorted(lightest, key=lambda given: (-given[0], given[1]))]
 
 
-def padding(
-    rollouts: list[Rollout], split: list[list[int]], teacher: bool, wrong_hint: bool, packed: bool
-) -> tuple[int, int]:
+def padding(rollouts: list[Rollout], split: list[list[int]], teacher: bool, wrong_hint: bool, packed: bool) -> tuple[int, int]:
     """Padding and tokens in all, padding included, of the forwards of a split."""
     padded = whole = 0
     for rows in split:

@@ -1,11 +1,12 @@
 """Packed sequences: whether a run's models take them, and the attention that keeps each sequence to itself.
 
-A packed forward is one row [1, T] of whole sequences, end to end. transformers would find their ends by a look at `position_ids`, for
-which a GPU is waited for, and give sdpa a mask [T, T], with which a CPU computes all of it. Here the ends come with the row, so that
+A packed forward is one row [1, T] of whole sequences, end to end. transformers would find their ends by a look at `position_ids`,
+for which a GPU is waited for, and give sdpa a mask [T, T], with which a CPU computes all of it. Here the ends come with the row:
 nothing is looked at, nothing masked, and what is between two sequences is not computed.
 
-On a CPU each sequence is a call of sdpa by itself. Seconds of one thread, forward and backward, a 0.7 M-parameter Qwen3: 24 sequences
-of 160 tokens +-35 % 0.55 (padded 1.01, sdpa with a mask 2.93), 64 of 60 +-10 % 0.54 (0.60), 24 alike of 160 0.62 (0.56).
+On a CPU each sequence is a call of sdpa by itself. Seconds of one thread for a forward and its backward of a 0.7 M-parameter Qwen3,
+packed and padded: 24 sequences of 160 tokens +-35 % 0.55 and 1.01 (sdpa with a mask 2.93), 64 of 60 tokens +-10 % 0.54 and 0.60, 24
+of 160 tokens alike 0.62 and 0.56.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def settle(cfg: Config, recipe: Recipe, path: str) -> tuple[Config, str | None]:
 
 
 def why_padded(cfg: Config, recipe: Recipe, gpu: bool, path: str | None = None) -> str | None:
-    """What keeps the sequences of a run from being packed, as a phrase; None where they are. gpu: the run is for one.
+    """The reason why the sequences of a run are padded, as a phrase; None where they are packed. gpu: the run is for one.
 
     Raises ConfigError where train.packing=true cannot be; UNKNOWN is no reason for that.
     """
@@ -213,10 +214,10 @@ def _varlen(
     """The flash kernel that comes with torch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, D]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_arguments() else {}  # 2.11 takes fewer heads of keys unasked
     seen = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(*flat, ends, ends, longest, longest, scale=scaling, window_size=seen, **grouped)
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=seen, **grouped)
     assert isinstance(out, torch.Tensor)
     return out[None]
 

@@ -75,8 +75,8 @@ def card(cfg: Config, sold_as: float | None = None) -> Card:
 
 
 def for_gpu(cfg: Config) -> bool:
-    """Whether a run is for GPUs: without one it needs `rollout.vllm.kv_cache_mib`, so that a configuration that has none is meant
-    for another machine."""
+    """True where a run is for GPUs: without one it needs `rollout.vllm.kv_cache_mib`, so that a configuration that has none is
+    meant for another machine."""
     return torch.cuda.is_available() or cfg.rollout.vllm.kv_cache_mib is None
 
 

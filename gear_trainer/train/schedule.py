@@ -36,7 +36,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The passes of scoring, and one for each optimizer step. padding: tokens of padding and all that this rank's forwards take."""
+    """The passes of scoring, and one for each optimizer step. padding: tokens of it, and all that this rank's forwards take."""
 
     score: list[Pass]
     update: list[Pass]
@@ -56,9 +56,7 @@ def schedule(cfg: Config, recipe: Recipe, experience: Experience) -> Schedule:
     whole = bool(recipe.distillation and recipe.distillation.full)
     teachers = [*scored, *(whole for _ in parts)]
     budget, packed = cfg.train.tokens_per_micro_batch, bool(cfg.train.packing)
-    splits = [
-        split_rows(experience.rollouts, own, budget, teacher, packed) for own, teacher in zip(rows, teachers, strict=True)
-    ]
+    splits = [split_rows(experience.rollouts, own, budget, teacher, packed) for own, teacher in zip(rows, teachers, strict=True)]
     lengths = [[experience.lengths[i] for i in part] for part in parts]
     # a truncated rollout that is masked counts as a sequence without tokens, as in TRL
     sizes = [n for part in parts for n in (sum(experience.lengths[i] for i in part if not _masked(experience, i)), len(part))]
