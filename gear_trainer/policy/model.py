@@ -45,8 +45,8 @@ class Policy(nn.Module):
         return cast(Any, self.lm.get_output_embeddings())(student, batch.targets, taught, **options)
 
     def _hidden(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[n, D] of the student's and of the teacher's rows. Two forwards: in one, padded students would be as wide as the teacher's
-        hint, and with gradients the teacher would keep activations."""
+        """[n, D] of the student's and of the teacher's rows. Two forwards: in one, padded students would be as wide as the
+        teacher's hint, and with gradients the teacher would keep activations."""
         taught = None
         if batch.teacher is not None:
             with torch.no_grad():

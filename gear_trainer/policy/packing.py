@@ -4,9 +4,9 @@ A packed forward is one row [1, T] of whole sequences, end to end. transformers 
 for which a GPU is waited for, and give sdpa a mask [T, T], with which a CPU computes all of it. Here the ends come with the row:
 nothing is looked at, nothing masked, and what is between two sequences is not computed.
 
-On a CPU each sequence is a call of sdpa by itself. Seconds of one thread for a forward and its backward of a 0.7 M-parameter Qwen3,
-packed and padded: 24 sequences of 160 tokens +-35 % 0.55 and 1.01 (sdpa with a mask 2.93), 64 of 60 tokens +-10 % 0.54 and 0.60, 24
-of 160 tokens alike 0.62 and 0.56.
+On a CPU each sequence is a call of sdpa by itself. Seconds of one thread, forward and backward of a 0.7 M-parameter Qwen3, packed
+and padded: 24 sequences of 160 tokens +-35 % 0.55 and 1.01 (sdpa with a mask 2.93), 64 of 60 tokens +-10 % 0.54 and 0.60, 24 of
+160 tokens alike 0.62 and 0.56.
 """
 
 from __future__ import annotations
@@ -215,7 +215,9 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_arguments() else {}  # 2.11 takes fewer heads of keys unasked
+    grouped: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in _varlen_arguments() else {}
+    )  # 2.11 takes fewer heads of keys unasked
     seen = (-1 if window is None else window - 1, 0)
     out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=seen, **grouped)
     assert isinstance(out, torch.Tensor)
