@@ -60,7 +60,7 @@ POLICIES = {  # name: (dtype, overrides)
 }
 STEPS = 3
 # of a packed and a padded run; with AdamW's own eps of 1e-8 a step of the learning rate would be made of a gradient's rounding
-LAYOUTS = ["credit=opsd+grpo", "teacher.weights=ema", "kl.coefficient=0.3", "deepspeed={optimizer: {params: {eps: 1.0e-4}}}"]
+LAYOUTS = ["credit=opsd+grpo", "teacher.weights=ema", "kl.coefficient=0.3", "deepspeed={optimizer: {params: {eps: 1.0e-3}}}"]
 SCORED = ("logprobs", "teacher_logprobs", "signal", "teacher_entropy")
 
 
