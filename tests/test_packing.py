@@ -13,12 +13,14 @@ from benchmarks.gates import figures as gates
 from gear_trainer.config import load_config
 from gear_trainer.errors import ConfigError, RunError
 from gear_trainer.policy import packing
-from gear_trainer.policy.batching import even, micro_batch, padding, padding_micro_batch, split_rows
+from gear_trainer.policy.batching import Ends, even, micro_batch, padding, padding_micro_batch, split_rows
 from gear_trainer.policy.forward import Forward
 from gear_trainer.policy.hub import meta_model
 from gear_trainer.policy.model import Policy, hidden_states
 from gear_trainer.policy.packing import pack_attention, packed_flash, settle, why_padded
+from gear_trainer.preflight import meter
 from gear_trainer.preflight.dry_run import geometry
+from gear_trainer.preflight.meter import Meter
 from gear_trainer.recipe import resolve
 from gear_trainer.rollout import Rollout
 from gear_trainer.runs.metrics import Sums
@@ -384,6 +386,28 @@ def test_a_packed_forward_and_its_backward_wait_for_no_value(kind):
             hidden_states(lm, rows).sum().backward()
         looks.append(counter.synchronisations)
     assert looks == [0, 1]
+
+
+def test_packed_rows_hold_the_memory_that_the_plan_counts_for_padded_ones():
+    """Kept for the backward, and held at most in it, of as many tokens: through the kernels of a GPU, on meta tensors."""
+    with torch.device("meta"):
+        lm = model("qwen3", hidden_size=256, head_dim=64, intermediate_size=512).to(torch.bfloat16)
+    found = []
+    for rows, ends in ((4, {}), (1, given_ends([256] * 4))):
+        embeddings = torch.empty(rows, 1024 // rows, 256, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        if ends:
+            packing._use(lm, "packed_as_on_a_gpu", as_on_a_gpu)
+        tensors = [x for x in ends.values() if isinstance(x, torch.Tensor)]
+        with meter._flash(), meter._no_gradients_kept(lm), Meter([*lm.parameters(), *lm.buffers(), embeddings, *tensors]) as held:
+            hidden = lm.base_model(inputs_embeds=embeddings, use_cache=False, **ends).last_hidden_state
+            kept = held.live
+            hidden.backward(torch.empty_like(hidden))
+        found.append((kept, held.peak))
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+def given_ends(lengths):
+    return Ends.of(lengths).to(torch.device("meta")).arguments()
 
 
 def test_flash_is_refused_without_the_ends():

@@ -24,8 +24,8 @@ from rich.progress import track
 
 from gear_kernels import FusedHead, TokenStats, credit_weights
 from gear_trainer.policy.batching import MicroBatch, micro_batch, split_rows
-from gear_trainer.policy.packing import pack_attention
 from gear_trainer.policy.model import hidden_states
+from gear_trainer.policy.packing import pack_attention
 from gear_trainer.rollout import Rollout
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.files import read_metrics

@@ -82,7 +82,11 @@ def _of_models(cfg: Config, recipe: Recipe, gpu: bool, policy: str) -> str | Non
     for path in dict.fromkeys([policy, *(model.path for model in recipe.frozen if model.path)]):
         if known_config(path) is None:
             return UNKNOWN
-        if why := _of_model(meta_model(path, cfg.model.dtype, cfg.model.attn_implementation), flat):
+        try:
+            why = _of_model(meta_model(path, cfg.model.dtype, cfg.model.attn_implementation), flat)
+        except (RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:
+            why = f"a trial on meta tensors failed ({said(error)})"
+        if why:
             return f"{path}: {why}"
     return None
 
@@ -99,10 +103,7 @@ def _of_model(lm: PreTrainedModel, flat: bool) -> str | None:
         return "its layers carry a state from token to token"
     if not lm._supports_attention_backend:
         return f"{type(lm).__name__} has an attention of its own"
-    try:
-        calls = _trial(lm)
-    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:
-        return f"a trial on meta tensors failed ({said(error)})"
+    calls = _trial(lm)
     if len(calls) != lm.config.get_text_config().num_hidden_layers:
         return f"{len(calls)} of its {lm.config.get_text_config().num_hidden_layers} layers are attention"
     if not all(told for told, _ in calls):
@@ -144,7 +145,9 @@ def given(position_ids: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) ->
 def pack_attention(lm: PreTrainedModel) -> None:
     """Have a loaded model's attention take packed rows, and these alone, by the kernel that it was loaded with."""
     kernel = lm.config._attn_implementation
-    assert kernel is not None
+    assert kernel is not None and (kernel == "sdpa" or "flash" in kernel), (
+        kernel
+    )  # of others why_padded says that they are padded
     if kernel == "sdpa":
         _use(lm, "packed_sdpa", packed_sdpa)
     else:  # neither `flash` nor a slash: transformers would look for a kernel of that name
