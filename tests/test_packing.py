@@ -280,7 +280,7 @@ def test_attentions_and_devices(tmp_path, monkeypatch):
     assert "flex_attention" in why("model.attn_implementation=flex_attention")
     assert "float32: a GPU's kernel" in why("model.dtype=float32") and why("model.dtype=float32", gpu=False) is None
     monkeypatch.setattr(packing, "WIDEST_HEAD", 4)
-    assert "wider than 4" in why() and why("model.attn_implementation=flash_attention_2") is why(gpu=False) is None
+    assert "a multiple of 8 up to 4" in why() and why("model.attn_implementation=flash_attention_2") is why(gpu=False) is None
     monkeypatch.setattr(packing, "_varlen_arguments", tuple)
     assert "no varlen_attn" in why() and why("model.attn_implementation=flash_attention_2") is None
 
@@ -297,6 +297,7 @@ def test_a_model_that_does_not_pass_the_ends_on_is_found_out(tmp_path):
     assert lm.config._attn_implementation == "sdpa"
     plain = model("llama")
     pack_attention(plain)
+    assert "packed" not in plain.config.to_json_string(), "an exported model has nothing of it"
     with pytest.raises(RunError, match="was not told where sequences end; set train.packing=false"):
         plain.base_model(input_ids=torch.ones(1, 3, dtype=torch.int64))
 

@@ -108,8 +108,8 @@ def _of_model(lm: PreTrainedModel, flat: bool) -> str | None:
         return f"{len(calls)} of its {lm.config.get_text_config().num_hidden_layers} layers are attention"
     if not all(told for told, _ in calls):
         return f"{type(lm).__name__} does not hand the ends of sequences to its attention"
-    if flat and any(len(widths) > 1 or max(widths) > WIDEST_HEAD for _, widths in calls):
-        return f"its attention heads are wider than {WIDEST_HEAD}, or wider for keys than for values"
+    if flat and any(len(widths) > 1 or max(widths) > WIDEST_HEAD or max(widths) % 8 for _, widths in calls):
+        return f"its heads of queries and values are not of one width, a multiple of 8 up to {WIDEST_HEAD}"
     return None
 
 
