@@ -106,17 +106,15 @@ def split_rows(rollouts: list[Rollout], rows: list[int], budget: int, teacher: b
 
 
 def even(rollouts: list[Rollout], split: list[list[int]], count: int, budget: int, teacher: bool) -> list[list[int]]:
-    """The rows of a packed split dealt anew to `count` micro-batches of about the same number of tokens, the largest first.
+    """The rows of a packed split dealt anew to `count` micro-batches, the longest first, each to the one with the fewest tokens.
 
-    Ranks wait for one another in every forward: with as many micro-batches on each, all full but the last ones or all alike, a
-    pass lasts as long as the rank with the most tokens; alike they need the least memory. Where dealing would pass the budget, or
-    there are fewer rows, the split is as it was.
+    Ranks wait for one another in every forward. With as many micro-batches on each, alike in tokens, a pass lasts as long as its
+    rank with the most tokens, and holds the least. The fullest comes first; fewer rows than `count` have one each; where dealing
+    would pass the budget the split is as it was.
     """
     sizes = {i: _longest(rollouts[i], teacher) for rows in split for i in rows}
-    if len(sizes) < count:
-        return split
-    lightest = [(0, k) for k in range(count)]
-    batches: list[list[int]] = [[] for _ in range(count)]
+    lightest = [(0, k) for k in range(min(count, len(sizes)))]
+    batches: list[list[int]] = [[] for _ in lightest]
     for row in sorted(sizes, key=lambda i: (-sizes[i], i)):
         total, k = heapq.heappop(lightest)
         batches[k].append(row)
