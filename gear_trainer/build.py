@@ -101,17 +101,19 @@ def build(
 
     from gear_trainer.policy import checkpoint
     from gear_trainer.policy.frozen import FrozenModel
+    from gear_trainer.policy.packing import settle
     from gear_trainer.policy.zero import build_engine
     from gear_trainer.rollout.engine import make_engine
     from gear_trainer.train.loop import Trainer
 
     _meet(cfg)
+    cfg, why_padded = settle(cfg, recipe, model_path)
     chat = _chat(cfg, task, recipe, model_path, endpoint)
     start = checkpoint.latest_step(cfg) if resume else 0
     if start:
         checkpoint.check(cfg, start)
     if dist.get_rank() == 0:
-        _announce(cfg, recipe, resume, start)
+        _announce(cfg, recipe, why_padded, resume, start)
     dist.barrier()
     sampler = make_engine(cfg, model_path)
     sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
@@ -157,13 +159,14 @@ def _chat(cfg: Config, task: Task, recipe: Recipe, model_path: str, endpoint: An
     return chat
 
 
-def _announce(cfg: Config, recipe: Recipe, resume: bool, start: int) -> None:
+def _announce(cfg: Config, recipe: Recipe, why_padded: str | None, resume: bool, start: int) -> None:
     """Make the run's folder and say what starts; rank 0's."""
     from gear_trainer.preflight.checks import warnings
     from gear_trainer.runs.files import prepare_run_dir
 
     prepare_run_dir(cfg, resume, start)
     print(*(f"warning: {line}\n" for line in warnings(cfg, recipe)), sep="", end="")
+    print(f"sequences are padded: {why_padded}" if why_padded else "sequences are packed: no padding")
     print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
 
 

@@ -183,7 +183,12 @@ class TrainConfig(Section):
     )
     updates_per_step: int = Field(default=1, ge=1, description="optimizer steps over a step's rollouts, split by prompt")
     tokens_per_micro_batch: int = Field(
-        default=16384, ge=16, description="padded tokens in one forward, of the student's rows or of the teacher's"
+        default=16384, ge=16, description="tokens in one forward, padding included, of the student's rows or of the teacher's"
+    )
+    packing: bool | None = Field(
+        default=None,
+        description="lay the sequences of a micro-batch end to end in place of padding them to its longest; null: where the "
+        "model and its attention can, which the dry run and the run's first lines say",
     )
 
 

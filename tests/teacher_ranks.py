@@ -37,27 +37,30 @@ DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "mathapi_cpu.yam
 ADVANTAGES = [1.0, -1.0, 0.0, 0.0, 0.7, -0.7, 0.3, -0.3]  # rank 0 has a group that teaches and one that does not
 WHOLE = "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 100000}}"
 SHARDED = "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+PACKED = "train.packing=true"
 
 GRADIENTS = {  # name: overrides; the teacher reads model b, but "rollout" is model a itself
-    "opsd, own weights": ["credit=opsd", "teacher.weights=initial", SHARDED],
+    "opsd, own weights": ["credit=opsd", "teacher.weights=initial", PACKED, SHARDED],
     "opsd, own weights, persistent": ["credit=opsd", "teacher.weights=initial", "distill.beta=0.3", WHOLE],
-    "opsd, the policy's": ["credit=opsd", SHARDED],
-    "opsd, the policy's, checkpointed": ["credit=opsd", "distill.beta=0", "model.gradient_checkpointing=true", SHARDED],
+    "opsd, the policy's": ["credit=opsd", PACKED, SHARDED],
+    "opsd, the policy's, checkpointed": ["credit=opsd", "distill.beta=0", "model.gradient_checkpointing=true", PACKED, SHARDED],
     "opsd+grpo": ["credit=opsd+grpo", "distill.beta=1", "distill.coefficient=0.7", "teacher.weights=ema", SHARDED],
     "opsd+grpo, sampled": ["credit=grpo+opsd", "distill.variant=sampled", "teacher.weights=synced", SHARDED],
     "sdar": ["credit=sdar", "distill.coefficient=0.5", "teacher.weights=initial", SHARDED],
-    "sdar, the policy's": ["credit=sdar", "distill.coefficient=0.5", SHARDED],
+    "sdar, the policy's": ["credit=sdar", "distill.coefficient=0.5", PACKED, SHARDED],
     "grpo, kl, entropy": ["credit=grpo", "kl.coefficient=0.7", "train.entropy_bonus=0.05", SHARDED],
-    "opsd+grpo, kl": ["credit=opsd+grpo", "teacher.weights=initial", "kl.coefficient=0.7", "kl.estimator=k2", WHOLE],
+    "opsd+grpo, kl": ["credit=opsd+grpo", "teacher.weights=initial", "kl.coefficient=0.7", "kl.estimator=k2", PACKED, WHOLE],
 }
 POLICIES = {  # name: (dtype, overrides)
     "initial": ("float32", ["teacher.weights=initial", SHARDED]),
     "ema": ("float32", ["teacher.weights=ema", "teacher.ema_rate=0.25", SHARDED]),
     "ema, persistent": ("float32", ["teacher.weights=ema", "teacher.ema_rate=0.25", WHOLE]),
-    "ema, bfloat16": ("bfloat16", ["teacher.weights=ema", "teacher.ema_rate=0.002", WHOLE]),
+    "ema, bfloat16": ("bfloat16", ["teacher.weights=ema", "teacher.ema_rate=0.002", PACKED, WHOLE]),
     "synced": ("float32", ["teacher.weights=synced", "teacher.sync_every=2", WHOLE]),
 }
 STEPS = 3
+# of a packed and a padded run; with AdamW's own eps of 1e-8 a step of the learning rate would be made of a gradient's rounding
+LAYOUTS = ["credit=opsd+grpo", "teacher.weights=ema", "kl.coefficient=0.3", "deepspeed={optimizer: {params: {eps: 1.0e-3}}}"]
 SCORED = ("logprobs", "teacher_logprobs", "signal", "teacher_entropy")
 
 
@@ -97,11 +100,11 @@ def mine(items):
 
 
 def train_step(trainer, step, rollouts):
-    """Score, credit, update, follow; returns the scored columns by rollout and the mean divergence, if any."""
+    """Score, credit, update, follow; returns the scored columns by rollout and the step's numbers."""
     part, sums = mine(rollouts), Sums()
     experience = pack_with(trainer.recipe, part, mine(ADVANTAGES), trainer.device)
     trainer.learn(step, experience, schedule(trainer.cfg, trainer.recipe, experience), sums)
-    return experience.rows(SCORED, len(part)), sums.read(trainer.device).get("divergence")
+    return experience.rows(SCORED, len(part)), sums.read(trainer.device)
 
 
 # --- the reference: plain models, whole logits, float64 statistics -----------------------------------------------------------
@@ -180,7 +183,7 @@ def gradient_case(cfg, folder, rollouts, want, divergence):
         step()
 
     engine.step = caught
-    seen = [train_step(trainer, k, rollouts)[1] for k in (1, 2, 3)]
+    seen = [train_step(trainer, k, rollouts)[1].get("divergence") for k in (1, 2, 3)]
     assert got.keys() == want.keys()
     heads = engine.module.lm.get_output_embeddings().weight
     return {
@@ -190,6 +193,21 @@ def gradient_case(cfg, folder, rollouts, want, divergence):
         "forwards": graded[0],
         "head stayed whole": heads.numel() > 0 and not heads.ds_persist,
     }
+
+
+def layouts_case(folder, rollouts):
+    """Three steps of the same policy, padded and packed: how far their parameters are apart, and how far they went."""
+    found, shares = [], []
+    for i, flag in enumerate(("false", "true")):
+        cfg = config(folder, f"name=l{i}", "model.dtype=float32", *LAYOUTS, f"train.packing={flag}")
+        trainer = make_trainer(cfg, cfg.model.path)
+        models = trainer.engine.module.lm, trainer.frozen["teacher"].engine.module.lm
+        start = whole_state_dict(models[0])
+        shares.append([train_step(trainer, step, rollouts)[1]["padding_share"] for step in range(1, STEPS + 1)])
+        found.append([whole_state_dict(lm) for lm in models])
+    (policy, teacher), (packed_policy, packed_teacher) = found
+    away = {"policy": gap(policy, packed_policy), "teacher": gap(teacher, packed_teacher)}
+    return away | {"moved": gap(policy, start), "padded": min(shares[0]), "packed": max(shares[1])}
 
 
 def gap(a, b):
@@ -294,7 +312,7 @@ def main(folder):
     configs = {name: config(folder, f"name=g{i}", "model.dtype=float32", *o) for i, (name, o) in enumerate(GRADIENTS.items())}
     want = {n: plain_gradients(c, a, b if resolve(c).frozen else a, rollouts) for n, c in configs.items()}
     deepspeed.init_distributed("gloo")
-    result = {"gradients": {}, "policies": {}}
+    result = {"gradients": {}, "policies": {}, "layouts": layouts_case(folder, rollouts)}
     for name, cfg in configs.items():
         result["gradients"][name] = gradient_case(cfg, folder, rollouts, *want[name])
     for i, (name, (dtype, overrides)) in enumerate(POLICIES.items()):

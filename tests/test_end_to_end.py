@@ -58,6 +58,7 @@ def demo(out):
 def test_demo_learns(demo):
     held_out = [m["held_out_success"] for m in demo if "held_out_success" in m]
     assert held_out[-1] >= 0.65 and held_out[-1] - held_out[0] >= 0.25, held_out
+    assert {m["padding_share"] for m in demo if m["step"]} == {0.0}, "packed unless told otherwise"
 
 
 def test_trainer_and_vllm_agree_at_every_step(demo):

@@ -111,6 +111,7 @@ def looks(*overrides):
     "overrides",
     [
         ["credit=gear"],
+        ["credit=gear", "train.packing=true", "teacher.sees=sibling", "teacher.wrong_hint=true"],
         ["credit=gear", "train.updates_per_step=2", "train.aggregation=token_mean"],
         ["credit=gear", "signal=reverse_kl", "train.dual_clip=3", "train.importance_cap=null"],
         ["credit=rlsd"],

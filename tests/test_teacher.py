@@ -83,5 +83,12 @@ def test_a_resumed_run_repeats_its_teacher_bitwise(result, name):
     assert got["resumed bitwise"] and got["teacher file"] == (0 if name == "initial" else 2)
 
 
+def test_packed_and_padded_runs_have_the_same_parameters(result):
+    """After three updates of two ZeRO-3 ranks, with a frozen teacher that follows and a reference model beside the policy."""
+    got = result["layouts"]
+    assert max(got["policy"], got["teacher"]) < 1e-5 < 1e-3 < got["moved"], got
+    assert got["packed"] == 0 < 0.05 < got["padded"], "shares of padding"
+
+
 def test_a_checkpoint_without_the_teacher_is_explained(result):
     assert "teacher_rank0.pt is missing: the run had no teacher.weights=synced" in result["policies"]["synced"]["message"]

@@ -25,6 +25,7 @@ from rich.progress import track
 from gear_kernels import FusedHead, TokenStats, credit_weights
 from gear_trainer.policy.batching import MicroBatch, micro_batch, split_rows
 from gear_trainer.policy.model import hidden_states
+from gear_trainer.policy.packing import pack_attention
 from gear_trainer.rollout import Rollout
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.files import read_metrics
@@ -97,10 +98,13 @@ def scoring(run: Path, rounds: int = 15) -> dict:
     config = json.loads((run / "config.json").read_text())
     lm: Any = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
     FusedHead.adopt(lm.get_output_embeddings())
+    packed = bool(config["train"].get("packing"))  # a run of before it was a key has padded sequences
+    if packed:
+        pack_attention(lm)
     task = make_task(config["task"], config["seed"], config["task_args"])
     rollouts, advantages = _rollouts(run, task, Chat(AutoTokenizer.from_pretrained(run / "model"), task.tools))
-    rows = split_rows(rollouts, list(range(len(rollouts))), config["train"]["tokens_per_micro_batch"], teacher=True)
-    calls = _parts(lm, rollouts, [micro_batch(rollouts, part, teacher=True) for part in rows], advantages)
+    rows = split_rows(rollouts, list(range(len(rollouts))), config["train"]["tokens_per_micro_batch"], True, packed)
+    calls = _parts(lm, rollouts, [micro_batch(rollouts, part, teacher=True, packed=packed) for part in rows], advantages)
     keep_freed_blocks()
     with one_thread(), torch.no_grad():
         first, load = {name: elapsed_ms(call) for name, call in calls.items()}, OtherLoad()

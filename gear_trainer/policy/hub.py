@@ -6,13 +6,19 @@ import json
 import os
 import re
 import socket
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+import torch
 
 from gear_trainer.config import parse_yaml
 from gear_trainer.errors import ConfigError
 from gear_trainer.user_code import said
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_model_path(spec: str, key: str = "model.path") -> None:
@@ -85,6 +91,16 @@ def known_config(spec: str) -> Any | None:
         if Path(spec).is_dir():
             raise ConfigError(f"model.path={spec}: its config.json cannot be read ({said(error)}): mend it") from None
         return None
+
+
+@cache
+def meta_model(path: str, dtype: str, attention: str) -> PreTrainedModel:
+    """The model of a path whose `model_sizes` are at hand, without memory."""
+    from transformers import AutoModelForCausalLM
+
+    eager = {"attn_implementation": "eager"} if attention == "eager" else {}  # the others hold what flash kernels hold
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(known_config(path), dtype=getattr(torch, dtype), **eager).eval()
 
 
 def _shipped_sizes(spec: str) -> dict[str, Any] | None:

@@ -45,8 +45,8 @@ class Policy(nn.Module):
         return cast(Any, self.lm.get_output_embeddings())(student, batch.targets, taught, **options)
 
     def _hidden(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[n, D] of the student's and of the teacher's rows. Two forwards, each as wide as its own longest row: in one, students
-        would be padded to the teacher's hint, and with gradients the teacher would keep activations."""
+        """[n, D] of the student's and of the teacher's rows. Two forwards: in one, padded students would be as wide as the
+        teacher's hint, and with gradients the teacher would keep activations."""
         taught = None
         if batch.teacher is not None:
             with torch.no_grad():
@@ -56,4 +56,5 @@ class Policy(nn.Module):
 
 def hidden_states(lm: PreTrainedModel, rows: Rows) -> torch.Tensor:
     """The last hidden states [n, D] of an HF causal LM, without its head, that predict the n policy tokens of the rows."""
-    return lm.base_model(input_ids=rows.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[rows.index]
+    ends = rows.ends.arguments() if rows.ends else {}
+    return lm.base_model(input_ids=rows.input_ids, use_cache=False, **ends).last_hidden_state.flatten(0, 1)[rows.index]

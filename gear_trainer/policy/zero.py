@@ -9,6 +9,7 @@ import torch
 
 from gear_trainer.config import Config
 from gear_trainer.policy.model import Policy
+from gear_trainer.policy.packing import pack_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +86,7 @@ def load_partitioned(cfg: Config, model_path: str, config: dict[str, Any]) -> tu
 
     keep_alive = HfDeepSpeedConfig(config)  # from_pretrained partitions only while this object lives
     dtype = getattr(torch, cfg.model.dtype)
-    return AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=dtype, attn_implementation=cfg.model.attn_implementation
-    ), keep_alive
+    lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=cfg.model.attn_implementation)
+    if cfg.train.packing:
+        pack_attention(lm)
+    return lm, keep_alive

@@ -8,6 +8,7 @@ from typing import Any
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
 from gear_trainer.policy.hub import offline_without_hub
+from gear_trainer.policy.packing import UNKNOWN, why_padded
 from gear_trainer.policy.zero import deepspeed_config
 from gear_trainer.preflight import memory
 from gear_trainer.preflight.checks import check, check_prompts, lengths, warnings
@@ -35,10 +36,18 @@ def geometry(cfg: Config, recipe: Recipe, task: Task, prompts: tuple[int, int] |
         ("prompt tokens", f"student <= {student}, teacher <= {teacher}{measured}"),
         ("response tokens", f"<= {response} in {task.max_turns} turn(s)"),
         ("tokens a step", f"<= {rollouts * (student + response):,} student, {rollouts * wide:,} teacher"),
+        ("sequences", _sequences(cfg, recipe)),
         ("micro-batches a rank", f"<= {-(-per_rank // at_once)} to score, {-(-per_rank // alone)} to train"),
         ("optimizer steps", f"{t.updates_per_step} a step, {t.steps * t.updates_per_step} in all"),
         *([("references", f"<= {cfg.writer.max_tokens} tokens, by {writer}")] if recipe.references == "writer" else []),
     ]
+
+
+def _sequences(cfg: Config, recipe: Recipe) -> str:
+    why = why_padded(cfg, recipe, memory.for_gpu(cfg))
+    if why == UNKNOWN:
+        return f"packed where the model can: {why}"
+    return f"padded: {why}" if why else "packed: no padding"
 
 
 def dry_run(cfg: Config, sold_as: float | None = None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from gear_kernels import tiling
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
-from gear_trainer.policy.hub import known_config, model_sizes
+from gear_trainer.policy.hub import known_config, meta_model, model_sizes
 from gear_trainer.policy.zero import choose_accelerator, deepspeed_config
 from gear_trainer.preflight.meter import Passes, passes
 from gear_trainer.recipe import Recipe
@@ -59,8 +58,7 @@ ASSUMED = 80  # GB of the card of a configuration that is meant for GPUs, where 
 def card(cfg: Config, sold_as: float | None = None) -> Card:
     """The card of that many GB, else the first GPU here, else this machine's memory divided by the ranks.
 
-    Without a GPU a run needs `rollout.vllm.kv_cache_mib`: a configuration that has none is meant for another machine's card, of
-    80 GB say.
+    A configuration that is meant for another machine's card gets one of 80 GB.
     """
     if sold_as is not None:
         total = sold_as * SEEN_BY_PROGRAMS * GIB
@@ -68,12 +66,18 @@ def card(cfg: Config, sold_as: float | None = None) -> Card:
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         return Card(f"{found.name} ({found.total_memory / GIB:.1f} GiB)", found.total_memory, True)
-    if cfg.rollout.vllm.kv_cache_mib is None:
+    if for_gpu(cfg):
         return card(cfg, ASSUMED)._replace(
             name=f"a card of {ASSUMED} GB (assumed: there is none here, name yours by --card)", assumed=True
         )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Card(f"this machine's {total / GIB:.1f} GiB over {cfg.world_size} rank(s)", total / cfg.world_size, False)
+
+
+def for_gpu(cfg: Config) -> bool:
+    """True where a run is for GPUs: without one it needs `rollout.vllm.kv_cache_mib`, so that a configuration that has none is
+    meant for another machine."""
+    return torch.cuda.is_available() or cfg.rollout.vllm.kv_cache_mib is None
 
 
 class Sizes(NamedTuple):
@@ -107,16 +111,6 @@ def sizes_of(lm: PreTrainedModel, threshold: int) -> Sizes:
         sum(p.numel() for p in whole), head.numel(), layers, -(-layers // depth), max(p.numel() for p in inner), small,
         head is embedding, hidden, vocabulary,
     )  # fmt: skip
-
-
-@cache
-def meta_model(path: str, dtype: str, attention: str) -> PreTrainedModel:
-    """The model of a path whose `model_sizes` are at hand, without memory."""
-    from transformers import AutoModelForCausalLM
-
-    eager = {"attn_implementation": "eager"} if attention == "eager" else {}  # the others hold what flash kernels hold
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(known_config(path), dtype=getattr(torch, dtype), **eager).eval()
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------
@@ -205,7 +199,7 @@ class Planner:
         return _Rank(self, cfg, card).plan()
 
     def tokens(self, cfg: Config) -> int:
-        """Padded tokens of the largest forward."""
+        """Tokens of the largest forward, padding included; a full micro-batch is as large packed."""
         wide = max(self.student, self.teacher) + self.response
         rollouts = cfg.rollout.prompts_per_step * cfg.rollout.group_size // cfg.world_size
         return min(cfg.train.tokens_per_micro_batch, rollouts * wide)

@@ -79,7 +79,8 @@ def _flash() -> Iterator[None]:
 
 @cache
 def passes(lm: PreTrainedModel, rows: int, width: int, checkpointing: bool) -> Passes:
-    """The bytes that a micro-batch [rows, width] of a model on the meta device holds, its head apart.
+    """The bytes that a micro-batch [rows, width] of a model on the meta device holds, its head apart; packed, as many tokens hold
+    the same.
 
     Two and three of the model's layers are run (or all that it has) and the rest is counted as the third: layers are alike.
     """

@@ -115,6 +115,7 @@ class Trainer:
         with self.phases("credit"):
             assign(recipe, experience, step, sums)
         count(experience, sums)
+        sums.mean("padding_share", *passes.padding)
         if not self.gap_checked:  # weights that did not arrive show as nats, not as rounding
             self.gap_checked = True
             check_gap(self.cfg, step, sums.read(self.device)["logprob_gap_mean"])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from gear_kernels.losses import aggregation_weights
 from gear_trainer.config import Config
-from gear_trainer.policy.batching import MicroBatch, micro_batch, on_device, padding_micro_batch, split_rows
+from gear_trainer.policy.batching import MicroBatch, even, micro_batch, on_device, padding, padding_micro_batch, split_rows
 from gear_trainer.recipe import Recipe
 from gear_trainer.train.experience import Experience
 
@@ -23,22 +23,24 @@ class Pass:
     teacher: bool  # with the teacher's rows
     count: int
     wrong_hint: bool = False  # and those behind a wrong hint
+    packed: bool = False
 
     def micro_batches(self, experience: Experience) -> Iterator[MicroBatch]:
-        """On the device, padded to the largest count of any rank."""
+        """On the device, up to the largest count of any rank."""
         for k in range(self.count):
             short = k >= len(self.split)
-            sides = self.teacher, self.wrong_hint
+            sides = self.teacher, self.wrong_hint, self.packed
             batch = padding_micro_batch(*sides) if short else micro_batch(experience.rollouts, self.split[k], *sides)
             yield batch.to(experience.device)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The passes of scoring, and one for each optimizer step."""
+    """The passes of scoring, and one for each optimizer step. padding: tokens of it, and all that this rank's forwards take."""
 
     score: list[Pass]
     update: list[Pass]
+    padding: tuple[int, int]
 
 
 def schedule(cfg: Config, recipe: Recipe, experience: Experience) -> Schedule:
@@ -53,10 +55,8 @@ def schedule(cfg: Config, recipe: Recipe, experience: Experience) -> Schedule:
     rows += [[i for i in part if _learns(recipe, experience, i)] for part in parts]
     whole = bool(recipe.distillation and recipe.distillation.full)
     teachers = [*scored, *(whole for _ in parts)]
-    splits = [
-        split_rows(experience.rollouts, own, cfg.train.tokens_per_micro_batch, teacher)
-        for own, teacher in zip(rows, teachers, strict=True)
-    ]
+    budget, packed = cfg.train.tokens_per_micro_batch, bool(cfg.train.packing)
+    splits = [split_rows(experience.rollouts, own, budget, teacher, packed) for own, teacher in zip(rows, teachers, strict=True)]
     lengths = [[experience.lengths[i] for i in part] for part in parts]
     # a truncated rollout that is masked counts as a sequence without tokens, as in TRL
     sizes = [n for part in parts for n in (sum(experience.lengths[i] for i in part if not _masked(experience, i)), len(part))]
@@ -73,8 +73,11 @@ def schedule(cfg: Config, recipe: Recipe, experience: Experience) -> Schedule:
     ]
     experience.columns["loss_weights"] = on_device(torch.cat(weights), experience.device)
     wrong = [recipe.wrong_hint and teacher for teacher in scored] + [False] * len(parts)
-    passes = [Pass(*given) for given in zip(splits, teachers, counts, wrong, strict=True)]
-    return Schedule(passes[: len(scored)], passes[len(scored) :])
+    if packed:
+        splits = [even(experience.rollouts, *given, budget, t) for *given, t in zip(splits, counts, teachers, strict=True)]
+    passes = [Pass(*given, packed) for given in zip(splits, teachers, counts, wrong, strict=True)]
+    found = [padding(experience.rollouts, part.split, part.teacher, part.wrong_hint, packed) for part in passes]
+    return Schedule(passes[: len(scored)], passes[len(scored) :], (sum(p for p, _ in found), sum(n for _, n in found)))
 
 
 def _learns(recipe: Recipe, experience: Experience, i: int) -> bool:
