@@ -182,7 +182,7 @@ def started(folder, monkeypatch, tmp_path):
         def get_tokenizer(self):
             return SimpleNamespace(eos_token_id=0)
 
-    def build_engine(cfg, model_path):
+    def build_engine(cfg, model_path, beside):
         from transformers import AutoModelForCausalLM
 
         events.append("DeepSpeed builds")
