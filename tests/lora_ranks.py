@@ -21,7 +21,7 @@ from gear_trainer.policy.gather import adapter_state_dict, whole_state_dict
 from gear_trainer.recipe import resolve
 
 EPS = 1e-4  # of Adam: its first steps divide by |gradient|, which stretches the rounding of gradients near 0
-LORA = ["lora.rank=4", "lora.alpha=8", f"deepspeed.optimizer={{params: {{eps: {EPS}}}}}"]
+LORA = ["lora.rank=4", "lora.alpha=8", f"deepspeed.optimizer.params.eps={EPS}"]  # behind what sets the whole of deepspeed
 CASES = {
     "grpo": ["credit=grpo", SHARDED],
     "rslora, two layers, recomputed": [
@@ -129,11 +129,11 @@ def main(argv):
     folder = Path(argv[0])
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pure gloo; else a C++ op is compiled at the first use
     rollouts = plain.make_rollouts()
-    configs = {n: plain.config(folder, f"name=l{i}", "model.dtype=float32", *LORA, *o) for i, (n, o) in enumerate(CASES.items())}
+    configs = {n: plain.config(folder, f"name=l{i}", "model.dtype=float32", *o, *LORA) for i, (n, o) in enumerate(CASES.items())}
     want = {name: expected(cfg, folder, rollouts) for name, cfg in configs.items()}
     deepspeed.init_distributed("gloo")
     result = {name: worst(case(cfg, folder, rollouts, want[name])) for name, cfg in configs.items()}
-    own = plain.config(folder, "name=exported", "model.dtype=float32", "credit=grpo", *LORA, SHARDED)
+    own = plain.config(folder, "name=exported", "model.dtype=float32", "credit=grpo", SHARDED, *LORA)
     result["exported"] = exported(own, folder, rollouts)
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result))

@@ -161,7 +161,7 @@ def plain_gradients(cfg, student, teacher, rollouts):
         total = total + (coefficient * distilled + policy + held).mean() / len(rollouts)
         divergence, count = divergence + value.detach().sum().item(), count + len(lp)
     total.backward()
-    return {n: p.grad.clone() for n, p in student.named_parameters()}, divergence / count
+    return {n: p.grad.clone() for n, p in student.named_parameters() if p.requires_grad}, divergence / count
 
 
 # --- cases -------------------------------------------------------------------------------------------------------------------
