@@ -116,7 +116,9 @@ def build(
     sampler = make_engine(cfg, model_path)
     sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
-    engine = build_engine(cfg, model_path, tuple(rule.name for rule in recipe.frozen if rule.follows and shares_weights(cfg, rule)))
+    engine = build_engine(
+        cfg, model_path, tuple(rule.name for rule in recipe.frozen if rule.follows and shares_weights(cfg, rule))
+    )
     frozen = {rule.name: frozen_model(cfg, engine, model_path, rule) for rule in recipe.frozen}
     if start:
         checkpoint.load(engine, cfg, start, tuple(frozen.values()))

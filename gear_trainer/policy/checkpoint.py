@@ -51,7 +51,11 @@ def save(engine: Any, cfg: Config, step: int, frozen: Sequence[FrozenModel] = ()
     dist.barrier()
     try:
         engine.save_checkpoint(
-            str(root), tag=f"step-{step}", client_state={"step": step}, save_latest=False, exclude_frozen_parameters=bool(cfg.lora.rank)
+            str(root),
+            tag=f"step-{step}",
+            client_state={"step": step},
+            save_latest=False,
+            exclude_frozen_parameters=bool(cfg.lora.rank),
         )
         if cfg.lora.rank and dist.get_rank() == 0:
             lora.write_config(root / f"step-{step}", engine.module.lm)
@@ -158,7 +162,9 @@ def check(cfg: Config, step: int) -> None:
 def load(engine: Any, cfg: Config, step: int, frozen: Sequence[FrozenModel] = ()) -> None:
     """Load `checkpoints/step-N`, which `check` has passed. Collective. Raises ConfigError where it is for other frozen models."""
     root = _root(cfg)
-    path, _ = engine.load_checkpoint(str(root), tag=f"step-{step}", load_module_strict=not cfg.lora.rank)  # the rest is the start's
+    path, _ = engine.load_checkpoint(
+        str(root), tag=f"step-{step}", load_module_strict=not cfg.lora.rank
+    )  # the rest is the start's
     if path is None:
         raise ConfigError(f"{root}/step-{step}: DeepSpeed could not load it; remove it and set `latest` to an earlier step")
     for model in _following(frozen):

@@ -1,7 +1,7 @@
 """LoRA: adapters on the policy's linear layers, trained in place of its weights. Without them the policy is the starting model.
 
-peft puts its layers into the model in place, so the model stays what transformers made: its names gain `base_layer`, `lora_A.NAME`
-and `lora_B.NAME`. A teacher or a reference model that follows the policy is one more set of adapters on the same weights.
+peft puts its layers into the model in place, so the model stays what transformers made: its names gain `base_layer`,
+`lora_A.NAME` and `lora_B.NAME`. A teacher or a reference model that follows the policy is one more set on the same weights.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ def check_resumed(folder: Path, lora: LoraConfig) -> None:
     asked = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora} if lora.rank else {"r": 0}
     for (name, now), key in zip(asked.items(), ("rank", "alpha", "rslora"), strict=False):
         if saved.get(name) != now:
-            raise ConfigError(f"{folder}: written with lora.{key}={saved.get(name)}, resumed with {now}; resume as it was started")
+            raise ConfigError(
+                f"{folder}: written with lora.{key}={saved.get(name)}, resumed with {now}; resume as it was started"
+            )
     named = sorted(saved.get("target_modules", ()))
     if lora.rank and not isinstance(lora.target_modules, str) and sorted(lora.target_modules) != named:
         raise ConfigError(

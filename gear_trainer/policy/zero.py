@@ -52,7 +52,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def build_engine(cfg: Config, model_path: str, beside: tuple[str, ...] = ()):
     """Load the policy partitioned (each rank reads, none holds the whole) and wrap it in a ZeRO-3 engine. Collective.
 
-    beside: names of the sets of LoRA adapters that it holds for models that follow it. Raises ConfigError where LoRA has no layer.
+    beside: names of the sets of LoRA adapters that it holds for models that follow it. Raises ConfigError where LoRA has no
+    layer to stand on.
     """
     import deepspeed
 

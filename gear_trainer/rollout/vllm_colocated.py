@@ -61,14 +61,15 @@ def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
         kwargs |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, r.max_model_len)}
     if v.kv_cache_mib is not None:
         kwargs["kv_cache_memory_bytes"] = v.kv_cache_mib << 20
-    if serves_adapters(cfg):
-        kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(r for r in LORA_RANKS if r >= cfg.lora.rank)}
+    if rank := adapter_rank(cfg):
+        kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     return kwargs | v.engine_args
 
 
-def serves_adapters(cfg: Config) -> bool:
-    """True where the engine samples with LoRA adapters on the starting model."""
-    return cfg.lora.rank > 0 and cfg.lora.push == "adapter"
+def adapter_rank(cfg: Config) -> int:
+    """The rank of LoRA adapters that vLLM makes room for; 0 where it samples with whole weights."""
+    alone = cfg.lora.rank > 0 and cfg.lora.push == "adapter"
+    return min(rank for rank in LORA_RANKS if rank >= cfg.lora.rank) if alone else 0
 
 
 class ColocatedVllm(Engine):
@@ -86,7 +87,7 @@ class ColocatedVllm(Engine):
         self.eos = self.llm.get_tokenizer().eos_token_id
         self.sleeping: set[str] = set()
         self.stale = False  # weights dropped by sleep level 2, not pushed since
-        self.adapter = _adapter("policy") if serves_adapters(cfg) else None  # what every request samples with
+        self.adapter = _adapter("policy") if adapter_rank(cfg) else None  # what every request samples with
         self.tickets: dict[str, int] = {}  # of requests under way, by vLLM's name for them
 
     def generate(self, requests: list[Request]) -> list[Completion]:
@@ -156,7 +157,7 @@ class ColocatedVllm(Engine):
         """The KV cache holds a sequence, and vLLM knows its arguments. Raises ConfigError."""
         if sizes is not None:
             check_kv_cache(cfg, sizes)
-        if serves_adapters(cfg):
+        if adapter_rank(cfg):
             check_adapters(cfg)
         if cfg.rollout.vllm.engine_args:
             check_engine_args(cfg)
