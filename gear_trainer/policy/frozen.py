@@ -43,8 +43,8 @@ class FrozenModel(ABC):
     policy's engine, with the same ranks. Collective.
     """
 
-    def __init__(self, cfg: Config, engine: Any, rule: Frozen, params: list[nn.Parameter], followed: list[nn.Parameter]):
-        """engine: the one that holds `params`."""
+    def __init__(self, cfg: Config, engine: Any, rule: Frozen, params: list[Any], followed: list[Any]):
+        """engine: the one that holds `params`, which are ZeRO-3's as `followed` are."""
         self.rule, self.engine, self.params, self.followed = rule, engine, params, followed
         own = [p.ds_tensor for p in params]
         wide = rule.weights == "ema" and cfg.model.dtype != "float32"

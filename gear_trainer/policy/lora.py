@@ -66,7 +66,7 @@ def _inject(lm: PreTrainedModel, config: Any, name: str, seed: int = 0) -> None:
 def _settle(lm: PreTrainedModel) -> None:
     """Adapters in the model's dtype, the policy's in use, and they alone with gradients."""
     lm.requires_grad_(False)
-    dtype = lm.get_input_embeddings().weight.dtype
+    dtype = next(lm.parameters()).dtype  # the embedding's
     for found, layer in layers(lm).items():
         if not isinstance(layer.get_base_layer(), nn.Linear):
             kind = type(layer.get_base_layer()).__name__
@@ -168,7 +168,7 @@ def write_config(folder: Path, lm: Any) -> None:
 def check_resumed(folder: Path, lora: LoraConfig) -> None:
     """Raises ConfigError where a checkpoint's folder holds other adapters than the section's, or other weights than adapters."""
     file = folder / CONFIG
-    saved = json.loads(file.read_text()) if file.is_file() else {"r": 0}
+    saved: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"r": 0}
     asked = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora} if lora.rank else {"r": 0}
     for (name, now), key in zip(asked.items(), ("rank", "alpha", "rslora"), strict=False):
         if saved.get(name) != now:
