@@ -59,7 +59,7 @@ def _inject(lm: PreTrainedModel, config: Any, name: str, seed: int = 0) -> None:
     on_meta = lm.get_input_embeddings().weight.device.type == "meta"
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of a second set, which is meant
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # a GPU's generators are nobody's here
         inject_adapter_in_model(config, lm, name, low_cpu_mem_usage=on_meta)
 
 
