@@ -41,7 +41,7 @@ FOLLOWED_BY = {
     "A credit method of your own": (
         "test_user_code.test_D11_own_credit_methods_by_name",
         "test_user_code.test_D11_run_by_path_searches_the_working_directory",
-        "test_readme.test_pages",
+        "test_readme.test_the_code_of_a_page_runs_as_it_stands",
     ),
     "A compiled credit method": (
         "test_extending.test_a_compiled_method_is_written_in_six_files",

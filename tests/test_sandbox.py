@@ -381,6 +381,7 @@ def test_without_any_means_the_run_refuses_and_says_why(monkeypatch):
         monkeypatch.setattr(type(MEANS[name]), "missing", lambda self: f"no {self.name} here")
     with pytest.raises(SandboxError, match=r"sandlock: no sandlock here; bwrap: no bwrap here.*sandbox=rlimits.*the answers too"):
         open_sandbox()
+    monkeypatch.setattr(python_tool, "shared_sandbox", choice.shared_sandbox.__wrapped__)  # none that was opened before
     with pytest.raises(TaskError, match="no sandbox holds"):
         PythonTool(3, "auto")
 

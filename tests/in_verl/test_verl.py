@@ -140,10 +140,11 @@ class Dictionary:
 
 @pytest.fixture(scope="module")
 def real_queue():
-    """TransferQueue as verl starts it, over a Ray of its own."""
+    """TransferQueue as verl starts it, over a Ray of its own. Its controller and storage units ask for a core each, and wait for
+    ever for one that Ray does not count: eight are counted, however many there are."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR")
     tq.init()
     yield
     tq.close()
