@@ -262,7 +262,7 @@ def test_the_exports_are_the_policy(ranks, case, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_pushes_adapters_alone_and_resumes_exactly(server, tmp_path):
-    """Three steps at a rate that moves the policy, the third again from the checkpoint of the second; and with merged weights pushed."""
+    """Three steps at a rate that moves the policy, the third again from the checkpoint of the second, and so with merged pushes."""
     more = ["lora.rank=8", "train.lr=3e-3", "eval.every=0", "rollout.prompts_per_step=4", "rollout.records=0", "train.steps=3"]
     more += ["teacher.weights=initial", "kl.coefficient=0.05", "checkpoint.every=2"]
 
