@@ -204,7 +204,7 @@ def test_the_plan_has_gradients_and_moments_for_adapters_alone():
 
 # --- two ranks ------------------------------------------------------------------------------------------------------------
 
-CASES = ("rslora, two layers, recomputed", "teacher and reference initial", "teacher ema", "teacher synced")
+CASES = ("rslora, some layers, recomputed", "teacher and reference initial", "teacher ema", "teacher synced")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def ranks(server, tmp_path_factory):
 def test_three_steps_equal_one_process(ranks, case):
     got = ranks[0][case]
     assert got["adapters"] < 1e-5 and got["teacher"] < 1e-5
-    assert got["moved"] == sorted(["q_proj", "down_proj"] if case == CASES[0] else ALL)
+    assert got["moved"] == sorted(ALL if case == CASES[1] else ["q_proj", "down_proj"])
     assert got["shared"], "no second copy of the weights"
 
 
@@ -262,7 +262,7 @@ def test_the_exports_are_the_policy(ranks, case, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_pushes_adapters_alone_and_resumes_exactly(server, tmp_path):
-    """Three steps at a rate that moves the policy, the third again from the checkpoint of the second, and so with merged pushes."""
+    """Three steps at a rate that moves the policy; the third again from the second's checkpoint, and so with merged pushes."""
     more = ["lora.rank=8", "train.lr=3e-3", "eval.every=0", "rollout.prompts_per_step=4", "rollout.records=0", "train.steps=3"]
     more += ["teacher.weights=initial", "kl.coefficient=0.05", "checkpoint.every=2"]
 
