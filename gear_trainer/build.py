@@ -100,7 +100,7 @@ def build(
     import torch.distributed as dist
 
     from gear_trainer.policy import checkpoint
-    from gear_trainer.policy.frozen import FrozenModel
+    from gear_trainer.policy.frozen import frozen_model, shares_weights
     from gear_trainer.policy.packing import settle
     from gear_trainer.policy.zero import build_engine
     from gear_trainer.rollout.engine import make_engine
@@ -118,8 +118,10 @@ def build(
     sampler = make_engine(cfg, model_path)
     sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
-    engine = build_engine(cfg, model_path)
-    frozen = {rule.name: FrozenModel(cfg, engine, model_path, rule) for rule in recipe.frozen}
+    engine = build_engine(
+        cfg, model_path, tuple(rule.name for rule in recipe.frozen if rule.follows and shares_weights(cfg, rule))
+    )
+    frozen = {rule.name: frozen_model(cfg, engine, model_path, rule) for rule in recipe.frozen}
     if start:
         checkpoint.load(engine, cfg, start, tuple(frozen.values()))
     references = _references(cfg, recipe, chat, endpoint, sampler)

@@ -181,6 +181,7 @@ def _evaluation_config(args: argparse.Namespace) -> tuple[Config, Config, Path]:
     cfg = given.model_copy(
         update={
             "model": given.model.model_copy(update={"path": path}),
+            "lora": given.lora.model_copy(update={"rank": 0}),  # merged in what a run exports
             "eval": given.eval.model_copy(update={"samples": samples}),
             "rollout": given.rollout.model_copy(update={"max_model_len": length}),  # no trainer's: the engine has all of it
         }

@@ -48,6 +48,27 @@ class ModelConfig(Section):
         return value
 
 
+class LoraConfig(Section):
+    rank: int = Field(default=0, ge=0, le=512, description="of the adapters that are trained in the weights' place; 0: no LoRA")
+    alpha: int = Field(default=32, ge=1, description="an adapter's product is multiplied by alpha / rank")
+    rslora: bool = Field(default=False, description="multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        default="all-linear", description="names of linear layers, as [q_proj, v_proj]; all-linear: every one but the head"
+    )
+    push: Literal["adapter", "merged"] = Field(
+        default="adapter",
+        description="what the rollout engine gets: the adapters alone, or the weights with the adapters added and rounded to "
+        "model.dtype, layer by layer, which decode faster",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("names no layer: leave it out for all linear layers but the head")
+        return value
+
+
 class VllmConfig(Section):
     max_num_seqs: int = Field(default=64, ge=1, description="sequences that one engine decodes at a time")
     gpu_memory_utilization: float = Field(default=0.45, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache)")
@@ -293,6 +314,7 @@ class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="of everything; below 2**32, as numpy and vLLM take no other")
     world_size: int = Field(ge=1, description="ranks (GPUs, or processes on a CPU) that the run is planned for")
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     task: str = Field(description="mathapi, sums, gsm8k, math, or module:Class")
     task_args: dict[str, Any] = Field(default_factory=dict)
     chat_template_args: dict[str, Any] = Field(default_factory=dict, description="for example enable_thinking: false")

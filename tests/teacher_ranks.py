@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from gear_trainer.config import load_config  # noqa: E402
 from gear_trainer.errors import ConfigError  # noqa: E402
 from gear_trainer.policy import checkpoint  # noqa: E402
-from gear_trainer.policy.frozen import FrozenModel  # noqa: E402
+from gear_trainer.policy.frozen import frozen_model, shares_weights  # noqa: E402
 from gear_trainer.policy.gather import whole_state_dict  # noqa: E402
 from gear_trainer.policy.zero import build_engine  # noqa: E402
 from gear_trainer.recipe import resolve  # noqa: E402
@@ -87,8 +87,8 @@ def config(folder, *overrides):
 
 def make_trainer(cfg, teacher_path):
     recipe = resolve(cfg)
-    engine = build_engine(cfg, cfg.model.path)
-    frozen = {rule.name: FrozenModel(cfg, engine, str(teacher_path), rule) for rule in recipe.frozen}
+    engine = build_engine(cfg, cfg.model.path, tuple(r.name for r in recipe.frozen if r.follows and shares_weights(cfg, r)))
+    frozen = {rule.name: frozen_model(cfg, engine, str(teacher_path), rule) for rule in recipe.frozen}
     trainer = Trainer(cfg, recipe, None, None, engine, None, frozen)
     trainer.gap_checked = True  # no engine has sampled these rollouts
     return trainer
@@ -164,7 +164,7 @@ def plain_gradients(cfg, student, teacher, rollouts):
         total = total + (coefficient * distilled + policy + held).mean() / len(rollouts)
         divergence, count = divergence + value.detach().sum().item(), count + len(lp)
     total.backward()
-    return {n: p.grad.clone() for n, p in student.named_parameters()}, divergence / count
+    return {n: p.grad.clone() for n, p in student.named_parameters() if p.requires_grad}, divergence / count
 
 
 # --- cases -------------------------------------------------------------------------------------------------------------------

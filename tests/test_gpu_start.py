@@ -117,7 +117,8 @@ def test_requests_join_and_leave_vllms_running_batch(monkeypatch):
     """By `enqueue` and single steps; vLLM names a request otherwise where it takes it than where it hands it back."""
     added = []
 
-    def enqueue(prompt, params, use_tqdm):
+    def enqueue(prompt, params, use_tqdm, lora_request):
+        assert lora_request == "the policy's"
         added.append((prompt["prompt_token_ids"], params.seed, params.temperature, params.max_tokens))
         return [f"{len(added) - 1}-1f2e3d4c"]
 
@@ -130,6 +131,7 @@ def test_requests_join_and_leave_vllms_running_batch(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     engine = object.__new__(ColocatedVllm)
     engine.llm = SimpleNamespace(enqueue=enqueue, llm_engine=SimpleNamespace(step=lambda: next(steps)))
+    engine.adapter = "the policy's"
     engine.eos, engine.stale, engine.tickets, engine.version = 0, False, {}, 3
     engine.submit(17, Request([1, 2], 5, seed=11, temperature=0.5))
     engine.submit(4, Request([3], 6, seed=12))
@@ -182,7 +184,7 @@ def started(folder, monkeypatch, tmp_path):
         def get_tokenizer(self):
             return SimpleNamespace(eos_token_id=0)
 
-    def build_engine(cfg, model_path):
+    def build_engine(cfg, model_path, beside):
         from transformers import AutoModelForCausalLM
 
         events.append("DeepSpeed builds")

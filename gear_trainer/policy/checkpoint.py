@@ -1,7 +1,7 @@
 """Checkpoints that resume exactly, and the export in HF format.
 
 A checkpoint holds ZeRO-3's shards (parameters, float32 masters, Adam's moments) and those of a teacher or a reference model that
-follows the policy.
+follows the policy. With LoRA these are the adapters' alone, and `adapter_config.json` says what they are.
 Nothing else has state: problems, sampling seeds and the learning rate are functions of (seed, step).
 
 `checkpoints/step-N` is finished once `manifest.json` stands in it, with the size and SHA-256 of every file; `checkpoints/latest`
@@ -27,8 +27,9 @@ import torch.distributed as dist
 
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError, RunError
+from gear_trainer.policy import lora
 from gear_trainer.policy.frozen import FrozenModel
-from gear_trainer.policy.gather import whole_state_dict
+from gear_trainer.policy.gather import adapter_state_dict, whole_state_dict
 from gear_trainer.runs.files import aside, sync, write_whole
 
 MANIFEST = "manifest.json"
@@ -49,7 +50,15 @@ def save(engine: Any, cfg: Config, step: int, frozen: Sequence[FrozenModel] = ()
             write_whole(root / "latest", f"step-{before}")
     dist.barrier()
     try:
-        engine.save_checkpoint(str(root), tag=f"step-{step}", client_state={"step": step}, save_latest=False)
+        engine.save_checkpoint(
+            str(root),
+            tag=f"step-{step}",
+            client_state={"step": step},
+            save_latest=False,
+            exclude_frozen_parameters=bool(cfg.lora.rank),
+        )
+        if cfg.lora.rank and dist.get_rank() == 0:
+            lora.write_config(root / f"step-{step}", engine.module.lm)
         for model in _following(frozen):
             torch.save(model.state(), _own_file(root, step, model))
         _finish(root / f"step-{step}", cfg.checkpoint.keep)
@@ -77,7 +86,7 @@ def _finish(folder: Path, keep: int) -> None:
 def _own_files(folder: Path) -> list[Path]:
     """The files that this rank has written, and reads again; rank 0 answers for those that bear no rank."""
     own = []
-    for path in sorted(folder.glob("*.pt")):
+    for path in sorted([*folder.glob("*.pt"), *folder.glob(lora.CONFIG)]):
         found = re.search(r"rank_?(\d+)", path.name)
         if int(found.group(1)) == dist.get_rank() if found else dist.get_rank() == 0:
             own.append(path)
@@ -137,6 +146,7 @@ def check(cfg: Config, step: int) -> None:
     """
     root = _root(cfg)
     folder = root / f"step-{step}"
+    lora.check_resumed(folder, cfg.lora)
     ranks = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
     if ranks != dist.get_world_size():
         raise ConfigError(f"{folder}: written by {ranks} ranks, resumed with {dist.get_world_size()}; use as many")
@@ -152,7 +162,9 @@ def check(cfg: Config, step: int) -> None:
 def load(engine: Any, cfg: Config, step: int, frozen: Sequence[FrozenModel] = ()) -> None:
     """Load `checkpoints/step-N`, which `check` has passed. Collective. Raises ConfigError where it is for other frozen models."""
     root = _root(cfg)
-    path, _ = engine.load_checkpoint(str(root), tag=f"step-{step}")
+    path, _ = engine.load_checkpoint(
+        str(root), tag=f"step-{step}", load_module_strict=not cfg.lora.rank
+    )  # the rest is the start's
     if path is None:
         raise ConfigError(f"{root}/step-{step}: DeepSpeed could not load it; remove it and set `latest` to an earlier step")
     for model in _following(frozen):
@@ -191,13 +203,20 @@ def _own_file(root: Path, step: int, model: FrozenModel) -> Path:
 
 
 def export(engine: Any, cfg: Config, tokenizer: Any) -> None:
-    """The policy as an HF directory, `runs/NAME/model`, whole tensors in the training dtype. Collective."""
+    """The policy as an HF directory, `runs/NAME/model`, whole tensors in the training dtype. Collective.
+
+    With LoRA the adapters are merged into it, and by themselves in `runs/NAME/adapter`, as peft's PeftModel.from_pretrained reads
+    them onto the starting model.
+    """
     lm = engine.module.lm
     weights = whole_state_dict(lm)
+    adapter = adapter_state_dict(lm) if cfg.lora.rank else None
     if dist.get_rank() == 0:
         path = cfg.run_dir / "model"
         lm.save_pretrained(str(path), state_dict=weights)
         tokenizer.save_pretrained(str(path))
+        if adapter is not None:
+            lora.write(cfg.run_dir / "adapter", lm, adapter)
     dist.barrier()
 
 
@@ -207,7 +226,6 @@ def export_step(run: Path, step: int, base: str, dtype: str) -> Path:
     base: the folder or hub name of the model that the run started from, which has the configuration and the tokenizer. Raises
     ConfigError where the checkpoint is missing or damaged.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     root, final = run / "checkpoints", run / f"model-step-{step}"
@@ -220,18 +238,29 @@ def export_step(run: Path, step: int, base: str, dtype: str) -> Path:
     for name, entry in json.loads((folder / MANIFEST).read_text()).items():
         if not (folder / name).is_file() or _describe(folder / name) != entry:
             raise ConfigError(f"{folder / name} is missing or damaged (SHA-256): copy it again, or evaluate another step")
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):  # DeepSpeed's way
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(root), tag=folder.name)
-    assert weights is not None  # of a tag that is there
     lm = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-    lm.load_state_dict({name.removeprefix("lm."): value for name, value in weights.items()})
+    _load_trained(lm, folder)
     temporary = final.with_name(f".{final.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    lm.save_pretrained(str(temporary))
+    lm.save_pretrained(str(temporary), state_dict=whole_state_dict(lm))
     AutoTokenizer.from_pretrained(base).save_pretrained(str(temporary))
     temporary.rename(final)
     return final
+
+
+def _load_trained(lm: Any, folder: Path) -> None:
+    """Put what a checkpoint holds into the model that the run started from: all of its weights, or adapters."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if (folder / lora.CONFIG).is_file():
+        lora.attach_saved(lm, folder)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):  # DeepSpeed's way
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name, exclude_frozen_parameters=True)
+    assert weights is not None  # of a tag that is there
+    missing, unknown = lm.load_state_dict({name.removeprefix("lm."): value for name, value in weights.items()}, strict=False)
+    left = {name for name, p in lm.named_parameters() if p.requires_grad} & set(missing)
+    assert not left and not unknown, (left, unknown)
 
 
 def _root(cfg: Config) -> Path:

@@ -3,7 +3,7 @@ reference model says of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +31,7 @@ class Forward:
         options = {} if self.jsd_beta is None else {"jsd_beta": self.jsd_beta}
         if self.teacher is None or batch.teacher is None:
             return self.engine(batch, self.temperature, stats, **options)
-        hidden = self.teacher.hidden(batch.teacher)
-        with self.teacher.head() as head:
-            return self.engine(replace(batch, teacher=None), self.temperature, stats, (hidden, head), **options)
+        return self.teacher.score(batch, self.temperature, stats, **options)
 
     def reference_logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """Log-probs [n] of a micro-batch's policy tokens under the reference model's weights, float32, nats. Collective."""

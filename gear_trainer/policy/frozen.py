@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from gear_kernels import Head, linear_token_stats
+from gear_kernels import Head, TokenStats, linear_token_stats
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
-from gear_trainer.policy.batching import Rows
+from gear_trainer.policy import lora
+from gear_trainer.policy.batching import MicroBatch, Rows
 from gear_trainer.policy.gather import gathered
 from gear_trainer.policy.model import hidden_states
 from gear_trainer.policy.zero import deepspeed_config, load_partitioned
@@ -31,51 +34,31 @@ class _Backbone(nn.Module):
         return hidden_states(self.lm, rows)
 
 
-class FrozenModel:
+class FrozenModel(ABC):
     """Scores in the policy's place, or beside it. Its weights follow the policy shard by shard: no rank ever needs more than its
     own part.
 
     The state that follows is `kept`: the model's own shards, or float32 ones beside them for the average of bfloat16 weights
-    (a small rate would be lost to rounding). Build it after the policy's engine, with the same ranks. Collective.
+    (a small rate would be lost to rounding). `followed`: the policy's parameters, in the order of `params`. Build it after the
+    policy's engine, with the same ranks. Collective.
     """
 
-    def __init__(self, cfg: Config, policy: Any, model_path: str, rule: Frozen):
-        """model_path: the policy's, where the rule names no other."""
-        self.rule, self.policy = rule, policy
-        self.engine = _frozen_engine(cfg, rule.path or model_path)
-        own, wanted = (engine.module.lm.config.get_text_config().vocab_size for engine in (self.engine, policy))
-        if own != wanted:
-            raise ConfigError(
-                f"{rule.key}={rule.path}: its vocabulary has {own} tokens, the policy's {wanted}: give a model like it"
-            )
-        self.params = list(self.engine.module.lm.parameters())
-        own = [p.ds_tensor for p in self.params]
+    def __init__(self, cfg: Config, engine: Any, rule: Frozen, params: list[Any], followed: list[Any]):
+        """engine: the one that holds `params`, which are ZeRO-3's as `followed` are."""
+        self.rule, self.engine, self.params, self.followed = rule, engine, params, followed
+        own = [p.ds_tensor for p in params]
         wide = rule.weights == "ema" and cfg.model.dtype != "float32"
         self.kept = [t.float() for t in own] if wide else own
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def hidden(self, rows: Rows) -> torch.Tensor:
-        """Hidden states [n, D] that predict the n policy tokens of a micro-batch's rows. Collective."""
-        return self.engine(rows)
+    @abstractmethod
+    def score(self, batch: MicroBatch, temperature: float, stats: tuple[str, ...], **options: Any) -> TokenStats:
+        """The policy's statistics [n] of a micro-batch with this model as the teacher of its teacher rows. Collective."""
 
-    @torch.no_grad()
+    @abstractmethod
     def logprobs(self, rows: Rows, targets: torch.Tensor, temperature: float) -> torch.Tensor:
         """Log-probs [n], float32, of the n policy tokens `targets` behind the rows' prompts, in nats. Collective."""
-        hidden = self.hidden(rows)
-        with self.head() as head:
-            out = linear_token_stats(hidden, head, targets, temperature=temperature, stats=("logprobs",))
-        assert out.logprobs is not None
-        return out.logprobs
-
-    @contextmanager
-    def head(self) -> Iterator[Head]:
-        """The model's own head, whole while the context lasts (and as long as a backward pass holds on to it). Collective."""
-        layer, like = self.engine.module.lm.get_output_embeddings(), self.policy.module.lm.get_output_embeddings()
-        with gathered([p for p in (layer.weight, layer.bias) if p is not None]):
-            bias = None if layer.bias is None else layer.bias.detach()
-            yield Head(layer.weight.detach(), bias, like.softcap, like.scale)
 
     # --- following the policy ---------------------------------------------------------------------------------------
 
@@ -85,7 +68,7 @@ class FrozenModel:
         synced = self.rule.weights == "synced"
         if not self.rule.follows or (synced and step % self.rule.sync_every):
             return
-        for kept, policy in zip(self.kept, self.policy.module.lm.parameters(), strict=True):
+        for kept, policy in zip(self.kept, self.followed, strict=True):
             new = policy.ds_tensor.to(kept)
             kept.copy_(new) if synced else kept.lerp_(new, self.rule.ema_rate)
         self._publish()
@@ -112,7 +95,82 @@ class FrozenModel:
         for p, kept in zip(self.params, self.kept, strict=True):
             if kept is not p.ds_tensor:
                 p.ds_tensor.copy_(kept)
-        self.engine.optimizer.partition_all_parameters()
+        optimizer = self.engine.optimizer  # of an engine that trains nothing it is the partitioning itself
+        getattr(optimizer, "parameter_offload", optimizer).partition_all_parameters()
+
+
+class SeparateModel(FrozenModel):
+    """A frozen model with all its weights, in an engine of its own."""
+
+    def __init__(self, cfg: Config, policy: Any, model_path: str, rule: Frozen):
+        """model_path: the policy's, where the rule names no other."""
+        self.policy = policy
+        engine = _frozen_engine(cfg, rule.path or model_path)
+        own, wanted = (engine.module.lm.config.get_text_config().vocab_size for engine in (engine, policy))
+        if own != wanted:
+            raise ConfigError(
+                f"{rule.key}={rule.path}: its vocabulary has {own} tokens, the policy's {wanted}: give a model like it"
+            )
+        followed = list(policy.module.lm.parameters())
+        super().__init__(cfg, engine, rule, list(engine.module.lm.parameters()), followed)
+
+    def score(self, batch: MicroBatch, temperature: float, stats: tuple[str, ...], **options: Any) -> TokenStats:
+        assert batch.teacher is not None
+        hidden = self.hidden(batch.teacher)
+        with self.head() as head:
+            return self.policy(replace(batch, teacher=None), temperature, stats, (hidden, head), **options)
+
+    @torch.no_grad()
+    def hidden(self, rows: Rows) -> torch.Tensor:
+        """Hidden states [n, D] that predict the n policy tokens of a micro-batch's rows. Collective."""
+        return self.engine(rows)
+
+    @torch.no_grad()
+    def logprobs(self, rows: Rows, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        hidden = self.hidden(rows)
+        with self.head() as head:
+            out = linear_token_stats(hidden, head, targets, temperature=temperature, stats=("logprobs",))
+        assert out.logprobs is not None
+        return out.logprobs
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        """The model's own head, whole while the context lasts (and as long as a backward pass holds on to it). Collective."""
+        layer, like = self.engine.module.lm.get_output_embeddings(), self.policy.module.lm.get_output_embeddings()
+        with gathered([p for p in (layer.weight, layer.bias) if p is not None]):
+            bias = None if layer.bias is None else layer.bias.detach()
+            yield Head(layer.weight.detach(), bias, like.softcap, like.scale)
+
+
+class SharedModel(FrozenModel):
+    """A frozen model on the weights that a policy with LoRA keeps as they were: the starting model where the adapters are off,
+    or what a set of adapters of its own, which follows the policy's, makes of it. It costs no second copy of the weights.
+    """
+
+    def __init__(self, cfg: Config, policy: Any, rule: Frozen):
+        self.adapters = rule.name if rule.follows else None
+        own, followed = (lora.parameters(policy.module.lm, name) if rule.follows else [] for name in (rule.name, lora.POLICY))
+        super().__init__(cfg, policy, rule, own, followed)
+
+    def score(self, batch: MicroBatch, temperature: float, stats: tuple[str, ...], **options: Any) -> TokenStats:
+        return self.engine(batch, temperature, stats, adapters={"teacher": self.adapters}, **options)
+
+    @torch.no_grad()
+    def logprobs(self, rows: Rows, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        batch = MicroBatch(rows, None, targets, [])
+        out = self.engine(batch, temperature, ("logprobs",), adapters={"student": self.adapters})
+        assert out.logprobs is not None
+        return out.logprobs
+
+
+def frozen_model(cfg: Config, policy: Any, model_path: str, rule: Frozen) -> FrozenModel:
+    """The model that the rule describes, beside the policy's engine. Collective. Raises ConfigError for another vocabulary."""
+    return SharedModel(cfg, policy, rule) if shares_weights(cfg, rule) else SeparateModel(cfg, policy, model_path, rule)
+
+
+def shares_weights(cfg: Config, rule: Frozen) -> bool:
+    """True where the model stands on the policy's own weights, which LoRA leaves as they were."""
+    return cfg.lora.rank > 0 and rule.path is None
 
 
 def _frozen_engine(cfg: Config, model_path: str) -> Any:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from gear_trainer.policy import lora
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -37,17 +39,34 @@ def buckets(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Pa
 def gathered_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (HF name, whole tensor) of every parameter; a tied head is sent under both of its names.
 
+    The policy's LoRA adapters are merged into the weights that they stand on, so names are the same with LoRA and without.
     Collective: every rank must run it to its end, in step. A yielded tensor is valid until the next one is asked for.
     Without ZeRO-3 it yields the parameters as they are.
     """
-    named = [(_WRAPPERS.sub("", n), p) for n, p in model.named_parameters()]
-    alias = tied_head(model)
-    for bucket in buckets(named):
+    alias, adapted = tied_head(model), {_WRAPPERS.sub("", n): m for n, m in lora.layers(model).items()}
+    for bucket in buckets([(n, p) for n, p in _named(model) if lora.is_policys(n)]):
         with gathered([p for _, p in bucket]):
             for name, p in bucket:
-                yield name, p.data
+                owner = name.removesuffix(".base_layer.weight")
+                if owner in adapted and owner != name:
+                    yield f"{owner}.weight", lora.merged(adapted[owner])
+                elif ".lora_" not in name:
+                    yield name.replace(".base_layer.", "."), p.data
                 if alias and name == alias[1]:
                     yield alias[0], p.data
+
+
+def _named(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    return [(_WRAPPERS.sub("", n), p) for n, p in model.named_parameters()]
+
+
+def adapter_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The policy's LoRA adapters on the CPU, by their names in an adapter's file. Collective."""
+    weights = {}
+    for bucket in buckets([(n, p) for n, p in _named(model) if ".lora_" in n and lora.is_policys(n)]):
+        with gathered([p for _, p in bucket]):
+            weights |= {lora.file_name(n): p.detach().to("cpu", copy=True) for n, p in bucket}
+    return weights
 
 
 def tied_head(model: PreTrainedModel) -> tuple[str, str] | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
 from gear_kernels import FusedHead, Head, TokenStats
+from gear_trainer.policy import lora
 from gear_trainer.policy.batching import MicroBatch, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Adapters = dict[Literal["student", "teacher"], str | None]
 
 
 class Policy(nn.Module):
@@ -33,25 +36,28 @@ class Policy(nn.Module):
         stats: tuple[str, ...],
         teacher: tuple[torch.Tensor, Head] | None = None,
         jsd_beta: float = 0.5,
+        adapters: Adapters | None = None,
     ) -> TokenStats:
         """Statistics of the batch's n policy tokens, each [n] float32 (None where not asked for).
 
         teacher: hidden states [n, D] and the head of a model with other weights. None: this model on the batch's teacher rows,
-        if it has any, as constants.
+        if it has any, as constants. adapters: the LoRA adapters that rows run with, where not the policy's; None: none, the
+        starting model.
         """
-        student, taught = self._hidden(batch)
+        student, taught = self._hidden(batch, adapters or {})
         taught, own_head = teacher or (taught, None)
         options = {"teacher_head": own_head, "temperature": temperature, "stats": stats, "jsd_beta": jsd_beta}
         return cast(Any, self.lm.get_output_embeddings())(student, batch.targets, taught, **options)
 
-    def _hidden(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _hidden(self, batch: MicroBatch, adapters: Adapters) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[n, D] of the student's and of the teacher's rows. Two forwards: in one, padded students would be as wide as the
         teacher's hint, and with gradients the teacher would keep activations."""
         taught = None
         if batch.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), lora.under(self.lm, adapters.get("teacher", lora.POLICY)):
                 taught = hidden_states(self.lm, batch.teacher)
-        return hidden_states(self.lm, batch.student), taught
+        with lora.under(self.lm, adapters.get("student", lora.POLICY)):
+            return hidden_states(self.lm, batch.student), taught
 
 
 def hidden_states(lm: PreTrainedModel, rows: Rows) -> torch.Tensor:

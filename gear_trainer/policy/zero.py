@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gear_trainer.config import Config
+from gear_trainer.policy import lora
 from gear_trainer.policy.model import Policy
 from gear_trainer.policy.packing import pack_attention
 
@@ -49,18 +50,24 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def build_engine(cfg: Config, model_path: str):
-    """Load the policy partitioned (each rank reads, none holds the whole) and wrap it in a ZeRO-3 engine. Collective."""
+def build_engine(cfg: Config, model_path: str, beside: tuple[str, ...] = ()):
+    """Load the policy partitioned (each rank reads, none holds the whole) and wrap it in a ZeRO-3 engine. Collective.
+
+    beside: names of the sets of LoRA adapters that it holds for models that follow it. Raises ConfigError where LoRA has no
+    layer to stand on.
+    """
     import deepspeed
 
     config = deepspeed_config(cfg)
     lm, keep_alive = load_partitioned(cfg, model_path, config)
+    if cfg.lora.rank:
+        lora.attach(lm, cfg.lora, cfg.seed, beside)
     if cfg.model.gradient_checkpointing:
         checkpoint_layers(lm)
     engine, *_ = deepspeed.initialize(
         model=Policy(lm),
         config=config,
-        model_parameters=list(lm.parameters()),  # pyright: ignore[reportArgumentType]  (annotated as one module)
+        model_parameters=[p for p in lm.parameters() if p.requires_grad],  # pyright: ignore[reportArgumentType]  (annotated as one module)
     )
     engine.hf_deepspeed_config = keep_alive
     return engine

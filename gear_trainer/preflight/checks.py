@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import cast
 
 from gear_trainer.config import Config
@@ -11,7 +12,8 @@ from gear_trainer.evaluation import check_sets
 from gear_trainer.hints import endpoint
 from gear_trainer.hints.siblings import Siblings
 from gear_trainer.hints.writer import Writer, check_room, templates
-from gear_trainer.policy.hub import check_model_path, model_sizes
+from gear_trainer.policy import lora
+from gear_trainer.policy.hub import check_model_path, known_config, meta_model, model_sizes
 from gear_trainer.policy.zero import deepspeed_config
 from gear_trainer.preflight.machine import check_machine, check_port
 from gear_trainer.recipe import Recipe, resolve
@@ -31,6 +33,7 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
     check_frozen(cfg, recipe)
     check_references(cfg, recipe)
     check_model_path(cfg.model.path)
+    check_lora(cfg)
     check_machine(cfg)
     try:
         task = make_task(cfg.task, cfg.seed, cfg.task_args)
@@ -86,6 +89,16 @@ def check_reference(cfg: Config, path: str) -> None:
         )
 
 
+def check_lora(cfg: Config) -> None:
+    """Raises ConfigError where LoRA cannot be had, or names no layer of a model whose configuration is at hand."""
+    if not cfg.lora.rank:
+        return
+    if find_spec("peft") is None:
+        raise ConfigError(f"lora.rank={cfg.lora.rank} needs peft, which is not installed: pip install peft, or set lora.rank=0")
+    if known_config(cfg.model.path) is not None:
+        lora.check_targets(meta_model(cfg.model.path, cfg.model.dtype, cfg.model.attn_implementation), cfg.lora)
+
+
 def check_references(cfg: Config, recipe: Recipe) -> None:
     """Check that a writer of references can use what it is told. Raises ConfigError or TaskError."""
     if recipe.references == "writer":
@@ -121,6 +134,10 @@ def warnings(cfg: Config, recipe: Recipe) -> list[str]:
             "train.policy_loss=gspo: a sequence's ratio stays close to 1, and at "
             f"train.clip_low={cfg.train.clip_low:g} train.clip_high={cfg.train.clip_high:g} hardly ever clipped; "
             "the paper has 3e-4 and 4e-4"
+        )
+    if cfg.lora.rank and cfg.train.lr < 5e-6:
+        found.append(
+            f"train.lr={cfg.train.lr:g} is a rate for all weights: adapters, whose product begins at 0, take about ten times that"
         )
     if recipe.kl and recipe.kl.estimator == "k1":
         found.append("kl.estimator=k1 has no gradient on average, as a loss it is noise; k2 has the KL's, k3 is GRPO's")

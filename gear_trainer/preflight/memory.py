@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,11 +17,13 @@ import torch
 from gear_kernels import tiling
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
+from gear_trainer.policy import lora
+from gear_trainer.policy.frozen import shares_weights
 from gear_trainer.policy.hub import known_config, meta_model, model_sizes
 from gear_trainer.policy.zero import choose_accelerator, deepspeed_config
 from gear_trainer.preflight.meter import Passes, passes
-from gear_trainer.recipe import Recipe
-from gear_trainer.rollout.vllm_colocated import kv_bytes
+from gear_trainer.recipe import Frozen, Recipe
+from gear_trainer.rollout.vllm_colocated import adapter_rank, kv_bytes
 from gear_trainer.user_code import said
 
 if TYPE_CHECKING:
@@ -81,10 +84,11 @@ def for_gpu(cfg: Config) -> bool:
 
 
 class Sizes(NamedTuple):
-    """Numbers of elements of a model's weights. `layer`, `largest`: of one decoder layer, of its largest parameter; `small`:
-    together of the parameters that ZeRO-3 leaves whole."""
+    """Numbers of elements of a model's weights. `trained`: of those with gradients, all without LoRA; `layer`, `largest`: of one
+    decoder layer, of its largest parameter; `small`: together of the parameters that ZeRO-3 leaves whole."""
 
     total: int
+    trained: int
     head: int
     layers: int
     layer: int
@@ -107,10 +111,20 @@ def sizes_of(lm: PreTrainedModel, threshold: int) -> Sizes:
     layers = sum(p.numel() for p in inner)
     small = sum(p.numel() for p in whole if p.numel() <= threshold)
     vocabulary, hidden = head.shape
+    trained = sum(p.numel() for p in whole if p.requires_grad)
     return Sizes(
-        sum(p.numel() for p in whole), head.numel(), layers, -(-layers // depth), max(p.numel() for p in inner), small,
+        sum(p.numel() for p in whole), trained, head.numel(), layers, -(-layers // depth), max(p.numel() for p in inner), small,
         head is embedding, hidden, vocabulary,
     )  # fmt: skip
+
+
+def _policy(cfg: Config) -> PreTrainedModel:
+    """The policy's model without memory, its adapters on it where LoRA is on."""
+    lm = meta_model(cfg.model.path, cfg.model.dtype, cfg.model.attn_implementation)
+    if cfg.lora.rank:
+        lm = deepcopy(lm)
+        lora.attach(lm, cfg.lora)
+    return lm
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------
@@ -192,7 +206,7 @@ class Planner:
         self.recipe, self.fields = recipe, sizes
         self.student, self.teacher = prompts
         self.response = response
-        self.lm = meta_model(cfg.model.path, cfg.model.dtype, cfg.model.attn_implementation)
+        self.lm = _policy(cfg)
         self._passes: dict[bool, tuple[int, Passes]] = {}
 
     def plan(self, cfg: Config, card: Card) -> Plan:
@@ -236,7 +250,8 @@ class _Rank:
         self.item = 2 if cfg.model.dtype == "bfloat16" else 4
         accumulates = (made.get("data_types") or {}).get("grad_accum_dtype")
         self.accumulated = 4 if accumulates in ("fp32", "float32") else self.item
-        self.share = self.s.total / self.world
+        self.share, self.trained = self.s.total / self.world, self.s.trained / self.world
+        self.adapters, self.head_trains = self.s.trained if cfg.lora.rank else 0, not cfg.lora.rank
         self.passes, self.tokens = planner.passes(cfg), planner.tokens(cfg)
         self.frozen = planner.recipe.frozen
         self.offloaded = self._device(self.zero.offload_optimizer) != "none"
@@ -273,18 +288,24 @@ class _Rank:
         if self._device(self.zero.offload_param) == "none":
             held["weights (ZeRO-3 share)"] = self.share * self.item
         if not self.offloaded:
-            held["gradients"] = self.share * self.accumulated
-            held["float32 masters and moments"] = self.share * (12 if moments else 4)
+            held["gradients"] = self.trained * self.accumulated
+            held["float32 masters and moments"] = self.trained * (12 if moments else 4)
         for model in self.frozen:
             shadow = 4 if model.weights == "ema" and self.item == 2 else 0
-            elements = self.planner.elements(model.path) / self.world if model.path else self.share
+            elements = self.planner.elements(model.path) / self.world if model.path else self._beside(model)
             held[FROZEN_ROWS[model.name]] = elements * (self.item + shadow)
         return held
+
+    def _beside(self, model: Frozen) -> float:
+        """A rank's elements of a frozen model that has no path: the policy's weights again, or adapters alone, on those."""
+        if not shares_weights(self.cfg, model):
+            return self.share
+        return self.trained if model.follows else 0.0
 
     def _bucket(self) -> float:
         """DeepSpeed's gradient bucket. On a CPU only the pages that gradients have touched are there."""
         size = float(self.zero.reduce_bucket_size)
-        return self.item * (size if self.card.gpu else min(size, self.s.total))
+        return self.item * (size if self.card.gpu else min(size, self.s.trained))
 
     def _trainer(self) -> dict[str, float]:
         held = self._states() | {"gradient buckets": self._bucket(), "whole weights": self._small()}
@@ -309,12 +330,20 @@ class _Rank:
         return self.item * (max(in_use + fetch, self.s.small) + fetch * (2 if self.card.gpu else 2.5))
 
     def _vllm(self) -> dict[str, float]:
-        weights = self.s.total * self.item
+        weights = self._served() * self.item
         if self.card.gpu:
             return {"vLLM: weights": weights, "vLLM: KV cache": self._cache().size, "vLLM: prefill, graphs": self._prefill()}
         # both tables stay beside what oneDNN packs of them (counted on SmolLM2, whose one table makes three)
         packed = self.s.head * self.item * (3 if self.s.tied else 2)
         return {"vLLM: weights": weights + packed, "vLLM: KV cache": self._cache().size}
+
+    def _served(self) -> float:
+        """Elements of the model that vLLM holds, and of the adapters that it makes room for."""
+        return self.s.total - self.adapters + self._pushed_alone()
+
+    def _pushed_alone(self) -> float:
+        """Elements of the adapters as vLLM holds them, in its own steps of ranks; 0 where it gets whole weights."""
+        return self.adapters * adapter_rank(self.cfg) / max(1, self.cfg.lora.rank)
 
     def _prefill(self) -> float:
         """vLLM's profiled forward of its longest batch (as the trainer's own), its logits, and graphs."""
@@ -328,7 +357,7 @@ class _Rank:
         if r.vllm.kv_cache_mib is not None:
             size = float(r.vllm.kv_cache_mib * MIB)
         else:
-            taken = self.s.total * self.item + (self._prefill() if self.card.gpu else LIBRARIES)
+            taken = self._served() * self.item + (self._prefill() if self.card.gpu else LIBRARIES)
             size = max(0.0, r.vllm.gpu_memory_utilization * self.card.total * (1 if self.card.gpu else self.world) - taken)
         token = kv_bytes(self.cfg, planner.fields)
         wanted = min(r.vllm.max_num_seqs, r.prompts_per_step * r.group_size // self.world)
@@ -356,8 +385,13 @@ class _Rank:
         held = self._trainer() | self._vllm()
         if not self.card.gpu:
             tokens = min(4096, self.cfg.rollout.vllm.max_num_seqs * self.planner.student)
-            held["vLLM: prefill, graphs"] = self.passes.score * tokens / self.tokens
+            held["vLLM: prefill, graphs"] = tokens * (self.passes.score / self.tokens + self._copied_adapter())
         return held
+
+    def _copied_adapter(self) -> float:
+        """Bytes a token of a batch that vLLM on a CPU takes for adapters: it copies A or B for every token, a layer at a time."""
+        sides = (max(layer.in_features, layer.out_features) for layer in lora.layers(self.planner.lm).values())
+        return adapter_rank(self.cfg) * max(sides, default=0) * self.item
 
     def _score_layers(self) -> dict[str, float]:
         held = self._trainer() | self._awake()
@@ -376,9 +410,9 @@ class _Rank:
         held["activations kept"] = self.passes.kept
         held["a layer's work"] = self.passes.backward - self.passes.kept
         held["whole weights"] = self._whole(max(self.s.layer, self.s.head if self.s.tied else 0))
-        if self.s.tied or self.s.head > self.zero.reduce_bucket_size:
+        if self.head_trains and (self.s.tied or self.s.head > self.zero.reduce_bucket_size):
             held["head's gradient"] = self.s.head * self.item
-        if self.s.layers > self.zero.reduce_bucket_size:
+        if min(self.s.layers, self.s.trained) > self.zero.reduce_bucket_size:
             held["gradient buckets"] += self._reduced(self.zero.reduce_bucket_size)
         return held
 
@@ -390,15 +424,15 @@ class _Rank:
         held["activations kept"] = self.passes.kept
         # hidden states and their gradient, which is summed in float32
         held["fused head"] = states * (self.item * (rows + 1) + 4) + self._operator()
-        held["head's gradient"] = self.s.head * self.item
+        held["head's gradient"] = self.s.head * self.item * self.head_trains
         teacher = self._frozen_head("teacher") if rows == 2 else 0.0
         return held | {"whole weights": self._whole(self.s.head) + teacher}
 
     def _update_flush(self) -> dict[str, float]:
         """The last bucket, once the backward is done."""
         held = self._trainer() | self._awake()
-        held["gradient buckets"] += self._reduced(min(self.zero.reduce_bucket_size, self.s.total))
-        if self.s.head > self.zero.reduce_bucket_size:
+        held["gradient buckets"] += self._reduced(min(self.zero.reduce_bucket_size, self.s.trained))
+        if self.head_trains and self.s.head > self.zero.reduce_bucket_size:
             held["head's gradient"] = self.s.head * self.item
         return held | {"whole weights": max(self._small(), self.s.head * self.item * (self.world > 1))}
 
@@ -415,13 +449,16 @@ class _Rank:
         return held
 
     def _push(self) -> dict[str, float]:
-        """A layer gathered, vLLM's copy of it and what it packs of that; the KV cache sleeps where it can."""
+        """A layer gathered, vLLM's copy of it and what it packs of that; the KV cache sleeps where it can. Adapters go by way of
+        a file: there is vLLM's copy of them alone."""
         held = self._trainer() | self._awake()
         held["vLLM: weights"] = self._vllm()["vLLM: weights"]
+        if adapters := self._pushed_alone():
+            return held | {"whole weights": self._small() + adapters * self.item}
         return held | {"whole weights": self._small() + (3 if self.world > 1 else 2) * self.item * max(self.s.layer, self.s.head)}
 
     def _subgroup(self) -> float:
-        return min(self.share, self.zero.sub_group_size + self.s.head / self.world)
+        return min(self.trained, self.zero.sub_group_size + self.s.head / self.world)
 
     def _operator(self) -> float:
         """The fused operator's tiles and sums: never the logits."""
@@ -429,7 +466,8 @@ class _Rank:
 
     def _frozen_head(self, *names: str) -> float:
         """A frozen model's head, whole while it scores; two of them never are at a time."""
-        return self.s.head * self.item if self.world > 1 and any(model.name in names for model in self.frozen) else 0.0
+        own = any(model.name in names and not shares_weights(self.cfg, model) for model in self.frozen)
+        return self.s.head * self.item if self.world > 1 and own else 0.0
 
     def _host(self) -> float:
         """In the machine's memory, a rank: what is offloaded. The optimizer's: sums and float32 gradients, masters, moments, and
@@ -438,11 +476,11 @@ class _Rank:
             return 0.0
         held = 0.0
         if self.offloaded and self._device(self.zero.offload_optimizer) == "cpu":
-            held += self.share * (self.accumulated + 16) + 8 * self._subgroup()
+            held += self.trained * (self.accumulated + 16) + 8 * self._subgroup()
         if self._device(self.zero.offload_param) == "cpu":
             held += self.share * self.item
         if self.cfg.rollout.vllm.sleep_level == 1:
-            held += self.s.total * self.item
+            held += self._served() * self.item
         return held
 
 
@@ -569,6 +607,8 @@ def notes(plan: Plan, cfg: Config) -> list[str]:
     """Lines for what the table cannot say: sizes, KV cache in sequences, logits that are never made, memory beside the card."""
     kv, r = plan.cache, cfg.rollout
     out = [f"{plan.sizes.total / 1e9:.2f} B parameters" + (" (head tied)" if plan.sizes.tied else "")]
+    if cfg.lora.rank:
+        out.append(f"{plan.sizes.trained / 1e6:.1f} M of them in adapters of lora.rank={cfg.lora.rank}, which alone are trained")
     if kv.tokens < float("inf"):
         out.append(
             f"KV cache: {kv.tokens:,.0f} tokens, {kv.sequences:.0f} sequences of rollout.max_model_len={r.max_model_len} or "

@@ -132,7 +132,7 @@ def _only(layers: nn.ModuleList, count: int) -> Iterator[None]:
 @contextmanager
 def _no_gradients_kept(lm: PreTrainedModel) -> Iterator[None]:
     """ZeRO-3 moves each parameter's gradient away as it comes."""
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in lm.parameters()]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in lm.parameters() if p.requires_grad]
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,11 @@ class Engine(ABC):
     @abstractmethod
     def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Take new weights, and forget every cache that the old ones filled. Consumes the iterator to its end."""
+
+    def push_adapter(self, folder: Path) -> None:
+        """Take new LoRA adapters on the model that the engine was made with, as peft writes them, and forget every cache that the
+        old ones filled. The folder is gone when this returns. Only for `lora.push=adapter`."""
+        raise NotImplementedError(f"{type(self).__name__} takes whole weights only")
 
     def submit(self, ticket: int, request: Request) -> None:
         """Let a request join the running batch; `collect` hands it back under its ticket. Here: it waits for `collect`."""
@@ -85,6 +91,8 @@ def engine_class(cfg: Config) -> type[Engine]:
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise ConfigError(f"rollout.engine={name}: {cls.__name__} has no {', '.join(missing)}: write them")
     takes = inspect.signature(cls).parameters
+    if cfg.lora.rank and cfg.lora.push == "adapter" and cls.push_adapter is Engine.push_adapter:
+        raise ConfigError(f"lora.push=adapter: rollout.engine={name} has no push_adapter: set lora.push=merged, or write it")
     for option in cfg.rollout.engine_options:
         if option not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             known = ", ".join(list(takes)[2:]) or "none"

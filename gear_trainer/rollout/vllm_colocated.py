@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from vllm.inputs import TokensPrompt
 
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+
+
 class PlacementError(RunError):
     """vLLM's model does not stand on the GPU of its rank."""
 
@@ -58,7 +61,15 @@ def engine_kwargs(cfg: Config, model_path: str) -> dict[str, Any]:
         kwargs |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, r.max_model_len)}
     if v.kv_cache_mib is not None:
         kwargs["kv_cache_memory_bytes"] = v.kv_cache_mib << 20
+    if rank := adapter_rank(cfg):
+        kwargs |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     return kwargs | v.engine_args
+
+
+def adapter_rank(cfg: Config) -> int:
+    """The rank of LoRA adapters that vLLM makes room for; 0 where it samples with whole weights."""
+    alone = cfg.lora.rank > 0 and cfg.lora.push == "adapter"
+    return min(rank for rank in LORA_RANKS if rank >= cfg.lora.rank) if alone else 0
 
 
 class ColocatedVllm(Engine):
@@ -76,17 +87,19 @@ class ColocatedVllm(Engine):
         self.eos = self.llm.get_tokenizer().eos_token_id
         self.sleeping: set[str] = set()
         self.stale = False  # weights dropped by sleep level 2, not pushed since
+        self.adapter = _adapter("policy") if adapter_rank(cfg) else None  # what every request samples with
         self.tickets: dict[str, int] = {}  # of requests under way, by vLLM's name for them
 
     def generate(self, requests: list[Request]) -> list[Completion]:
         self._check_weights()
         prompts: list[TokensPrompt] = [{"prompt_token_ids": q.prompt_ids} for q in requests]
-        outputs = self.llm.generate(prompts, [_sampling(q) for q in requests], use_tqdm=False)
+        outputs = self.llm.generate(prompts, [_sampling(q) for q in requests], use_tqdm=False, lora_request=self.adapter)
         return [self._completion(o.outputs[0]) for o in outputs]
 
     def submit(self, ticket: int, request: Request) -> None:
         self._check_weights()
-        (name,) = self.llm.enqueue({"prompt_token_ids": request.prompt_ids}, _sampling(request), use_tqdm=False)
+        prompt: TokensPrompt = {"prompt_token_ids": request.prompt_ids}
+        (name,) = self.llm.enqueue(prompt, _sampling(request), use_tqdm=False, lora_request=self.adapter)
         self.tickets[_own_name(name)] = ticket
 
     def collect(self) -> list[tuple[int, Completion]]:
@@ -108,6 +121,12 @@ class ColocatedVllm(Engine):
         self.llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=weights))
         self.llm.reset_prefix_cache()  # stale KV blocks of the old weights otherwise (log-probs off by 7 nats when left out)
         self.stale = False
+        self.version += 1
+
+    def push_adapter(self, folder: Path) -> None:
+        self._wake("weights")
+        self.llm.llm_engine.add_lora(_adapter(str(folder), load_inplace=True))
+        self.llm.reset_prefix_cache()
         self.version += 1
 
     def forget(self) -> None:
@@ -138,6 +157,8 @@ class ColocatedVllm(Engine):
         """The KV cache holds a sequence, and vLLM knows its arguments. Raises ConfigError."""
         if sizes is not None:
             check_kv_cache(cfg, sizes)
+        if adapter_rank(cfg):
+            check_adapters(cfg)
         if cfg.rollout.vllm.engine_args:
             check_engine_args(cfg)
 
@@ -152,6 +173,13 @@ def _sampling(request: Request) -> Any:
 
     drawn = {"temperature": request.temperature, "top_p": request.top_p, "seed": request.seed}
     return SamplingParams(**drawn, max_tokens=request.max_tokens, logprobs=0, detokenize=False)
+
+
+def _adapter(path: str, **options: Any) -> Any:
+    """vLLM's one adapter: a request that names it is sampled with what was loaded last; a path is read where it is loaded."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("policy", 1, path, **options)
 
 
 def _own_name(request_id: str) -> str:
@@ -201,6 +229,22 @@ def kv_bytes(cfg: Config, sizes: dict[str, Any]) -> int | None:
     width = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
     each = 1 if "fp8" in str(more.get("kv_cache_dtype")) else 2 if cfg.model.dtype == "bfloat16" else 4
     return 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * width * each
+
+
+def check_adapters(cfg: Config) -> None:
+    """vLLM keeps the model that the adapters stand on, and has room for their rank. Raises ConfigError."""
+    v = cfg.rollout.vllm
+    if v.sleep_level == 2:
+        raise ConfigError(
+            "rollout.vllm.sleep_level=2 drops the weights that the adapters of lora.push=adapter stand on: "
+            "set rollout.vllm.sleep_level=1, or lora.push=merged"
+        )
+    room = v.engine_args.get("max_lora_rank", cfg.lora.rank)
+    if not v.engine_args.get("enable_lora", True) or room < cfg.lora.rank:
+        raise ConfigError(
+            f"rollout.vllm.engine_args: no room for adapters of lora.rank={cfg.lora.rank} in vLLM: leave enable_lora and "
+            "max_lora_rank out, they follow from lora.rank"
+        )
 
 
 def _block_size() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -10,10 +12,10 @@ from gear_trainer import evaluation
 from gear_trainer.config import Config
 from gear_trainer.hints.siblings import Siblings
 from gear_trainer.hints.writer import Writer
-from gear_trainer.policy import checkpoint
+from gear_trainer.policy import checkpoint, lora
 from gear_trainer.policy.forward import Forward
 from gear_trainer.policy.frozen import FrozenModel
-from gear_trainer.policy.gather import gathered_weights
+from gear_trainer.policy.gather import adapter_state_dict, gathered_weights
 from gear_trainer.recipe import Recipe
 from gear_trainer.rollout import Engine, Rollout
 from gear_trainer.rollout.chat import Chat
@@ -131,8 +133,15 @@ class Trainer:
                 sums.total(name, value)
 
     def push(self) -> None:
-        """Hand the policy's weights to the rollout engine, layer by layer. Collective."""
-        self.sampler.push(gathered_weights(self.engine.module.lm))
+        """Hand the policy's weights to the rollout engine, layer by layer, or with LoRA its adapters alone. Collective."""
+        lm, chosen = self.engine.module.lm, self.cfg.lora
+        if chosen.rank == 0 or chosen.push == "merged":
+            self.sampler.push(gathered_weights(lm))
+            return
+        adapter = adapter_state_dict(lm)
+        with tempfile.TemporaryDirectory(prefix="gear-adapter-") as folder:  # engines read files, a few MB of page cache
+            lora.write(Path(folder), lm, adapter)
+            self.sampler.push_adapter(Path(folder))
 
     def evaluate(self) -> dict[str, Any]:
         """Figures of the held-out sets, under the same seeds every time. Collective."""

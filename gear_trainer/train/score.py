@@ -23,11 +23,15 @@ def score(recipe: Recipe, experience: Experience, passes: list[Pass], forward: F
                 out = forward(batch, stats)
                 # the same call with another prompt for the teacher: the student's half of it cancels in the difference
                 wrong = forward(replace(batch, teacher=batch.wrong_hint), stats) if part.wrong_hint else None
-                reference = forward.reference_logprobs(batch) if recipe.kl else None
             if batch.rows:
                 _keep(recipe, experience, batch.rows, out, wrong, part.teacher)
-                if reference is not None:
-                    experience.write("reference_logprobs", experience.tokens(batch.rows), reference)
+    # by itself: on the policy's own weights each change of adapters is another order of modules, which ZeRO-3 would record anew
+    for part in passes if recipe.kl else ():
+        for batch in part.micro_batches(experience):
+            with torch.no_grad():
+                reference = forward.reference_logprobs(batch)
+            if batch.rows:
+                experience.write("reference_logprobs", experience.tokens(batch.rows), reference)
 
 
 def _keep(
