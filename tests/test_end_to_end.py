@@ -21,6 +21,8 @@ from gear_trainer.runs.records import read_records, recorded_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
+STEPS = 30  # of the demo
+
 
 def _launch(name, out, *more):
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
@@ -49,8 +51,8 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(out):
-    """The shipped demo, all its steps."""
-    process = _launch("demo", out, "eval.every=60")  # its other evaluations are looked at by nobody here
+    """The shipped demo, half its steps, evaluated before and after."""
+    process = _launch("demo", out, f"train.steps={STEPS}", f"eval.every={STEPS}")
     assert process.wait(3200) == 0, (out / "demo.log").read_text()[-6000:]
     return read_metrics(out / "demo" / "metrics.jsonl")
 
@@ -63,7 +65,7 @@ def test_demo_learns(demo):
 
 def test_trainer_and_vllm_agree_at_every_step(demo):
     steps = demo[1:]
-    assert len(steps) == 60 and max(m["logprob_gap_max"] for m in steps) < 1e-4
+    assert len(steps) == STEPS and max(m["logprob_gap_max"] for m in steps) < 1e-4
 
 
 def test_every_step_logs_what_the_method_asks_for(demo):
@@ -81,7 +83,7 @@ def test_the_teacher_knows_more(demo):
 
 
 def test_rollout_files_hold_tokens_masks_and_credit(demo, out):
-    assert recorded_steps(out / "demo") == list(range(1, 61))
+    assert recorded_steps(out / "demo") == list(range(1, STEPS + 1))
     rows = read_records(out / "demo", 1)
     assert len(rows) == 128 and len({(r["group"], r["sample"]) for r in rows}) == 128
     for r in rows:

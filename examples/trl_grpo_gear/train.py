@@ -73,8 +73,8 @@ def main() -> None:
 
         tokenizer, prompt = tiny.tokenizer(), tiny.teacher_prompt
         model, data = tiny.warm_start(tokenizer, asked.seed, 150, asked.output), tiny.rows(4000, asked.seed + 2)
-        own = dict(per_device_train_batch_size=128, num_generations=8, max_completion_length=4, lr_scheduler_type="constant")
-        own |= dict(learning_rate=3e-3, use_cpu=True, bf16=False, gradient_checkpointing=False)
+        own = dict(per_device_train_batch_size=512, num_generations=8, max_completion_length=4, lr_scheduler_type="constant")
+        own |= dict(learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False)
         config = GRPOConfig(asked.output, **own, **common)
     trainer = GearGRPOTrainer(
         model=model,
