@@ -41,7 +41,7 @@ test-fast: venv
 fuzz: venv
 	GEAR_FUZZ=$(SEED) $(BIN)/python -m pytest $(FUZZ) $(ARGS)
 
-# the fault drills with 40 kills inside a save instead of 8, and their table
+# the fault drills with 40 kills inside a save instead of 6, and their table
 drills: venv
 	GEAR_KILLS=40 $(BIN)/python -m pytest tests/test_drills.py -s $(ARGS)
 

@@ -1,6 +1,6 @@
 """Fault drills on the trainer for real, two ZeRO-3 ranks with a vLLM engine each: what was lost, and what was left running.
 
-`GEAR_KILLS=40 pytest tests/test_drills.py -s` kills at 40 moments of a save instead of 8; -s shows the table.
+`GEAR_KILLS=40 pytest tests/test_drills.py -s` kills at 40 moments of a save instead of 6; -s shows the table.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from gear_trainer.runs.records import read_records, records_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-KILLS = int(os.environ.get("GEAR_KILLS", 8))
+KILLS = int(os.environ.get("GEAR_KILLS", 6))
 TOTAL = KILLS // 2 + 8  # steps; a point that only a later save reaches lets some pass
 POINTS = (
     "after the shards", "after latest moved", "before the manifest", "while pruning", "after the manifest", "before latest moves",

@@ -21,7 +21,7 @@ from gear_trainer.runs.records import read_records, recorded_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-STEPS = 30  # of the demo
+STEPS = 24  # of the demo
 
 
 def _launch(name, out, *more):
@@ -51,7 +51,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(out):
-    """The shipped demo, half its steps, evaluated before and after."""
+    """The shipped demo, 24 of its 60 steps, evaluated before and after."""
     process = _launch("demo", out, f"train.steps={STEPS}", f"eval.every={STEPS}")
     assert process.wait(3200) == 0, (out / "demo.log").read_text()[-6000:]
     return read_metrics(out / "demo" / "metrics.jsonl")
