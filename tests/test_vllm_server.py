@@ -24,8 +24,9 @@ from gear_trainer.recipe import resolve
 from gear_trainer.rollout import Request, Rollout, engine_class, leave_out_stale, make_engine, vllm_server, weight_transfer
 from gear_trainer.rollout.types import Completion
 from gear_trainer.rollout.vllm_server import ServerError, completion
+from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.metrics import Sums
-from gear_trainer.runs.records import Records
+from gear_trainer.runs.records import Records, read_records
 from gear_trainer.tasks.base import Outcome, Problem, Reply
 from gear_trainer.train.ahead import Ahead
 from gear_trainer.train.sample import StepSampler
@@ -109,7 +110,7 @@ def test_a_turn_under_way_during_a_push_says_which_weights_sampled_each_token(fa
     rollout = Rollout(Problem("p", [], [], ""), 0, 0, [99], [99])
     rollout.append(turn.ids, turn.logprobs, turn.token_versions)
     rollout.append([5], None)
-    (_, later) = (None, engine.generate([request(3)])[0])
+    (later,) = engine.generate([request(3)])
     rollout.append(later.ids, later.logprobs, later.token_versions)
     assert rollout.versions == [0, 0, 1, 1, 1, -1, 1, 1, 1, 1, 1]
     tokenizer = SimpleNamespace(decode=lambda ids: "")
@@ -194,7 +195,7 @@ def test_a_server_that_was_started_otherwise(fake, connect, path):
 @pytest.mark.parametrize("fault, why", [("drop", "/inference/v1/generate: "), (500, "HTTP 500"), ("hang", "/health: no answer")])
 @pytest.mark.parametrize("continuous", [False, True])
 def test_a_server_that_is_lost_in_mid_generation(fake, connect, fault, why, continuous):
-    engine = connect("rollout.server.timeout=0.3")
+    engine = connect(*["rollout.server.timeout=1.5"] * (fault == "hang"))
     fake.faults |= {"/inference/v1/generate": fault} | ({"/health": "hang"} if fault == "hang" else {})
     with pytest.raises(ServerError) as caught:
         if continuous:
@@ -206,19 +207,19 @@ def test_a_server_that_is_lost_in_mid_generation(fake, connect, fault, why, cont
 
 
 def test_a_slow_turn_is_no_lost_server(fake, connect):
-    engine = connect("rollout.server.timeout=0.3")
-    threading.Timer(1.0, fake.pushed.set).start()
+    engine = connect("rollout.server.timeout=1.5")
+    threading.Timer(2.5, fake.pushed.set).start()
     assert engine.generate([request(99)])[0].ended, "its /health answers all the while"
 
 
 @pytest.mark.parametrize("path", ["/init_weight_transfer_engine", "/pause?mode=keep", "/update_weights", "/finish_weight_update"])
 @pytest.mark.parametrize("fault", [500, "hang"])
 def test_a_server_that_is_lost_in_mid_push(fake, connect, path, fault):
-    engine = connect("rollout.server.timeout=0.3")
+    engine = connect(*["rollout.server.timeout=1.5"] * (fault == "hang"))
     fake.faults[path] = fault
     with pytest.raises(ServerError) as caught:
         engine.push(iter([("a", torch.ones(2))]))
-    why = "HTTP 500" if fault == 500 else "no answer within rollout.server.timeout=0.3 s"
+    why = "HTTP 500" if fault == 500 else "no answer within rollout.server.timeout=1.5 s"
     one_line(caught, "is lost", f"{path}: {why}", "--resume goes on")
     assert engine.version == 0
 
@@ -420,3 +421,99 @@ def test_a_group_with_a_token_that_is_too_old_is_left_out_whole():
     rollouts = [rollout(0, 3, 3), rollout(0, 4), rollout(1, 2, 3), rollout(1, 4), rollout(2)]
     assert leave_out_stale(rollouts, 4, 1) == 1 and [r.dropped for r in rollouts] == [False, False, True, True, False]
     assert leave_out_stale(rollouts, 5, 1) == 2, "a group is counted once"
+
+
+# --- vLLM's own server --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny tied model's folder, the model, and another with its sizes."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
+    from gear_trainer.tasks import make_task
+
+    path, task = tmp_path_factory.mktemp("tiny"), make_task("mathapi", 0)
+    tokenizer = subset_tokenizer([m["content"] for i in range(50) for m in task.train_problem(i).messages], path)
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 2, "hidden_size": 32}
+    words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": True}
+    config = Qwen3Config(intermediate_size=32, initializer_range=0.3, dtype="float32", **sizes, **words)
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(Qwen3ForCausalLM(config).eval())
+    found[0].save_pretrained(path)
+    return path, *found
+
+
+def logprobs(model, prompt, ids):
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def decoded(engine):
+    """Tokens that the server has sampled so far."""
+    lines = engine.http._client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_push_in_mid_turn_on_vllms_own_server(models, tmp_path):
+    """Of a turn that is under way, tokens before the push have the old weights' log-probs and those behind it the new ones', to
+    rounding: nothing of the old keys and values is left. Then the server is killed in mid-turn."""
+    from gear_trainer.policy.gather import gathered_weights
+
+    path, *both = models
+    most = ["rollout.max_model_len=1024", "rollout.max_new_tokens=1000"]
+    engine = make_engine(config(f"output_dir={tmp_path}", "name=served", *most), str(path))
+    prompts = [[5 + k, 6, 7] for k in range(8)]
+    for k, prompt in enumerate(prompts):
+        engine.submit(k, Request(prompt, 1000, k))
+    before, deadline = decoded(engine), time.monotonic() + 300
+    while decoded(engine) < before + 100 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    engine.push(gathered_weights(both[1]))
+    found = {}
+    while len(found) < len(prompts):
+        found |= dict(engine.collect())
+    assert any(len(set(turn.token_versions)) == 2 for turn in found.values()), "none was under way"
+    again = engine.generate([Request(prompt, 40, 0) for prompt in prompts])
+    assert all(turn.version == 1 and turn.versions is None for turn in again)
+    for k, turn in [*found.items(), *enumerate(again)]:
+        wanted = torch.stack([logprobs(model, prompts[k], turn.ids) for model in both])
+        of = torch.tensor(turn.token_versions)
+        assert (of.diff() >= 0).all() and turn.ended == (turn.ids[-1] == engine.eos)
+        torch.testing.assert_close(torch.tensor(turn.logprobs), wanted.gather(0, of[None])[0], rtol=0, atol=1e-4)
+    engine.submit(0, Request(prompts[0], 1000, 0))
+    os.killpg(engine.served.process.pid, signal.SIGKILL)
+    with pytest.raises(ServerError) as caught:
+        engine.collect()
+    one_line(caught, "ended (exit code -9", str(engine.served.log), "--resume goes on")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_ranks_train_one_step_off(server, tmp_path):
+    """The demo on one server: no group is too old, each token says which push sampled it, and the pushes arrived."""
+    few = ["rollout.prompts_per_step=4", "rollout.group_size=4", "train.steps=3", "eval.every=0", "checkpoint.export=false"]
+    off = [
+        "name=off",
+        f"output_dir={tmp_path}",
+        "rollout.engine=vllm_server",
+        "rollout.staleness=1",
+        "rollout.schedule=continuous",
+    ]
+    run = server.start(tmp_path / "log", *off, *few)
+    assert run.wait(1700) == [0, 0], run.text()[-6000:]
+    steps = read_metrics(tmp_path / "off" / "metrics.jsonl")
+    assert [m["step"] for m in steps] == [1, 2, 3] and steps[0]["logprob_gap_max"] < 1e-4
+    assert [m["groups_stale"] for m in steps] == [0, 0, 0] and [m["token_age_max"] for m in steps] == [0, 1, 1]
+    assert steps[2]["logprob_gap_mean"] < 0.5, "a push that did not arrive shows as nats"
+    for step in (1, 2, 3):
+        for row in read_records(tmp_path / "off", step):
+            assert [v is None for v in row["versions"]] == [not m for m in row["mask"]]
+            assert {v for v in row["versions"] if v is not None} <= {step, max(1, step - 1)}
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]

@@ -120,7 +120,7 @@ class ServerVllm(Engine):
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         if self.transfer is None:
             workers = self.http.ask("GET", "/get_world_size")["world_size"]
-            self.transfer = Transfer(self._post, backend(), self._own_address(), workers, self.server.timeout)
+            self.transfer = Transfer(self._post, backend(), _address(self.url), workers, self.server.timeout)
         self._post("/pause?mode=keep")  # and drops the keys and values of requests under way: they are computed anew
         self._post("/start_weight_update")
         for chunk in chunks(weights, self.device):
@@ -138,17 +138,14 @@ class ServerVllm(Engine):
 
     def _start(self, model_path: str) -> str:
         """Start a server on rank 0; where it will be, on all ranks."""
-        place: list[Any] = [f"http://{self._own_address()}:{_free_port()}"]
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")  # rank 0, as its launcher told all of them
+        place: list[Any] = [f"http://{host}:{_free_port()}"]
         if dist.is_initialized():
             dist.broadcast_object_list(place, device=self.device)
         if self.rank == 0:
             log = self.cfg.run_dir / "vllm_server.log"
             self.served = Served(command(self.cfg, model_path, place[0]), environment(self.cfg), log)
         return place[0]
-
-    def _own_address(self) -> str:
-        """Where rank 0 is reached; all know it from their launcher."""
-        return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
     def _wait_for_start(self) -> None:
         """Return once it serves. Raises ServerError, or ConfigError for one that was to run already."""
@@ -335,6 +332,13 @@ def environment(cfg: Config) -> dict[str, str]:
             "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"}  # fmt: skip
     held = {name: value for name, value in os.environ.items() if name not in mine and not name.startswith("TORCHELASTIC_")}
     return held | _settings(cfg)
+
+
+def _address(url: str) -> str:
+    """This machine's address on the way to a server, by which its workers reach it."""
+    where = urlsplit(url)
+    with socket.create_connection((where.hostname, where.port or 80)) as way:
+        return way.getsockname()[0]
 
 
 def _free_port() -> int:
