@@ -501,7 +501,7 @@ def test_two_ranks_train_one_step_off(server, tmp_path):
     """The demo on one server: no group is too old, each token says which push sampled it, and the pushes arrived."""
     few = ["rollout.prompts_per_step=4", "rollout.group_size=4", "train.steps=3", "eval.every=0", "checkpoint.export=false"]
     off = [
-        "name=off",
+        "name=ahead",
         f"output_dir={tmp_path}",
         "rollout.engine=vllm_server",
         "rollout.staleness=1",
@@ -509,12 +509,12 @@ def test_two_ranks_train_one_step_off(server, tmp_path):
     ]
     run = server.start(tmp_path / "log", *off, *few)
     assert run.wait(1700) == [0, 0], run.text()[-6000:]
-    steps = read_metrics(tmp_path / "off" / "metrics.jsonl")
+    steps = read_metrics(tmp_path / "ahead" / "metrics.jsonl")
     assert [m["step"] for m in steps] == [1, 2, 3] and steps[0]["logprob_gap_max"] < 1e-4
     assert [m["groups_stale"] for m in steps] == [0, 0, 0] and [m["token_age_max"] for m in steps] == [0, 1, 1]
     assert steps[2]["logprob_gap_mean"] < 0.5, "a push that did not arrive shows as nats"
     for step in (1, 2, 3):
-        for row in read_records(tmp_path / "off", step):
+        for row in read_records(tmp_path / "ahead", step):
             assert [v is None for v in row["versions"]] == [not m for m in row["mask"]]
             assert {v for v in row["versions"] if v is not None} <= {step, max(1, step - 1)}
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]

@@ -65,7 +65,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype))
             self.group.send(tensor)
-            self.model.load_weights([(name, tensor)])
+            self.model.load_weights([(name, tensor)])  # pyright: ignore[reportCallIssue]  (every model of vLLM's has it)
 
     def finish_weight_update(self) -> None:
         """Pack the layers as the CPU's kernels want them."""

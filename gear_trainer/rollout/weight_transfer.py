@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  (documented all the same)
 
 Named = list[tuple[str, torch.Tensor]]
 CHUNK = 512 << 20  # bytes of weights that are copied at a time; a single larger tensor is a chunk of its own
@@ -117,14 +118,14 @@ class Gloo:
 
     def __init__(self, host: str, port: int, rank: int, world: int, timeout: float):
         limit = timedelta(seconds=timeout)
-        self.store = dist.TCPStore(host, port, world, is_master=rank == 0, timeout=limit, wait_for_workers=False)
-        self.group = dist.ProcessGroupGloo(dist.PrefixStore("weights", self.store), rank, world, limit)
+        self.store = TCPStore(host, port, world, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+        self.group = dist.ProcessGroupGloo(PrefixStore("weights", self.store), rank, world, limit)
 
     def send(self, tensor: torch.Tensor) -> None:
         """Broadcast rank 0's tensor into everybody's."""
         how = dist.BroadcastOptions()
         how.rootRank = how.rootTensor = 0
-        self.group.broadcast([tensor], how).wait()
+        self.group.broadcast([tensor], how).wait()  # pyright: ignore[reportAttributeAccessIssue]  (the stubs leave it out)
 
     def finish(self) -> None:
         """Do nothing: a broadcast is over when it returns."""
