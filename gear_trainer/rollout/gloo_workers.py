@@ -29,7 +29,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What comes next."""
+    """Names, dtypes and shapes of the tensors that come next."""
 
     names: list[str]
     dtype_names: list[str]

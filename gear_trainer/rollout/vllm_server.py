@@ -271,7 +271,8 @@ def _body(request: Request) -> dict[str, Any]:
 
 
 def completion(choice: dict[str, Any], eos: int, version: int) -> Completion:
-    """What the endpoint's choice holds. `version`: where the server names none. Raises Refused where a request was broken off."""
+    """The turn that a choice of the endpoint holds. `version`: where the server names none. Raises Refused where the request was
+    broken off."""
     ids, reason = choice["token_ids"], choice["finish_reason"]
     if reason not in ("stop", "length"):
         raise Refused(f"a request was broken off ({reason})")
