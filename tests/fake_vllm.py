@@ -23,7 +23,7 @@ class FakeVllm(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked, self.weights, self.faults = [], {}, {}
-        self.version, self.paused = "default", False
+        self.version, self.paused, self.updated = "default", False, False
         self.pushed, self.ended, self.group = threading.Event(), threading.Event(), None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -77,10 +77,13 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/update_weights":
             server.update(body["update_info"])
         elif path == "/finish_weight_update":
-            server.version = body["weight_version"]
+            if body is None:
+                return self.reply(500, {"error": {"message": "no update was begun"}})
+            server.version, server.updated = body["weight_version"], True
         elif path == "/resume":
             server.paused = False
-            server.pushed.set()
+            if server.updated:
+                server.pushed.set()
         self.reply(200, answer)
 
     def faulty(self):

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -132,7 +133,10 @@ class ServerVllm(Engine):
         return self.http.ask("POST", path, body)
 
     def forget(self) -> None:
-        self._post("/reset_prefix_cache")
+        try:
+            self._post("/reset_prefix_cache")
+        except Refused as error:
+            raise self._lost(error) from error
 
     # --- the server -----------------------------------------------------------------------------------------------------
 
@@ -171,10 +175,18 @@ class ServerVllm(Engine):
         must be."""
         try:
             if self.rank == 0:
-                self._post("/update_weight_version", {"new_version": "0"})
+                self._take_over()
             self.http.ask("POST", "/inference/v1/generate", _body(Request([self.eos], 1, 0)))
         except Refused as error:
             raise ConfigError(f"rollout server {self.url}: {error}; start it as --dry-run says") from None
+
+    def _take_over(self) -> None:
+        """Begin anew with a server that an earlier run may have left in mid-push."""
+        for path in ("/finish_weight_update", "/shutdown_weight_transfer_engine") if self.server.url else ():
+            with suppress(Refused):  # nothing was begun
+                self._post(path)
+        self._post("/resume")
+        self._post("/update_weight_version", {"new_version": "0"})
 
     def _look(self) -> None:
         """Raises ServerError where the server is lost."""
@@ -229,12 +241,13 @@ class Http:
         import httpx
 
         self._httpx, self.timeout = httpx, timeout
-        self._client = httpx.Client(base_url=url, timeout=timeout, trust_env=False)
+        # a connection each: the server closes those idle for 5 s, and a request that takes one up then is lost
+        fresh = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.Client(base_url=url, timeout=timeout, limits=fresh, trust_env=False)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="rollout server", daemon=True).start()
-        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         patience = httpx.Timeout(None, connect=timeout)
-        self._async = httpx.AsyncClient(base_url=url, timeout=patience, limits=unlimited, trust_env=False)
+        self._async = httpx.AsyncClient(base_url=url, timeout=patience, limits=fresh, trust_env=False)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The answer, of JSON or None. Raises Refused."""
@@ -243,14 +256,14 @@ class Http:
         except self._httpx.TimeoutException:
             raise Refused(f"{path}: no answer within rollout.server.timeout={self.timeout:g} s") from None
         except self._httpx.HTTPError as error:
-            raise Refused(f"{path}: {error or type(error).__name__}") from None
+            raise Refused(f"{path}: {str(error) or type(error).__name__}") from None
 
     async def patient(self, path: str, body: Any) -> Any:
         """The answer to what may take long: whoever waits for it looks after the server. Raises Refused."""
         try:
             return self._answer(path, await self._async.post(path, json=body))
         except self._httpx.HTTPError as error:
-            raise Refused(f"{path}: {error or type(error).__name__}") from None
+            raise Refused(f"{path}: {str(error) or type(error).__name__}") from None
 
     def start(self, work: Coroutine[Any, Any, Completion]) -> Future[Completion]:
         """Begin what is awaited, in this object's own thread."""
