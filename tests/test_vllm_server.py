@@ -242,7 +242,7 @@ def test_a_server_that_ends_at_its_start_says_why(tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path: SimpleNamespace(eos_token_id=EOS))
-    planted = [sys.executable, "-c", "print('so far so good'); raise ValueError('no such model')"]
+    planted = [sys.executable, "-c", "print('may cause `OSError: files`'); raise ValueError('no such model')"]
     monkeypatch.setattr(vllm_server, "command", lambda *_: planted)
     with pytest.raises(ServerError) as caught:
         make_engine(config(f"output_dir={tmp_path}", "name=x"), "folder")

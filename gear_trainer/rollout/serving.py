@@ -68,6 +68,6 @@ def _last_error(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
         lines = file.read().decode(errors="replace").splitlines()
-    errors = [line for line in lines if re.search(r"\w(Error|Exception)\b: \S", line)]
-    found = re.search(r"\w+(Error|Exception)\b: .*", errors[-1]) if errors else None
-    return f", {found[0][:200]}" if found else ""
+    # an error that is told, not one that a warning quotes in backticks
+    errors = [found[1] for line in lines if (found := re.search(r"(?:^|[\s.])(\w+(?:Error|Exception): \S.*)", line))]
+    return f", {errors[-1][:200]}" if errors else ""
