@@ -1,4 +1,4 @@
-"""The runs of a folder: who goes on, who ended and how, what they came to. All is read off their files, nothing kept elsewhere."""
+"""The runs of a folder: who goes on, who ended and how, what they came to. Read off their files; nothing is kept besides."""
 
 from __future__ import annotations
 

@@ -111,20 +111,24 @@ class Watch:
         engine = read.pop("engine_seconds")
         assert engine is not None  # each rank adds its own
         out = step_values(step, read, seconds, learning_rate(self.cfg, step), more)
-        whole = out["seconds"]["step"]
-        speed: dict[str, Any] = {}
         if device.type == "cuda":
-            speed["tokens_per_second_per_gpu"] = round(out["tokens_per_second"] / self.cfg.world_size, 1)
+            out["tokens_per_second_per_gpu"] = round(out["tokens_per_second"] / self.cfg.world_size, 1)
         # all ranks leave the wait together, so rank 0's time for both is everybody's
-        sampling = seconds["rollout"] + seconds["wait"]
-        speed["idle_share"] = six_digits(max(0.0, sampling - engine) / whole) if whole else None
+        idle, whole = seconds["rollout"] + seconds["wait"] - engine, out["seconds"]["step"]
+        out["idle_share"] = six_digits(max(0.0, idle) / whole) if whole else None
+        return out | self._against(seconds, flops, peaks)
+
+    def _against(self, seconds: dict[str, float], flops: dict[str, float], peaks: dict[str, float]) -> dict[str, Any]:
+        """What was measured beside the yardsticks. flops: of all ranks."""
+        out: dict[str, Any] = {}
         if cost := self.yardsticks.cost:
             full = cost.peak * self.cfg.world_size
-            speed["mfu"] = {phase: six_digits(work / (full * seconds[phase])) for phase, work in flops.items() if seconds[phase]}
+            out["mfu"] = {phase: six_digits(work / (full * seconds[phase])) for phase, work in flops.items() if seconds[phase]}
         planned = {phase: size for phase, size in self.yardsticks.planned.items() if phase in peaks}
-        memory = {"memory": peaks, "memory_planned": planned}
-        speed |= {name: {phase: round(size / GIB, 3) for phase, size in found.items()} for name, found in memory.items() if found}
-        return out | speed
+        for name, sizes in (("memory", peaks), ("memory_planned", planned)):
+            if sizes:
+                out[name] = {phase: round(size / GIB, 3) for phase, size in sizes.items()}
+        return out
 
 
 def _taken(values: dict[str, float | None], prefix: str) -> dict[str, float]:
