@@ -71,34 +71,73 @@ def table(columns=None, data=None, dataframe=None, rows=None, optional=True, all
     return SimpleNamespace(columns=columns, data=data)
 
 
+# arguments of `init`, as wandb 0.31.0 and trackio 0.43.0 have them
+WANDB = [
+    "entity",
+    "project",
+    "dir",
+    "id",
+    "name",
+    "notes",
+    "tags",
+    "config",
+    "config_exclude_keys",
+    "config_include_keys",
+    "allow_val_change",
+    "group",
+    "job_type",
+    "mode",
+    "force",
+    "reinit",
+    "resume",
+    "resume_from",
+    "fork_from",
+    "save_code",
+    "tensorboard",
+    "sync_tensorboard",
+    "monitor_gym",
+    "settings",
+]
+TRACKIO = [
+    "project",
+    "name",
+    "group",
+    "space_id",
+    "server_url",
+    "dataset_id",
+    "bucket_id",
+    "config",
+    "resume",
+    "settings",
+    "private",
+    "embed",
+    "auto_log_gpu",
+    "gpu_log_interval",
+    "auto_log_cpu",
+    "cpu_log_interval",
+    "webhook_url",
+    "webhook_min_level",
+]
+
+
 @pytest.fixture
 def packages(monkeypatch):
-    """Stand-ins for wandb and trackio, by the signatures of wandb 0.31.0 and trackio 0.43.0; `begun`: the runs made, in order."""
+    """Stand-ins for both packages; the runs that they began: (package, arguments, run), in order."""
     begun = []
 
-    def wandb_init(
-        entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None, config=None, config_exclude_keys=None,
-        config_include_keys=None, allow_val_change=None, group=None, job_type=None, mode=None, force=None, reinit=None, resume=None,
-        resume_from=None, fork_from=None, save_code=None, tensorboard=None, sync_tensorboard=None, monitor_gym=None, settings=None,
-    ):  # fmt: skip
-        begun.append(
-            ("wandb", {"project": project, "id": id, "name": name, "dir": dir, "config": config, "resume": resume}, WandbRun())
-        )
-        return begun[-1][2]
+    def package(name, arguments, run):
+        def init(**given):
+            assert given.keys() <= set(arguments), given.keys() - set(arguments)
+            begun.append((name, given, run()))
+            return begun[-1][2]
 
-    def trackio_init(
-        project, name=None, group=None, space_id=None, server_url=None, dataset_id=None, bucket_id=None, config=None, resume="never",
-        settings=None, private=None, embed=True, auto_log_gpu=None, gpu_log_interval=10.0, auto_log_cpu=None, cpu_log_interval=10.0,
-        webhook_url=None, webhook_min_level=None,
-    ):  # fmt: skip
-        begun.append(("trackio", {"project": project, "name": name, "config": config, "resume": resume}, TrackioRun()))
-        return begun[-1][2]
-
-    for name, init in (("wandb", wandb_init), ("trackio", trackio_init)):
         module = ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.init, module.Table = init, table
         monkeypatch.setitem(sys.modules, name, module)
+
+    package("wandb", WANDB, WandbRun)
+    package("trackio", TRACKIO, TrackioRun)
     return begun
 
 
