@@ -112,8 +112,7 @@ def build(
     cfg, why_padded = settle(cfg, recipe, model_path)
     chat, yardsticks = _checked(cfg, task, recipe, model_path, endpoint)
     start = checkpoint.latest_step(cfg) if resume else 0
-    if start:
-        checkpoint.check(cfg, start)
+    resharded = bool(start) and checkpoint.check(cfg, start)
     files = None
     if dist.get_rank() == 0:
         _announce(cfg, recipe, why_padded, resume, start)
@@ -122,9 +121,8 @@ def build(
     sampler = make_engine(cfg, model_path)
     sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
-    engine = build_engine(
-        cfg, model_path, tuple(rule.name for rule in recipe.frozen if rule.follows and shares_weights(cfg, rule))
-    )
+    beside = tuple(rule.name for rule in recipe.frozen if rule.follows and shares_weights(cfg, rule))
+    engine = build_engine(cfg, model_path, beside, resharded)
     frozen = {rule.name: frozen_model(cfg, engine, model_path, rule) for rule in recipe.frozen}
     if start:
         checkpoint.load(engine, cfg, start, tuple(frozen.values()))

@@ -72,8 +72,8 @@ def table(columns=None, data=None, dataframe=None, rows=None, optional=True, all
 
 
 # arguments of `init`, as wandb 0.31.0 and trackio 0.43.0 have them
-WANDB = """entity project dir id name notes tags config config_exclude_keys config_include_keys allow_val_change group job_type mode
-force reinit resume resume_from fork_from save_code tensorboard sync_tensorboard monitor_gym settings"""
+WANDB = """entity project dir id name notes tags config config_exclude_keys config_include_keys allow_val_change group job_type
+mode force reinit resume resume_from fork_from save_code tensorboard sync_tensorboard monitor_gym settings"""
 TRACKIO = """project name group space_id server_url dataset_id bucket_id config resume settings private embed auto_log_gpu
 gpu_log_interval auto_log_cpu cpu_log_interval webhook_url webhook_min_level"""
 
