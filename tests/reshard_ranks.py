@@ -19,7 +19,7 @@ from gear_trainer.policy import checkpoint, lora
 from gear_trainer.policy.gather import whole_state_dict
 
 SEVERAL = (
-    "deepspeed={zero_optimization: {sub_group_size: 9000, stage3_param_persistence_threshold: 100}}"  # parts of Adam's state
+    "deepspeed={zero_optimization: {sub_group_size: 9000, stage3_param_persistence_threshold: 100}}"  # parts of Adam
 )
 EPS = "deepspeed.optimizer.params.eps=1.0e-3"  # its own 1e-8 would make a step of the rate of a gradient's rounding
 CASES = {
