@@ -18,9 +18,7 @@ from lora_ranks import gathered_set
 from gear_trainer.policy import checkpoint, lora
 from gear_trainer.policy.gather import whole_state_dict
 
-SEVERAL = (
-    "deepspeed={zero_optimization: {sub_group_size: 9000, stage3_param_persistence_threshold: 100}}"  # parts of Adam
-)
+SEVERAL = "deepspeed={zero_optimization: {sub_group_size: 9000, stage3_param_persistence_threshold: 100}}"  # parts of Adam
 EPS = "deepspeed.optimizer.params.eps=1.0e-3"  # its own 1e-8 would make a step of the rate of a gradient's rounding
 CASES = {
     "teacher ema": ["credit=opsd+grpo", "teacher.weights=ema", "teacher.ema_rate=0.25", SEVERAL, EPS],

@@ -37,7 +37,8 @@ def test_the_next_step_is_that_of_the_ranks_that_were_there(result, case, what, 
     assert got["loaded"] == 0 if what == "one" else got["loaded"] < tolerance(case), "one rank's own step lies between"
     assert got["gap"] < tolerance(case) < result["whole"][case]["moved"] / 10
     counts, tensors = got["steps"]
-    assert set(counts) == {step} and tensors == len(counts) > 1, "each part of the parameters counts for itself"
+    assert set(counts) == {step} and tensors == len(counts), "each part of the parameters counts for itself"
+    assert len(counts) > 1 or "lora" in case, "several parts"
 
 
 def tolerance(case):
@@ -47,7 +48,8 @@ def tolerance(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_left_of_what_was_written_anew(result, case):
-    assert result["back"][case]["left"] == ["latest", "step-2", "step-3", "step-4"]
+    scripts = ["zero_to_fp32.py", "zero_to_torch.py"]  # DeepSpeed's, which it leaves beside every checkpoint
+    assert result["back"][case]["left"] == ["latest", "step-2", "step-3", "step-4", *scripts]
 
 
 @pytest.fixture

@@ -227,7 +227,8 @@ def test_what_no_peak_bounds_has_no_mfu():
 
 def rollout(ids, prompt=(1, 2, 3), **more):
     r = Rollout(Problem("p", [], [], "42"), 0, 0, list(prompt), [9])
-    r.append(list(ids), [-0.5] * len(ids))
+    ids = list(ids)
+    r.append(ids, [-0.5] * len(ids))
     for name, value in more.items():
         setattr(r, name, value)
     return r
@@ -301,7 +302,7 @@ def test_a_sample_is_text_that_no_terminal_obeys(tmp_path, capsys):
     Console(config(tmp_path), 0, quiet=False).sample(text)
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 41 and shown[4] == "  | \ufffd[31mred [bold]" and shown[-1] == "  | ANSWER 42"
-    assert shown[20] == f"  | ... {106 - 40} lines ..."
+    assert shown[20] == f"  | ... {107 - 40} lines ..."
 
 
 def test_a_sample_is_of_a_rollout_that_teaches_and_comes_every_so_many_steps(tmp_path, monkeypatch, capsys):

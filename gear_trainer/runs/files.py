@@ -81,7 +81,7 @@ def note_end(run_dir: Path, state: str, step: int, why: str = "") -> None:
 
 
 def noted_end(run_dir: Path) -> dict[str, Any] | None:
-    """What `note_end` left there; None of a run that goes on, or that ended in another way."""
+    """The word that `note_end` left there; None of a run that goes on, or that ended in another way."""
     try:
         return json.loads((run_dir / STATE).read_text())
     except (OSError, ValueError):

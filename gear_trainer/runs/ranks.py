@@ -180,7 +180,7 @@ def last_beats(run_dir: Path) -> list[tuple[dict[str, Any], float]]:
 
 
 def lives(beat: dict[str, Any], age: float) -> bool:
-    """Whether the process of a beat runs: looked up on this machine, by the age of its beat on another."""
+    """True where the process of a beat runs: looked up on this machine, by the age of its beat on another."""
     return _alive(beat) if beat["host"] == socket.gethostname() else age < 2 * WARN_AFTER
 
 

@@ -1,4 +1,4 @@
-"""What people watch of a run: the numbers of its steps, a line for each on the terminal, its rollouts on the disk and as text."""
+"""A run as people watch it: the numbers of its steps, a line for each on the terminal, its rollouts on the disk and as text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Cost(Protocol):
 
 @dataclass(frozen=True)
 class Yardsticks:
-    """What a step's numbers are held against.
+    """The figures that a step's numbers are held against.
 
     planned: bytes that a rank was to hold at most, by phase; none where nothing was planned. cost: None where no card's peak is
     known, as on a CPU: then there is no MFU.
