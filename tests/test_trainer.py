@@ -314,7 +314,7 @@ def watched(values, capsys, watch):
     """The same step's numbers: each has its place on the page, and the terminal shows them."""
     assert 0 <= values["idle_share"] <= 1 and values["response_length_p50"] == values["response_length_p99"] > 0
     assert values["memory"].keys() >= {"rollout", "score", "update", "push"} and values["memory_planned"] == {"rollout": 1.0}
-    assert values["mfu"].keys() == {"score", "update"} and "tokens_per_second_per_gpu" not in values, "no GPU is here"
+    assert values["mfu"]["score"] > 0 and "tokens_per_second_per_gpu" not in values, "no GPU is here"
     page = (ROOT / "docs" / "watch.md").read_text()
     assert not [name for name in values.keys() - {"step"} if f"`{name}`" not in page]
     assert not [name for name in (*MEASURED, *values["seconds"]) if f"`{name}`" not in page]

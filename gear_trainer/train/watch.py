@@ -107,7 +107,8 @@ class Watch:
             sums.peak(f"peak/{phase}", peak)
         seconds = phases.split()
         read = sums.read(device)
-        peaks, flops = (_taken(read, prefix) for prefix in ("peak/", "flops/"))
+        found, flops = (_taken(read, prefix) for prefix in ("peak/", "flops/"))
+        peaks = {phase: found[phase] for phase in seconds if phase in found}  # in their order
         engine = read.pop("engine_seconds")
         assert engine is not None  # each rank adds its own
         out = step_values(step, read, seconds, learning_rate(self.cfg, step), more)
