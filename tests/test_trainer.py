@@ -321,7 +321,7 @@ def watched(values, capsys, watch):
     watch.report(values | {"grad_norm": 0.1})
     text = " ".join(capsys.readouterr().out.split())
     assert "idle " in text and "MFU score" in text and "memory, GiB a rank at most of those planned: rollout " in text
-    assert " of 1.00, wait " in text and json.loads(watch.files.metrics_path.read_text())["memory"] == values["memory"]
+    assert " of 1.00, write " in text and json.loads(watch.files.metrics_path.read_text())["memory"] == values["memory"]
 
 
 class Cost:
