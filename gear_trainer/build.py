@@ -179,8 +179,8 @@ def _announce(cfg: Config, recipe: Recipe, why_padded: str | None, resume: bool,
 
     prepare_run_dir(cfg, resume, start)
     print(*(f"warning: {line}\n" for line in warnings(cfg, recipe)), sep="", end="")
-    print(f"sequences are padded: {why_padded}" if why_padded else "sequences are packed: no padding")
-    print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s)", flush=True)
+    sequences = f"padded ({why_padded})" if why_padded else "packed"
+    print(f"{cfg.run_dir}: starting vLLM and DeepSpeed on {cfg.world_size} rank(s), sequences {sequences}", flush=True)
 
 
 def _references(cfg: Config, recipe: Recipe, chat: Any, endpoint: Any, sampler: Any) -> Any:
