@@ -22,6 +22,7 @@ from gear_trainer.policy.checkpoint import MANIFEST
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.metrics import MEASURED
 from gear_trainer.runs.records import read_records, records_path
+from gear_trainer.runs.registry import look
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -300,6 +301,8 @@ def test_D15_weights_that_are_not_finite_replace_no_checkpoint(drill):
     lines = said(run)
     assert len(lines) == 1 and "weights are not finite, no checkpoint was written; go on from step 1" in lines[0], lines
     assert [p.name for p in (drill.dir / "checkpoints").glob("step-*")] == ["step-1"] and drill.latest() == 1
+    found = look(drill.dir)
+    assert found.state == "failed" and "weights are not finite" in found.why and found.step == 2
     drill.row("weights of NaN at a save", lines[0], started, "step 2")
 
 

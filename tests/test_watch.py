@@ -353,10 +353,11 @@ def test_the_state_of_a_run_is_read_off_its_files(tmp_path):
         "raised": look(made(tmp_path, "raised", beat(pid=2**22 + 1, ended="ZeroDivisionError: planted"))),
         "killed": look(made(tmp_path, "killed", beat(pid=2**22 + 1))),
         "old": look(made(tmp_path, "old")),
+        "older": look(made(tmp_path, "older", step=4)),
     }
     assert {name: run.state for name, run in states.items()} == {
         "goes": "running", "elsewhere": "running", "done": "finished", "asked": "stopped", "raised": "failed", "killed": "failed",
-        "old": "failed",
+        "old": "failed", "older": "finished",
     }  # fmt: skip
     assert states["asked"].why == "its launcher is gone" and states["raised"].why == "rank 0: ZeroDivisionError: planted"
     assert "without a word" in states["killed"].why

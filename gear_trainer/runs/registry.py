@@ -66,7 +66,8 @@ def look(run_dir: Path) -> Run:
     cfg = _read(run_dir / "config.json")
     done = read_metrics(run_dir / "metrics.jsonl")
     last: dict[str, Any] = done[-1] if done else {}
-    state, why = _state(run_dir)
+    steps = cfg.get("train", {}).get("steps", 0)
+    state, why = _state(run_dir, complete=0 < steps <= last.get("step", 0))
     solved = [m["held_out_success"] for m in done if m.get("held_out_success") is not None]
     newest = max(path.stat().st_mtime for path in (run_dir, *run_dir.glob("*.json*")))
     return Run(
@@ -76,7 +77,7 @@ def look(run_dir: Path) -> Run:
         state=state,
         why=why if cfg else "its config.json cannot be read",
         step=last.get("step", 0),
-        steps=cfg.get("train", {}).get("steps", 0),
+        steps=steps,
         reward=last.get("reward_mean"),
         success=last.get("success"),
         held_out=(solved[0] if len(solved) > 1 else None, solved[-1] if solved else None),
@@ -91,13 +92,15 @@ def _read(path: Path) -> dict[str, Any]:
         return {}  # cut short by a kill
 
 
-def _state(run_dir: Path) -> tuple[State, str]:
+def _state(run_dir: Path, complete: bool) -> tuple[State, str]:
     if ended := noted_end(run_dir):
         return ended["state"], ended["why"]
     beats = last_beats(run_dir)
     if any(lives(beat, age) for beat, age in beats):
         return "running", ""
     words = [f"rank {rank}: {beat['ended']}" for rank, (beat, _) in enumerate(beats) if beat["ended"]]
+    if complete and not words:
+        return "finished", ""  # by a version that left no word
     return "failed", words[0] if words else "without a word: killed, or its machine is gone"
 
 
