@@ -22,6 +22,16 @@ def server():
     server.close()
 
 
+@pytest.fixture
+def alone():
+    """A process group of this process only."""
+    import torch.distributed as dist  # the controller loads no torch
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def _load_interpreted():
     # The variable counts when triton is imported, when a kernel is decorated and when the first one runs; the processes that
     # tests start do not see it.

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from benchmarks.gates import figures as gates
 from gear_kernels import TokenStats
@@ -21,14 +20,6 @@ DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 SIZES = ["world_size=1", "rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_model_len=64"]
 ADVANTAGES = [1.0, -1.0, 0.0, 0.0, 0.7, -0.7, 0.3, -0.3]
 META = torch.device("meta")
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process only."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def rollouts():

@@ -5,7 +5,6 @@ import math
 import peer_losses as peers
 import pytest
 import torch
-import torch.distributed as dist
 from peer_losses import TrlTrainer
 
 from gear_kernels import GearKernelsError
@@ -206,14 +205,6 @@ def test_bad_input(call, message):
 
 
 # --- advantages and what is left out --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process only."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def rollout(group, reward, tokens=4, status=Status.DONE):

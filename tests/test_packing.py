@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from fuzzing import rng
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -186,14 +185,6 @@ def test_the_share_of_padding_is_counted_by_hand():
     assert padding(drawn, split, True, False, packed=True) == (0, whole - padded)
     batches = [micro_batch(drawn, rows, True) for rows in split]
     assert whole == sum(x.input_ids.numel() for b in batches for x in (b.student, b.teacher))
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process only."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_a_scoring_pass_of_packed_rows_gives_the_padded_ones_numbers(alone):

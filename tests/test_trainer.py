@@ -82,14 +82,6 @@ def test_rollouts_without_policy_tokens_make_an_empty_micro_batch():
     assert batch.targets.shape == batch.student.index.shape == (0,) and batch.targets.dtype == torch.int64
 
 
-@pytest.fixture
-def alone():
-    """A process group of this process only."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_T4_scoring_does_not_pad_students_to_the_teachers_width(alone):
     """What reaches the model in a scoring pass: each side as wide as its own longest row, and nobody's numbers change."""
     lengths = [(4, 24, (7, 8, 9, 10)), (3, 20, (5, 6)), (4, 24, (3, 2, 1)), (2, 22, (11,))]

@@ -194,11 +194,10 @@ def packed_sdpa(
     cu_seq_lens_q: int32 [R + 1], where sequences begin, on the query's device. sliding_window: tokens that each one sees, itself
     included. Raises RunError without the sequences' ends.
     """
-    if cu_seq_lens_q is None:
-        raise RunError("train.packing=true: the model's attention was not told where sequences end; set train.packing=false")
+    ends = _told(cu_seq_lens_q)
     if query.device.type == "cuda":
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _one_by_one(module, (query, key, value), cu_seq_lens_q.tolist(), scaling, sliding_window), None
+        return _varlen(query, key, value, ends, max_length_q, scaling, sliding_window), None
+    return _one_by_one(module, (query, key, value), ends.tolist(), scaling, sliding_window), None
 
 
 def packed_flash(
@@ -213,10 +212,15 @@ def packed_flash(
     """As `packed_sdpa`, by one of transformers' flash kernels. It takes its kernel's name from the module's configuration."""
     from transformers.integrations.flash_attention import flash_attention_forward
 
-    if options.get("cu_seq_lens_q") is None:
-        raise RunError("train.packing=true: the model's attention was not told where sequences end; set train.packing=false")
+    _told(options.get("cu_seq_lens_q"))
     named = SimpleNamespace(config=SimpleNamespace(_attn_implementation=kernel), is_causal=True, modules=module.modules)
     return flash_attention_forward(named, query, key, value, None, **options)  # pyright: ignore[reportArgumentType]
+
+
+def _told(ends: torch.Tensor | None) -> torch.Tensor:
+    if ends is None:
+        raise RunError("train.packing=true: the model's attention was not told where sequences end; set train.packing=false")
+    return ends
 
 
 def _varlen(

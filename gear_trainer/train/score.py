@@ -27,7 +27,7 @@ def score(recipe: Recipe, experience: Experience, passes: list[Pass], forward: F
                 _keep(recipe, experience, batch.rows, out, wrong, part.teacher)
     # by itself: on the policy's own weights each change of adapters is another order of modules, which ZeRO-3 would record anew
     for part in passes if recipe.kl else ():
-        for batch in part.micro_batches(experience):
+        for batch in replace(part, teacher=False, wrong_hint=False).micro_batches(experience):
             with torch.no_grad():
                 reference = forward.reference_logprobs(batch)
             if batch.rows:
