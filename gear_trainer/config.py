@@ -71,12 +71,30 @@ class LoraConfig(Section):
 
 class VllmConfig(Section):
     max_num_seqs: int = Field(default=64, ge=1, description="sequences that one engine decodes at a time")
-    gpu_memory_utilization: float = Field(default=0.45, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache)")
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, lt=1, description="vLLM's share of a GPU (weights and KV cache); null: 0.45, and 0.9 of a server's"
+    )
     kv_cache_mib: int | None = Field(default=None, ge=1, description="size of the KV cache instead of a share; needed on a CPU")
     sleep_level: Literal[0, 1, 2] = Field(
         default=0, description="GPU: 1 offloads, 2 drops vLLM's weights while the trainer works"
     )
     engine_args: dict[str, Any] = Field(default_factory=dict, description="anything else for vLLM's LLM(...)")
+
+
+class ServerConfig(Section):
+    url: str | None = Field(
+        default=None,
+        description="base URL of a vLLM server that runs already, as http://10.0.0.2:8000; null: rank 0 starts one. The dry run "
+        "prints the command",
+    )
+    devices: list[int] = Field(
+        default_factory=list, description="numbers of the GPUs of the server that rank 0 starts; no rank uses them"
+    )
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs (processes on a CPU) that the model is split over")
+    start_timeout: float = Field(default=900.0, gt=0, description="seconds that a server may take until it serves")
+    timeout: float = Field(
+        default=120.0, gt=0, description="seconds without an answer after which a server counts as lost, and the run ends"
+    )
 
 
 class RolloutConfig(Section):
@@ -100,9 +118,19 @@ class RolloutConfig(Section):
     max_failed_share: float = Field(
         default=0.5, ge=0, le=1, description="of a step's rollouts on a rank: where environments break more of them, the run ends"
     )
-    engine: str = Field(default="vllm_colocated", description="vllm_colocated: in each rank's process; or module:Class")
+    engine: str = Field(
+        default="vllm_colocated",
+        description="vllm_colocated: in each rank's process; vllm_server: one server for all ranks; or module:Class",
+    )
     engine_options: dict[str, Any] = Field(default_factory=dict, description="arguments of an engine of your own")
     vllm: VllmConfig = VllmConfig()
+    server: ServerConfig = ServerConfig()
+    staleness: int = Field(
+        default=0,
+        ge=0,
+        description="steps that sampling runs ahead of training; 0: they take turns. Groups with a token that was sampled by "
+        "weights of more steps ago are left out",
+    )
     filter_groups: bool | None = Field(
         default=None,
         description="sample again for groups that all succeed or all fail (DAPO); null is the method's own (on for sgcd)",
@@ -402,6 +430,11 @@ class Config(Section):
             raise ValueError(
                 f"rollout.max_new_tokens={r.max_new_tokens} leaves no room for a prompt in "
                 f"rollout.max_model_len={r.max_model_len}: raise max_model_len"
+            )
+        if r.staleness and r.turn_timeout is None:
+            raise ValueError(
+                f"rollout.staleness={r.staleness} samples in a thread, and rollout.turn_timeout=null asks for the main one: set "
+                "a limit in seconds, or rollout.staleness=0"
             )
         new, context = self.eval.max_new_tokens or r.max_new_tokens, self.eval.max_model_len or r.max_model_len
         if new >= context:

@@ -47,7 +47,7 @@ def test_an_engine_of_ones_own_is_made_with_its_options():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["rollout.engine=vlm"], "rollout.engine=vlm: unknown; use vllm_colocated, or module:Class"),
+        (["rollout.engine=vlm"], "rollout.engine=vlm: unknown; use vllm_colocated, vllm_server, or module:Class"),
         (["rollout.engine=no_such:Thing"], r"rollout.engine=no_such:Thing: cannot be loaded \(ModuleNotFound.*check the module"),
         ([f"rollout.engine={__name__}:Stranger"], "Stranger is no gear_trainer.rollout.Engine: derive it"),
         ([f"rollout.engine={__name__}:Half"], "Half has no push: write them"),

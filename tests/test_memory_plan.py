@@ -114,6 +114,18 @@ def test_the_8b_plan_meets_the_arithmetic_of_its_configuration():
     assert "more for rollout.vllm.gpu_memory_utilization" in " ".join(notes(plan, cfg))
 
 
+def test_a_rollout_server_takes_nothing_of_a_ranks_gpu():
+    """Its own GPUs hold the weights once, and the KV cache of all ranks' rollouts."""
+    apart = ["rollout.engine=vllm_server", "rollout.server.devices=[8,9]", "rollout.server.tensor_parallel_size=2"]
+    beside, plan = (planned("qwen3_8b", 80, *overrides, f"{SHARE}=null")[2] for overrides in ([], apart))
+    assert not [row for rows in plan.phases.values() for row in rows if row.startswith("vLLM")]
+    held = 2 * 0.9 * plan.card.total - QWEN3["8B"] * 2
+    assert held - 20 * GIB < plan.cache.size < held and plan.cache.size > 4 * beside.cache.size
+    assert plan.phases["update"] == beside.phases["update"] and plan.cache.wanted >= beside.cache.wanted
+    whole = plan.phases["push"]["whole weights"]
+    assert whole >= 512 * MIB, "a chunk is copied while it is on its way"
+
+
 def test_more_ranks_more_tokens_and_a_second_model_change_their_rows_alone():
     base = planned("qwen3_8b", 80)[2].phases
     wide = planned("qwen3_8b", 80, "train.tokens_per_micro_batch=32768")[2].phases

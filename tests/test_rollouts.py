@@ -161,7 +161,8 @@ def test_the_scripted_engine_by_name():
     assert make_engine(cfg, "folder").slots == 7 and issubclass(engine_class(cfg), Scripted)
     engine = make_engine(cfg, "folder")
     engine.push(iter([("a", None)]))
-    assert play(Talk(), "continuous", engine)[0].versions == [1] * 4
+    rollout = play(Talk(), "continuous", engine)[0]
+    assert rollout.turns == 4 and rollout.versions == [1 if policy else -1 for policy in rollout.mask]
 
 
 # --- tools that take their time -----------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from gear_trainer.policy.hub import known_config, meta_model, model_sizes
 from gear_trainer.policy.zero import choose_accelerator, deepspeed_config
 from gear_trainer.preflight.meter import Passes, passes
 from gear_trainer.recipe import Frozen, Recipe
-from gear_trainer.rollout.vllm_colocated import adapter_rank, kv_bytes
+from gear_trainer.rollout.vllm_colocated import adapter_rank, kv_bytes, memory_share
+from gear_trainer.rollout.weight_transfer import CHUNK
 from gear_trainer.user_code import said
 
 if TYPE_CHECKING:
@@ -255,6 +256,7 @@ class _Rank:
         self.passes, self.tokens = planner.passes(cfg), planner.tokens(cfg)
         self.frozen = planner.recipe.frozen
         self.offloaded = self._device(self.zero.offload_optimizer) != "none"
+        self.apart = cfg.rollout.engine == "vllm_server"  # on GPUs of its own, or in one process beside all ranks
         self.asleep = card.gpu and cfg.rollout.vllm.sleep_level > 0
 
     @staticmethod
@@ -330,6 +332,12 @@ class _Rank:
         return self.item * (max(in_use + fetch, self.s.small) + fetch * (2 if self.card.gpu else 2.5))
 
     def _vllm(self) -> dict[str, float]:
+        """What a rank's engine takes of its card, or the rank's share of what the one server takes of the machine."""
+        if not self.apart:
+            return self._one_vllm()
+        return {} if self.card.gpu else {row: size / self.world for row, size in self._one_vllm().items()}
+
+    def _one_vllm(self) -> dict[str, float]:
         weights = self._served() * self.item
         if self.card.gpu:
             return {"vLLM: weights": weights, "vLLM: KV cache": self._cache().size, "vLLM: prefill, graphs": self._prefill()}
@@ -353,14 +361,17 @@ class _Rank:
         return self.passes.score * batch / self.tokens + logits + (0 if more.get("enforce_eager") else GRAPHS)
 
     def _cache(self) -> Cache:
+        """The KV cache of one engine: a rank's, or that of all GPUs of the server, each such a card."""
         r, planner = self.cfg.rollout, self.planner
+        gpus = r.server.tensor_parallel_size if self.apart else 1
         if r.vllm.kv_cache_mib is not None:
-            size = float(r.vllm.kv_cache_mib * MIB)
+            size = float(r.vllm.kv_cache_mib * MIB * gpus)
         else:
-            taken = self._served() * self.item + (self._prefill() if self.card.gpu else LIBRARIES)
-            size = max(0.0, r.vllm.gpu_memory_utilization * self.card.total * (1 if self.card.gpu else self.world) - taken)
+            taken = self._served() * self.item + (self._prefill() * gpus if self.card.gpu else LIBRARIES)
+            card = self.card.total * (gpus if self.card.gpu else self.world)
+            size = max(0.0, memory_share(self.cfg) * card - taken)
         token = kv_bytes(self.cfg, planner.fields)
-        wanted = min(r.vllm.max_num_seqs, r.prompts_per_step * r.group_size // self.world)
+        wanted = min(r.vllm.max_num_seqs, r.prompts_per_step * r.group_size // (1 if self.apart else self.world))
         if token is None:
             return Cache(size, float("inf"), float("inf"), float("inf"), wanted)
         tokens = size / token
@@ -385,7 +396,8 @@ class _Rank:
         held = self._trainer() | self._vllm()
         if not self.card.gpu:
             tokens = min(4096, self.cfg.rollout.vllm.max_num_seqs * self.planner.student)
-            held["vLLM: prefill, graphs"] = tokens * (self.passes.score / self.tokens + self._copied_adapter())
+            work = tokens * (self.passes.score / self.tokens + self._copied_adapter())
+            held["vLLM: prefill, graphs"] = work / (self.world if self.apart else 1)
         return held
 
     def _copied_adapter(self) -> float:
@@ -452,6 +464,9 @@ class _Rank:
         """A layer gathered, vLLM's copy of it and what it packs of that; the KV cache sleeps where it can. Adapters go by way of
         a file: there is vLLM's copy of them alone."""
         held = self._trainer() | self._awake()
+        if self.apart:
+            copied = min(float(CHUNK), self.s.total * self.item)
+            return held | {"whole weights": self._small() + max(copied, 2.0 * self.item * max(self.s.layer, self.s.head))}
         held["vLLM: weights"] = self._vllm()["vLLM: weights"]
         if adapters := self._pushed_alone():
             return held | {"whole weights": self._small() + adapters * self.item}
@@ -479,7 +494,7 @@ class _Rank:
             held += self.trained * (self.accumulated + 16) + 8 * self._subgroup()
         if self._device(self.zero.offload_param) == "cpu":
             held += self.share * self.item
-        if self.cfg.rollout.vllm.sleep_level == 1:
+        if self.cfg.rollout.vllm.sleep_level == 1 and not self.apart:
             held += self._served() * self.item
         return held
 

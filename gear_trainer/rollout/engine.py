@@ -16,7 +16,10 @@ from gear_trainer.errors import ConfigError
 from gear_trainer.rollout.types import Completion, Request
 from gear_trainer.user_code import load_class
 
-ENGINES = {"vllm_colocated": "gear_trainer.rollout.vllm_colocated:ColocatedVllm"}
+ENGINES = {
+    "vllm_colocated": "gear_trainer.rollout.vllm_colocated:ColocatedVllm",
+    "vllm_server": "gear_trainer.rollout.vllm_server:ServerVllm",
+}
 
 
 class Engine(ABC):
@@ -26,6 +29,7 @@ class Engine(ABC):
     """
 
     version = 0  # pushes so far
+    samples_beside_training = False  # any thread may sample, also while another pushes: what rollout.staleness needs
 
     @abstractmethod
     def generate(self, requests: list[Request]) -> list[Completion]:
@@ -90,6 +94,11 @@ def engine_class(cfg: Config) -> type[Engine]:
         raise ConfigError(f"rollout.engine={name}: {cls.__name__} is no gear_trainer.rollout.Engine: derive it from that class")
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise ConfigError(f"rollout.engine={name}: {cls.__name__} has no {', '.join(missing)}: write them")
+    if cfg.rollout.staleness and not cls.samples_beside_training:
+        raise ConfigError(
+            f"rollout.staleness={cfg.rollout.staleness}: rollout.engine={name} samples in turn with the trainer; set "
+            "rollout.engine=vllm_server, or rollout.staleness=0"
+        )
     takes = inspect.signature(cls).parameters
     if cfg.lora.rank and cfg.lora.push == "adapter" and cls.push_adapter is Engine.push_adapter:
         raise ConfigError(f"lora.push=adapter: rollout.engine={name} has no push_adapter: set lora.push=merged, or write it")

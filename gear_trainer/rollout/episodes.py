@@ -163,8 +163,7 @@ class Course:
                 return Status.LENGTH
             seed = seed_of(*self.key, r.group, r.sample, turn)
             completion: Completion = yield Request(r.prompt_ids + r.ids, limits.room(r), seed, limits.temperature, limits.top_p)
-            r.append(completion.ids, completion.logprobs)
-            r.versions.append(completion.version)
+            r.append(completion.ids, completion.logprobs, completion.token_versions)
             r.turn_rewards.append(0.0)
             if not completion.ended:
                 return Status.LENGTH

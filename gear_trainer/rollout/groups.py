@@ -40,6 +40,15 @@ def check_failures(
         )
 
 
+def leave_out_stale(rollouts: list[Rollout], version: int, staleness: int) -> int:
+    """Drop each group that has a token of weights from before push `version - staleness`. Returns the number of groups."""
+    oldest = version - staleness
+    stale = {r.group for r in rollouts if any(0 <= sampled < oldest for sampled in r.versions)}
+    for rollout in rollouts:
+        rollout.dropped = rollout.dropped or rollout.group in stale
+    return len(stale)
+
+
 def is_mixed(group: list[Rollout], spread: float | None = None) -> bool:
     """True where some succeeded and some failed: such a group shows what made the difference; one without an outcome does not.
 

@@ -31,13 +31,19 @@ class Request:
 class Completion:
     """One sampled turn. `logprobs` are the sampler's own, of the tempered distribution, in nats; `ended`: it closed its turn.
 
-    `version` counts the pushes of weights before it was sampled.
+    `version` counts the pushes of weights before it was sampled; `versions`: before each token, where one came in between.
     """
 
     ids: list[int]
     logprobs: list[float]
     ended: bool
     version: int = 0
+    versions: list[int] | None = None
+
+    @property
+    def token_versions(self) -> list[int]:
+        """Pushes of weights before each token was sampled."""
+        return [self.version] * len(self.ids) if self.versions is None else self.versions
 
 
 class Status(StrEnum):
@@ -71,13 +77,13 @@ class Rollout:
     metrics: dict[str, float] = field(default_factory=dict)  # the outcome's, beside its reward
     turn_rewards: list[float] = field(default_factory=list)  # the environment's, of each turn by itself
     anchors: list[int] = field(default_factory=list)  # names what each turn answers: the prompt, then the last reply
-    versions: list[int] = field(default_factory=list)  # of the weights that sampled each turn
+    versions: list[int] = field(default_factory=list)  # of the weights that sampled each token; -1 where mask is False
     wrong_prompt_ids: list[int] = field(default_factory=list)  # the teacher's prompt with a wrong hint; empty: none was shown
     reference: str | None = None  # what the teacher reads beside the question, where a credit reference was written
     escaped: int = 0  # texts of both prompts and of replies that spelled control tokens
     cut: int = 0  # replies that did not fit into the context whole
     failures: list[str] = field(default_factory=list)  # one line for each try that the environment broke off
-    dropped: bool = False  # one of its group failed: nobody learns from the group
+    dropped: bool = False  # one of its group failed or is too old: nobody learns from the group
 
     def __post_init__(self) -> None:
         self.anchors = self.anchors or [seed_of(self.prompt_ids)]
@@ -97,11 +103,13 @@ class Rollout:
         """The places in `ids` of what the policy sampled."""
         return [i for i, is_policy in enumerate(self.mask) if is_policy]
 
-    def append(self, ids: list[int], logprobs: list[float] | None) -> None:
-        """Add a turn's tokens with their log-probs, or (None) the environment's."""
+    def append(self, ids: list[int], logprobs: list[float] | None, versions: list[int] | None = None) -> None:
+        """Add a turn's tokens with their log-probs and the versions of their weights (None: of the first), or (None) the
+        environment's."""
         self.ids += ids
         self.mask += [logprobs is not None] * len(ids)
         self.sampler_logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
+        self.versions += [-1 if logprobs is None else 0] * len(ids) if versions is None else versions
         self.turn_ids += [self.turns] * len(ids)
 
 

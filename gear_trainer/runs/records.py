@@ -70,6 +70,7 @@ class Records:
             "tokens": [self.piece(t) for t in r.ids],
             "mask": [int(m) for m in r.mask],
             "sampler_logprobs": [round(x, 6) if m else None for x, m in zip(r.sampler_logprobs, r.mask, strict=True)],
+            "versions": [v if v >= 0 else None for v in r.versions],
             **{key: _over_ids(columns[name][i], r.mask) for key, name in COLUMNS.items()},
         }
 

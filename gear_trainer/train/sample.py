@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gear_trainer.config import Config
 from gear_trainer.recipe import Recipe
-from gear_trainer.rollout import Engine, Limits, Rollout, check_failures, mixed_groups, roll_out, troubles
+from gear_trainer.rollout import Engine, Limits, Rollout, check_failures, leave_out_stale, mixed_groups, roll_out, troubles
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks.base import Problem, Task
+from gear_trainer.train.ahead import Ahead
 
 
-@dataclass(frozen=True)
 class StepSampler:
-    """Samples this rank's share of a step. What a step holds is a function of (seed, step, rank) alone."""
+    """Samples this rank's share of a step, in turn with the training or `rollout.staleness` steps ahead of it.
 
-    cfg: Config
-    recipe: Recipe
-    task: Task
-    chat: Chat
-    engine: Engine
-    rank: int
+    What a step holds is a function of (seed, step, rank) alone, and of the weights that sampled it.
+    """
+
+    def __init__(self, cfg: Config, recipe: Recipe, task: Task, chat: Chat, engine: Engine, rank: int):
+        self.cfg, self.recipe, self.task, self.chat, self.engine, self.rank = cfg, recipe, task, chat, engine, rank
+        staleness = cfg.rollout.staleness
+        self.take = Ahead(self.draw, staleness, cfg.train.steps).take if staleness else self.draw
 
     def __call__(self, step: int, sums: Sums) -> list[Rollout]:
         """The step's rollouts. Ranks may sample different numbers of batches, so nothing in here is a collective."""
-        cfg, limits, most = self.cfg, Limits.of(self.cfg.rollout), self.recipe.gen_batches
+        cfg = self.cfg
+        rollouts, counts = self.take(step)
+        if self.recipe.gen_batches > 1:
+            sums.mean("mixed_groups", counts["mixed_groups"], cfg.prompts_per_rank)
+            sums.total("resampled_groups", counts["resampled_groups"])
+        for name, value in troubles(rollouts).items():
+            sums.total(name, value)
+        check_failures(rollouts, Limits.of(cfg.rollout))
+        if cfg.rollout.staleness:
+            self._count_ages(rollouts, sums)
+        return rollouts
+
+    def draw(self, step: int) -> tuple[list[Rollout], dict[str, int]]:
+        """Sample the step's rollouts; with the counts of `mixed_groups`."""
+        cfg, limits = self.cfg, Limits.of(self.cfg.rollout)
         self.engine.wake()
 
         def sample(batch: int, slots: list[int]) -> list[Rollout]:
             return roll_out(self.engine, self.chat, self.task, self.problems(step, batch, slots), limits, (cfg.seed, step))
 
-        rollouts, counts = mixed_groups(sample, cfg.prompts_per_rank, most, cfg.rollout.filter_spread)
-        if most > 1:
-            sums.mean("mixed_groups", counts["mixed_groups"], cfg.prompts_per_rank)
-            sums.total("resampled_groups", counts["resampled_groups"])
-        for name, value in troubles(rollouts).items():
-            sums.total(name, value)
-        check_failures(rollouts, limits)
-        return rollouts
+        return mixed_groups(sample, cfg.prompts_per_rank, self.recipe.gen_batches, cfg.rollout.filter_spread)
+
+    def _count_ages(self, rollouts: list[Rollout], sums: Sums) -> None:
+        """Leave out what is too old; a token's age is the number of pushes since it was sampled."""
+        version = self.engine.version
+        sums.total("groups_stale", leave_out_stale(rollouts, version, self.cfg.rollout.staleness))
+        ages = [version - sampled for r in rollouts for sampled in r.versions if sampled >= 0]
+        sums.mean("token_age_mean", sum(ages), len(ages))
+        sums.peak("token_age_max", max(ages, default=0))
 
     def problems(self, step: int, batch: int, slots: list[int]) -> list[tuple[int, Problem]]:
         """Fresh problems for some of the rank's places in a step. Every step owns the indices of all batches that it may sample,

@@ -1,0 +1,144 @@
+"""A small stand-in for vLLM's server on loopback: token ids in and out, weights over a group of the test's, faults on demand."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+EOS = 1
+
+
+class FakeVllm(ThreadingHTTPServer):
+    """`asked` keeps (path, body) of all requests but those for health, `weights` what was pushed, by name.
+
+    faults: by path an HTTP status to fail with, or "hang", or "drop" (the connection breaks off). A turn is the prompt's last
+    token + 1, + 2, ... up to max_tokens or 4 tokens and EOS; one whose prompt begins with 99 is held until the next push.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked, self.weights, self.faults = [], {}, {}
+        self.version, self.paused, self.updated = "default", False, False
+        self.pushed, self.ended, self.group = threading.Event(), threading.Event(), None
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def paths(self):
+        return [path for path, _ in self.asked]
+
+    def generate(self, body):
+        first = [self.version]
+        held = body["token_ids"][0] == 99
+        if held:
+            self.pushed.wait(30)
+        ids = [body["token_ids"][-1] + i for i in range(1, 5)] + [EOS]
+        cut = ids[: body["sampling_params"]["max_tokens"]]
+        spans = [{"version": first[0], "start": 0, "end": 2 if held else len(cut)}]
+        if held:
+            spans.append({"version": self.version, "start": 2, "end": len(cut)})
+        content = [{"token_id": t, "logprob": -t / 10, "top_logprobs": []} for t in cut]
+        reason = "stop" if cut == ids else "length"
+        choice = {"index": 0, "token_ids": cut, "logprobs": {"content": content}, "finish_reason": reason}
+        return {"choices": [{**choice, "weight_versions": spans}]}
+
+    def update(self, info):
+        assert self.paused, "weights come while nothing runs"
+        for name, dtype, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            self.group.receive(tensor)
+            self.weights[name] = tensor
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        if not self.faulty():
+            self.reply(200, {"world_size": 1} if self.path == "/get_world_size" else None)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "null")
+        server, path = self.server, self.path
+        server.asked.append((path, body))
+        if self.faulty():
+            return
+        answer = None
+        if path == "/inference/v1/generate":
+            answer = server.generate(body)
+        elif path == "/update_weight_version":
+            server.version = body["new_version"]
+        elif path == "/pause?mode=keep":
+            server.paused = True
+        elif path == "/update_weights":
+            server.update(body["update_info"])
+        elif path == "/finish_weight_update":
+            if body is None:
+                return self.reply(500, {"error": {"message": "no update was begun"}})
+            server.version, server.updated = body["weight_version"], True
+        elif path == "/resume":
+            server.paused = False
+            if server.updated:
+                server.pushed.set()
+        self.reply(200, answer)
+
+    def faulty(self):
+        fault = self.server.faults.get(self.path)
+        if fault == "drop":
+            self.close_connection = True
+            self.connection.close()
+        elif fault == "hang":
+            self.server.ended.wait(60)
+        elif fault:
+            self.reply(fault, {"error": {"message": f"told to fail with {fault}"}})
+        return bool(fault)
+
+    def reply(self, status, content):
+        data = b"" if content is None else json.dumps(content).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+
+class Wire:
+    """Both ends of a group in one process: what one sends, the other receives, in order."""
+
+    def __init__(self):
+        self.sent, self.there = [], threading.Condition()
+
+    def send(self, tensor):
+        with self.there:
+            self.sent.append(tensor)
+            self.there.notify()
+
+    def finish(self):
+        deadline = time.monotonic() + 30
+        while self.sent and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def receive(self, tensor):
+        with self.there:
+            assert self.there.wait_for(lambda: self.sent, 30)
+            tensor.copy_(self.sent.pop(0))
+
+
+@contextmanager
+def fake_vllm():
+    server = FakeVllm()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.ended.set()
+        server.pushed.set()
+        server.shutdown()
+        server.server_close()
