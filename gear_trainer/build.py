@@ -104,28 +104,31 @@ def build(
     from gear_trainer.policy.packing import settle
     from gear_trainer.policy.zero import build_engine
     from gear_trainer.rollout.engine import make_engine
+    from gear_trainer.runs.files import RunFiles
     from gear_trainer.train.loop import Trainer
+    from gear_trainer.train.watch import Watch
 
     _meet(cfg)
     cfg, why_padded = settle(cfg, recipe, model_path)
-    chat = _chat(cfg, task, recipe, model_path, endpoint)
+    chat, yardsticks = _checked(cfg, task, recipe, model_path, endpoint)
     start = checkpoint.latest_step(cfg) if resume else 0
-    if start:
-        checkpoint.check(cfg, start)
+    resharded = bool(start) and checkpoint.check(cfg, start)
+    files = None
     if dist.get_rank() == 0:
         _announce(cfg, recipe, why_padded, resume, start)
+        files = RunFiles(cfg, start)  # a tracker that does not start is told of before the engines do
     dist.barrier()
     sampler = make_engine(cfg, model_path)
     sampler.sleep()  # DeepSpeed builds where its KV cache was; the first push wakes it
     dist.barrier()  # ranks drift while vLLM starts; DeepSpeed's own first collective has a short patience
-    engine = build_engine(
-        cfg, model_path, tuple(rule.name for rule in recipe.frozen if rule.follows and shares_weights(cfg, rule))
-    )
+    beside = tuple(rule.name for rule in recipe.frozen if rule.follows and shares_weights(cfg, rule))
+    engine = build_engine(cfg, model_path, beside, resharded)
     frozen = {rule.name: frozen_model(cfg, engine, model_path, rule) for rule in recipe.frozen}
     if start:
         checkpoint.load(engine, cfg, start, tuple(frozen.values()))
     references = _references(cfg, recipe, chat, endpoint, sampler)
-    return Trainer(cfg, recipe, task, chat, engine, sampler, frozen, references, interrupts), start
+    watch = Watch(cfg, chat, start, files, yardsticks)
+    return Trainer(cfg, recipe, task, chat, engine, sampler, frozen, references, interrupts, watch), start
 
 
 def _meet(cfg: Config) -> None:
@@ -147,18 +150,26 @@ def _meet(cfg: Config) -> None:
     Beats(cfg.run_dir, dist.get_rank(), cfg.world_size, cfg.rank_timeout).start()
 
 
-def _chat(cfg: Config, task: Task, recipe: Recipe, model_path: str, endpoint: Any) -> Any:
-    """The model's chat, once its prompts fit into the context and the run into the card. Raises ConfigError."""
+def _checked(cfg: Config, task: Task, recipe: Recipe, model_path: str, endpoint: Any) -> tuple[Any, Any]:
+    """The model's chat, once its prompts fit into the context and the run into the card, and what the run is held against.
+
+    Raises ConfigError.
+    """
     from transformers import AutoTokenizer
 
     from gear_trainer.preflight.checks import check_prompts, lengths
     from gear_trainer.preflight.memory import check_start
+    from gear_trainer.preflight.speed import model_cost
     from gear_trainer.rollout.chat import Chat
+    from gear_trainer.train.watch import Yardsticks
 
     chat = Chat(AutoTokenizer.from_pretrained(model_path), task.tools, cfg.chat_template_args)
     prompts = check_prompts(cfg, task, recipe, chat, endpoint and endpoint.context)
-    check_start(cfg, recipe, lengths(cfg, task, prompts))
-    return chat
+    found = check_start(cfg, recipe, lengths(cfg, task, prompts))
+    if not found:
+        return chat, None
+    planner, plan = found
+    return chat, Yardsticks(plan.of_a_step(), model_cost(planner.lm, cfg.model.dtype))
 
 
 def _announce(cfg: Config, recipe: Recipe, why_padded: str | None, resume: bool, start: int) -> None:
@@ -191,6 +202,7 @@ def finish(cfg: Config, trainer: Any, done: int) -> int:
 
     from gear_trainer.policy import checkpoint
     from gear_trainer.report.build import write_report
+    from gear_trainer.runs.files import note_end
     from gear_trainer.runs.ranks import Beats
 
     finished = done == cfg.train.steps
@@ -202,6 +214,7 @@ def finish(cfg: Config, trainer: Any, done: int) -> int:
         else:
             why = f" ({trainer.interrupts.why})" if trainer.interrupts.why else ""
             print(f"stopped after step {done}{why}; --resume goes on from there", flush=True)
+        note_end(cfg.run_dir, "finished" if finished else "stopped", done, trainer.interrupts.why)
     assert Beats.running is not None  # since the ranks met
     Beats.running.stop()  # from here on a rank that ends is not lost
     dist.barrier()  # vLLM's own shutdown at exit takes the process groups down

@@ -1,4 +1,4 @@
-"""Commands and exit codes: train, plan, evaluate, report. 0 is done, 2 what the user can mend, 130 stopped, 1 anything else.
+"""Commands and exit codes: train, plan, evaluate, report, runs. 0 is done, 2 what the user can mend, 130 stopped, 1 all else.
 
 `python -m gear_trainer train --config FILE [key=value ...]` under a launcher is what `gear_trainer/run.py` is by itself.
 """
@@ -110,7 +110,17 @@ def report(argv: list[str]) -> int:
     return _guarded(lambda: _report(args.runs, args.compare))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "plan": plan, "evaluate": evaluate, "report": report}
+def runs(argv: list[str]) -> int:
+    """List runs: their state, their step, what they came to."""
+    parser = argparse.ArgumentParser(prog="gear-trainer runs", description=runs.__doc__)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="where runs are: output_dir, or one run; runs/")
+    args = parser.parse_intermixed_args(argv)
+    return _guarded(lambda: _runs(args.folders or [Path("runs")]))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train, "plan": plan, "evaluate": evaluate, "report": report, "runs": runs,
+}  # fmt: skip
 
 
 def _plan(cfg: Config, sold_as: float | None) -> int:
@@ -212,6 +222,17 @@ def _report(runs: list[Path], compare: Path | None) -> int:
         draw_comparison(runs, compare)
     else:
         print(*(write_report(folder) for folder in runs), sep="\n")
+    return 0
+
+
+def _runs(folders: list[Path]) -> int:
+    from rich.console import Console
+
+    from gear_trainer.runs.registry import find_runs, table
+
+    found = [run for folder in folders for run in find_runs(folder)]
+    out = Console(highlight=False)
+    out.print(table(found), markup=False) if out.is_terminal else print(*(run.line() for run in found), sep="\n")
     return 0
 
 

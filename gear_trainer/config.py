@@ -335,6 +335,24 @@ class CheckpointConfig(Section):
     export: bool = Field(default=True, description="write the final policy in HF format to runs/NAME/model")
 
 
+class TrackingConfig(Section):
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=["tensorboard"],
+        description="who gets each step's metrics beside metrics.jsonl; wandb and trackio are packages to be installed",
+    )
+    project: str = Field(default="gear-trainer", min_length=1, description="of wandb and trackio")
+    samples_every: int = Field(
+        default=20, ge=0, description="steps between rollouts shown as text, on the terminal and by the trackers; 0: none"
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, value: list[str]) -> list[str]:
+        if twice := sorted({name for name in value if value.count(name) > 1}):
+            raise ValueError(f"names {twice[0]} twice: once is enough")
+        return value
+
+
 class Config(Section):
     name: str = Field(description="the run's folder under output_dir: letters, digits, _ - and dots, not dots alone")
     output_dir: str = "runs"
@@ -363,6 +381,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     max_logprob_gap: float = Field(
         default=0.5,
         gt=0,

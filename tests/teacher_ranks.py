@@ -85,9 +85,10 @@ def config(folder, *overrides):
     return load_config(DEMO, [*run, *overrides])
 
 
-def make_trainer(cfg, teacher_path):
+def make_trainer(cfg, teacher_path, resharded=False):
     recipe = resolve(cfg)
-    engine = build_engine(cfg, cfg.model.path, tuple(r.name for r in recipe.frozen if r.follows and shares_weights(cfg, r)))
+    beside = tuple(r.name for r in recipe.frozen if r.follows and shares_weights(cfg, r))
+    engine = build_engine(cfg, cfg.model.path, beside, resharded)
     frozen = {rule.name: frozen_model(cfg, engine, str(teacher_path), rule) for rule in recipe.frozen}
     trainer = Trainer(cfg, recipe, None, None, engine, None, frozen)
     trainer.gap_checked = True  # no engine has sampled these rollouts
@@ -95,8 +96,8 @@ def make_trainer(cfg, teacher_path):
 
 
 def mine(items):
-    half = len(items) // 2
-    return items[dist.get_rank() * half :][:half]
+    share = len(items) // dist.get_world_size()
+    return items[dist.get_rank() * share :][:share]
 
 
 def train_step(trainer, step, rollouts):

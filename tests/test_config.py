@@ -22,7 +22,7 @@ from gear_trainer.preflight.checks import check, check_launch
 from gear_trainer.preflight.machine import check_machine, check_port
 from gear_trainer.recipe import resolve
 from gear_trainer.rollout.vllm_colocated import engine_arguments, engine_kwargs, kv_bytes
-from gear_trainer.runs.files import _flat
+from gear_trainer.runs.trackers import flat
 from gear_trainer.tasks import TaskError, make_task
 from gear_trainer.train.update import learning_rate
 
@@ -454,7 +454,7 @@ def test_D12_a_directory_as_data_is_called_one(tmp_path):
 
 def test_D12_tensorboard_gets_the_seconds_of_a_step():
     values = {"step": 3, "reward": 0.5, "seconds": {"step": 2.0, "rollout": 1.0}, "note": "x"}
-    assert dict(_flat(values)) == {"reward": 0.5, "seconds/step": 2.0, "seconds/rollout": 1.0}
+    assert flat(values) == {"reward": 0.5, "seconds/step": 2.0, "seconds/rollout": 1.0}
 
 
 @pytest.mark.parametrize(

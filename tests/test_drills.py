@@ -20,7 +20,9 @@ from forked_ranks import DEMO, ROOT, free_port
 
 from gear_trainer.policy.checkpoint import MANIFEST
 from gear_trainer.runs.files import read_metrics
+from gear_trainer.runs.metrics import MEASURED
 from gear_trainer.runs.records import read_records, records_path
+from gear_trainer.runs.registry import look
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -31,6 +33,7 @@ POINTS = (
     "before the shards",
 )  # fmt: skip
 SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=4", "eval.every=0", "checkpoint.export=false", "checkpoint.every=1"]
+TOLD = ("step ", "memory, GiB", "report:", "resuming")
 NOISE = re.compile(r"Triton is installed|^\[rank\d\]:\[W|NUMA binding")
 
 
@@ -66,8 +69,7 @@ class Drill:
         return self.server.start(log, f"name={self.name}", f"output_dir={self.out}", *SMALL, *more, **how)
 
     def metrics(self, name="metrics.jsonl"):
-        timed = ("seconds", "tokens_per_second")
-        return [{k: v for k, v in m.items() if k not in timed} for m in read_metrics(self.dir / name)]
+        return [{k: v for k, v in m.items() if k not in MEASURED} for m in read_metrics(self.dir / name)]
 
     def steps(self):
         return [m["step"] for m in self.metrics()]
@@ -103,7 +105,7 @@ def drill(server, out, table, request):
 def said(run):
     """What the terminal shows, without the start and the steps."""
     lines = [line for line in run.text().splitlines() if line.strip() and not NOISE.search(line)]
-    return [line for line in lines if not line.startswith(("step ", "report:", "resuming")) and "starting vLLM" not in line]
+    return [line for line in lines if not line.startswith(TOLD) and "starting vLLM" not in line]
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
@@ -299,6 +301,8 @@ def test_D15_weights_that_are_not_finite_replace_no_checkpoint(drill):
     lines = said(run)
     assert len(lines) == 1 and "weights are not finite, no checkpoint was written; go on from step 1" in lines[0], lines
     assert [p.name for p in (drill.dir / "checkpoints").glob("step-*")] == ["step-1"] and drill.latest() == 1
+    found = look(drill.dir)
+    assert found.state == "failed" and "weights are not finite" in found.why and found.step == 2
     drill.row("weights of NaN at a save", lines[0], started, "step 2")
 
 

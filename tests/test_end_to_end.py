@@ -17,7 +17,9 @@ from forked_ranks import DEMO, ROOT, free_port
 
 from benchmarks.reports import demo as demo_report
 from gear_trainer.runs.files import read_metrics
+from gear_trainer.runs.metrics import MEASURED
 from gear_trainer.runs.records import read_records, recorded_steps
+from gear_trainer.runs.registry import look
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -40,7 +42,7 @@ def _run(server, name, out, *more, **how):
 
 
 def _same(got, want):
-    for key in want.keys() - {"seconds", "tokens_per_second"}:
+    for key in want.keys() - set(MEASURED):
         assert got[key] == pytest.approx(want[key], rel=1e-6, abs=1e-9), (got["step"], key)
 
 
@@ -72,8 +74,10 @@ def test_every_step_logs_what_the_method_asks_for(demo):
     for m in demo[1:]:
         assert 0 < m["share_above_threshold"] < 1 and m["segments_per_trajectory"] > 0
         assert 0.9 <= m["mean_weight_positive"] <= 1.1 and 0.9 <= m["mean_weight_negative"] <= 1.1
-        phases = {"rollout", "score", "credit", "update", "push", "records", "step"}
-        assert phases <= m["seconds"].keys() and m["tokens_per_second"] > 0
+        phases = {"rollout", "wait", "score", "credit", "update", "push", "records"}
+        assert phases | {"step"} <= m["seconds"].keys() and m["tokens_per_second"] > 0
+        assert phases <= m["memory"].keys() and m["memory_planned"].keys() == {"rollout", "score", "update", "push"}
+        assert 0 <= m["idle_share"] < 1 and 0 < m["response_length_p50"] <= m["response_length_p99"]
         assert m["tool_calls"] > 0 and m["clip_fraction"] == 0, "one update a step is on-policy: nothing is clipped"
 
 
@@ -205,6 +209,8 @@ def test_ctrl_c_leaves_a_checkpoint_at_the_step_it_stopped(out):
         time.sleep(0.2)
     steps = [m["step"] for m in read_metrics(out / "stopped" / "metrics.jsonl")]
     assert (out / "stopped" / "checkpoints" / "latest").read_text() == f"step-{steps[-1]}"
+    found = look(out / "stopped")
+    assert (found.state, found.step, found.method) == ("stopped", steps[-1], "gear")
 
 
 def _ranks(marker):

@@ -184,7 +184,7 @@ def started(folder, monkeypatch, tmp_path):
         def get_tokenizer(self):
             return SimpleNamespace(eos_token_id=0)
 
-    def build_engine(cfg, model_path, beside):
+    def build_engine(cfg, model_path, beside, resharded):
         from transformers import AutoModelForCausalLM
 
         events.append("DeepSpeed builds")

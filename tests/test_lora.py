@@ -18,6 +18,7 @@ from gear_trainer.recipe import resolve
 from gear_trainer.rollout.engine import engine_class
 from gear_trainer.rollout.vllm_colocated import engine_kwargs
 from gear_trainer.runs.files import read_metrics
+from gear_trainer.runs.metrics import MEASURED
 from gear_trainer.tasks import make_task, task_class
 
 peft = pytest.importorskip("peft")
@@ -277,7 +278,7 @@ def test_a_run_pushes_adapters_alone_and_resumes_exactly(server, tmp_path):
     (tmp_path / "alone" / "checkpoints" / "latest").write_text("step-2")
     model = (tmp_path / "alone" / "model" / "model.safetensors").read_bytes()
     again = run("alone", "--resume")
-    for key in again[2].keys() - {"seconds", "tokens_per_second"}:
+    for key in again[2].keys() - set(MEASURED):
         assert again[2][key] == whole[2][key], key
     assert (tmp_path / "alone" / "model" / "model.safetensors").read_bytes() == model
     base = resolve_model_path(load_config(DEMO), make_task("mathapi", 0))

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from gear_trainer.report.build import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.files import RunFiles, next_free, read_metrics
-from gear_trainer.runs.metrics import Phases, Sums
+from gear_trainer.runs.metrics import MEASURED, Phases, Sums
 from gear_trainer.runs.records import Records
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Message, Problem
@@ -31,7 +32,9 @@ from gear_trainer.train.experience import pack_with
 from gear_trainer.train.loop import Trainer
 from gear_trainer.train.schedule import schedule
 from gear_trainer.train.score import score
+from gear_trainer.train.watch import Watch, Yardsticks
 
+ROOT = Path(__file__).parents[1]
 DEMO = "gear_trainer/configs/mathapi_cpu.yaml"
 PROBLEM = Problem("p", [], [], "1")
 
@@ -274,19 +277,21 @@ class Quiet(Scripted):
         self.wake = self.sleep = lambda *_: None
 
 
-def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_path, monkeypatch):
+def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_path, monkeypatch, capsys):
     """Of 160 rollouts 128 are kept, as lines that rank 0 only writes; a token's text is looked up once, not where it stands."""
     chat, task = chat
     shape = ["world_size=1", "rollout.prompts_per_step=20", "eval.every=0", "max_logprob_gap=1000", f"output_dir={tmp_path}"]
     cfg = load_config(DEMO, shape)
     policy = Policy(_tiny(False, len(chat.tokenizer)).eval())
-    trainer = Trainer(cfg, resolve(cfg), task, chat, policy_engine(policy), Quiet(chat, "the answer is 12, or 12, or 12"))
+    watch = Watch(cfg, chat, 0, RunFiles(cfg, 0), Yardsticks({"rollout": 2**30, "start": 1.0}, FORTY_TWO))
+    sampler = Quiet(chat, "the answer is 12, or 12, or 12")
+    trainer = Trainer(cfg, resolve(cfg), task, chat, policy_engine(policy), sampler, watch=watch)
     monkeypatch.setattr(trainer, "push", lambda: None)
     monkeypatch.setattr(trainer, "update", lambda step, experience, passes, sums: sums.mean("updates_skipped", 0, 1))
     gathered, gather, pieces, decode = [], dist.gather_object, [], chat.tokenizer.decode
     monkeypatch.setattr(dist, "gather_object", lambda mine, *more: gathered.append(mine) or gather(mine, *more))
     monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, **more: pieces.append(len(ids)) or decode(ids, **more))
-    values = trainer.step(1, RunFiles(cfg, 0))
+    values = trainer.step(1)
     lines = (cfg.run_dir / "rollouts" / "step-00001.jsonl").read_text()
     rows = [json.loads(line) for line in lines.splitlines()]
     assert [(r["group"], r["sample"]) for r in rows] == [(g, k) for g in range(16) for k in range(8)], "whole groups"
@@ -294,6 +299,34 @@ def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_p
     assert gathered == [lines], "made where the rollouts are"
     assert pieces.count(1) <= len({t for r in rows for t in r["ids"]}) < len(rows[0]["ids"])
     assert values["seconds"]["records"] > 0 and values["seconds"]["step"] >= values["seconds"]["records"]
+    watched(values, capsys, watch)
+
+
+def watched(values, capsys, watch):
+    """The same step's numbers: each has its place on the page, and the terminal shows them."""
+    assert 0 <= values["idle_share"] <= 1 and values["response_length_p50"] == values["response_length_p99"] > 0
+    assert values["memory"].keys() >= {"rollout", "score", "update", "push"} and values["memory_planned"] == {"rollout": 1.0}
+    assert values["mfu"]["score"] > 0 and "tokens_per_second_per_gpu" not in values, "no GPU is here"
+    page = (ROOT / "docs" / "watch.md").read_text()
+    assert not [name for name in values.keys() - {"step"} if f"`{name}`" not in page]
+    assert not [name for name in (*MEASURED, *values["seconds"]) if f"`{name}`" not in page]
+    watch.report(values | {"grad_norm": 0.1})
+    text = " ".join(capsys.readouterr().out.split())
+    assert "idle " in text and "MFU score" in text and "memory, GiB a rank at most of those planned: rollout " in text
+    assert " of 1.00, write " in text and json.loads(watch.files.metrics_path.read_text())["memory"] == values["memory"]
+
+
+class Cost:
+    """A model of which a pass takes an operation, on a card that does 42 a second."""
+
+    peak = 42.0
+
+    def flops(self, amount, backward):
+        assert amount.pairs >= amount.tokens >= amount.predicted, "some passes of a step in which all is alike are empty"
+        return 1.0
+
+
+FORTY_TWO = Cost()
 
 
 @pytest.mark.parametrize("records, share", [(0, 0), (1, 8), (128, 16), (200, 32), (10**6, 128)])

@@ -128,11 +128,26 @@ def padding(rollouts: list[Rollout], split: list[list[int]], teacher: bool, wron
     """Padding and tokens in all, padding included, of the forwards of a split."""
     padded = whole = 0
     for rows in split:
-        for prompts in _sides([rollouts[i] for i in rows], teacher, wrong_hint):
+        for prompts in sides([rollouts[i] for i in rows], teacher, wrong_hint):
             lengths = [len(prompt) + len(rollouts[i].ids) for prompt, i in zip(prompts, rows, strict=True)]
             size = sum(lengths) if packed else max(lengths) * len(lengths)
             padded, whole = padded + size - sum(lengths), whole + size
     return padded, whole
+
+
+@dataclass(frozen=True)
+class Amount:
+    """The work of forwards: tokens, (token, token it sees) pairs of the attention, tokens that the head predicts."""
+
+    tokens: int = 0
+    pairs: int = 0
+    predicted: int = 0
+
+
+def amount(rollouts: list[Rollout], prompts: list[list[int]]) -> Amount:
+    """The work of one forward over each of these rollouts behind these prompts, without padding."""
+    lengths = [len(prompt) + len(r.ids) for prompt, r in zip(prompts, rollouts, strict=True)]
+    return Amount(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(sum(r.mask) for r in rollouts))
 
 
 def _longest(rollout: Rollout, teacher: bool) -> int:
@@ -140,7 +155,7 @@ def _longest(rollout: Rollout, teacher: bool) -> int:
     return max(map(len, prompts)) + len(rollout.ids)
 
 
-def _sides(rollouts: list[Rollout], teacher: bool, wrong_hint: bool) -> list[list[list[int]]]:
+def sides(rollouts: list[Rollout], teacher: bool, wrong_hint: bool) -> list[list[list[int]]]:
     """Prompts of the student's rows, of the teacher's, of those behind a wrong hint."""
     prompts = [[r.prompt_ids for r in rollouts]]
     prompts += [[r.teacher_prompt_ids for r in rollouts]] if teacher else []
@@ -156,9 +171,9 @@ def micro_batch(
     """The micro-batch of these rollouts, on the CPU."""
     chosen = [rollouts[i] for i in rows]
     targets = torch.tensor([r.ids[p] for r in chosen for p in r.policy_positions], dtype=torch.int64)
-    sides = iter([_rows(chosen, prompts, packed) for prompts in _sides(chosen, teacher, wrong_hint)])
-    student, taught = next(sides), next(sides) if teacher else None
-    return MicroBatch(student, taught, targets, rows, next(sides) if wrong_hint else None)
+    made = iter([_rows(chosen, prompts, packed) for prompts in sides(chosen, teacher, wrong_hint)])
+    student, taught = next(made), next(made) if teacher else None
+    return MicroBatch(student, taught, targets, rows, next(made) if wrong_hint else None)
 
 
 def _rows(rollouts: list[Rollout], prompts: list[list[int]], packed: bool) -> Rows:

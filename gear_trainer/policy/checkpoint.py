@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError, RunError
-from gear_trainer.policy import lora
+from gear_trainer.policy import lora, reshard
 from gear_trainer.policy.frozen import FrozenModel
 from gear_trainer.policy.gather import adapter_state_dict, whole_state_dict
 from gear_trainer.runs.files import aside, sync, write_whole
@@ -60,7 +60,7 @@ def save(engine: Any, cfg: Config, step: int, frozen: Sequence[FrozenModel] = ()
         if cfg.lora.rank and dist.get_rank() == 0:
             lora.write_config(root / f"step-{step}", engine.module.lm)
         for model in _following(frozen):
-            torch.save(model.state(), _own_file(root, step, model))
+            torch.save(model.state(), _file_of(root / f"step-{step}", model, dist.get_rank()))
         _finish(root / f"step-{step}", cfg.checkpoint.keep)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError about positions
         if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
@@ -84,11 +84,11 @@ def _finish(folder: Path, keep: int) -> None:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """The files that this rank has written, and reads again; rank 0 answers for those that bear no rank."""
+    """The files that this rank answers for: those that it has written; rank 0 for those that bear no rank."""
     own = []
     for path in sorted([*folder.glob("*.pt"), *folder.glob(lora.CONFIG)]):
         found = re.search(r"rank_?(\d+)", path.name)
-        if int(found.group(1)) == dist.get_rank() if found else dist.get_rank() == 0:
+        if int(found.group(1) if found else 0) % dist.get_world_size() == dist.get_rank():  # more ranks may have written it
             own.append(path)
     return own
 
@@ -139,17 +139,15 @@ def latest_step(cfg: Config) -> int:
     return _number(root / text)
 
 
-def check(cfg: Config, step: int) -> None:
+def check(cfg: Config, step: int) -> bool:
     """Hold `checkpoints/step-N` to its manifest, before any engine starts; each rank reads its own files. Collective.
 
-    Raises ConfigError, the same on all ranks, where a file is damaged or as many ranks as now did not write it.
+    True where another number of ranks wrote it: then it stands there anew for this one (`reshard`), and the engine that loads it
+    is built to read that. Raises ConfigError, the same on all ranks, where a file is damaged; RunError where there is no room.
     """
     root = _root(cfg)
     folder = root / f"step-{step}"
     lora.check_resumed(folder, cfg.lora)
-    ranks = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
-    if ranks != dist.get_world_size():
-        raise ConfigError(f"{folder}: written by {ranks} ranks, resumed with {dist.get_world_size()}; use as many")
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, _damage(folder))
     damaged = [text for text in found if text]
@@ -157,22 +155,39 @@ def check(cfg: Config, step: int) -> None:
         others = [path.name for path in _finished(root) if path != folder]
         mend = f"write {others[-1]} into {root}/latest to go on from there" if others else "no other one is left: start anew"
         raise ConfigError(f"{damaged[0]}; the checkpoint cannot be used: copy the file again, or {mend}")
+    ranks = _writers(folder)
+    if ranks == dist.get_world_size():
+        return False
+    reshard.make_universal(folder, ranks)
+    return True
+
+
+def _writers(folder: Path) -> int:
+    """The number of ranks that wrote a checkpoint."""
+    return len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
 
 
 def load(engine: Any, cfg: Config, step: int, frozen: Sequence[FrozenModel] = ()) -> None:
     """Load `checkpoints/step-N`, which `check` has passed. Collective. Raises ConfigError where it is for other frozen models."""
     root = _root(cfg)
-    path, _ = engine.load_checkpoint(
-        str(root), tag=f"step-{step}", load_module_strict=not cfg.lora.rank
-    )  # the rest is the start's
+    folder = root / f"step-{step}"
+    anew = engine.load_universal_checkpoint()
+    tag = reshard.universal(folder).name if anew else folder.name
+    path, _ = engine.load_checkpoint(str(root), tag=tag, load_module_strict=not cfg.lora.rank)  # the rest is the start's
     if path is None:
-        raise ConfigError(f"{root}/step-{step}: DeepSpeed could not load it; remove it and set `latest` to an earlier step")
+        raise ConfigError(f"{folder}: DeepSpeed could not load it; remove it and set `latest` to an earlier step")
+    if anew:
+        reshard.own_steps(engine.optimizer.optimizer)
+        reshard.drop_universal(folder)
     for model in _following(frozen):
-        own = _own_file(root, step, model)
-        if not own.is_file():
-            rule = model.rule
-            raise ConfigError(f"{own} is missing: the run had no {rule.key}={rule.weights}; resume as it was started")
-        model.load_state(torch.load(own, weights_only=True))
+        ranks = range(_writers(folder)) if anew else [dist.get_rank()]
+        files = [_file_of(folder, model, rank) for rank in ranks]
+        for file in files:
+            if not file.is_file():
+                rule = model.rule
+                raise ConfigError(f"{file} is missing: the run had no {rule.key}={rule.weights}; resume as it was started")
+        parts = [torch.load(file, weights_only=True) for file in files]
+        model.load_state(reshard.own_shards(parts, model.params) if anew else parts[0])
 
 
 def _damage(folder: Path) -> str | None:
@@ -198,8 +213,8 @@ def _following(frozen: Sequence[FrozenModel]) -> list[FrozenModel]:
     return [model for model in frozen if model.rule.follows]
 
 
-def _own_file(root: Path, step: int, model: FrozenModel) -> Path:
-    return root / f"step-{step}" / f"{model.rule.name}_rank{dist.get_rank()}.pt"
+def _file_of(folder: Path, model: FrozenModel, rank: int) -> Path:
+    return folder / f"{model.rule.name}_rank{rank}.pt"
 
 
 def export(engine: Any, cfg: Config, tokenizer: Any) -> None:
@@ -288,7 +303,7 @@ def _clear_above(root: Path, step: int) -> None:
                 path.rename(aside(root.parent, step) / path.name)
             else:
                 _remove(path)
-    for path in root.glob("*.removing"):
+    for path in (*root.glob("*.removing"), *root.glob("*.universal*")):
         shutil.rmtree(path)
 
 

@@ -50,15 +50,17 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def build_engine(cfg: Config, model_path: str, beside: tuple[str, ...] = ()):
+def build_engine(cfg: Config, model_path: str, beside: tuple[str, ...] = (), resharded: bool = False):
     """Load the policy partitioned (each rank reads, none holds the whole) and wrap it in a ZeRO-3 engine. Collective.
 
-    beside: names of the sets of LoRA adapters that it holds for models that follow it. Raises ConfigError where LoRA has no
-    layer to stand on.
+    beside: names of the sets of LoRA adapters that it holds for models that follow it. resharded: it loads a checkpoint in
+    DeepSpeed's universal format. Raises ConfigError where LoRA has no layer to stand on.
     """
     import deepspeed
 
     config = deepspeed_config(cfg)
+    if resharded:
+        config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
     lm, keep_alive = load_partitioned(cfg, model_path, config)
     if cfg.lora.rank:
         lora.attach(lm, cfg.lora, cfg.seed, beside)

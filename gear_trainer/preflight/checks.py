@@ -18,6 +18,7 @@ from gear_trainer.policy.zero import deepspeed_config
 from gear_trainer.preflight.machine import check_machine, check_port
 from gear_trainer.recipe import Recipe, resolve
 from gear_trainer.rollout.chat import Chat
+from gear_trainer.runs.trackers import check_trackers
 from gear_trainer.tasks import make_task, task_class
 from gear_trainer.tasks.base import DataAway, Task
 from gear_trainer.tasks.demonstrations import check_demonstrations
@@ -34,6 +35,7 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
     check_references(cfg, recipe)
     check_model_path(cfg.model.path)
     check_lora(cfg)
+    check_trackers(cfg)
     check_machine(cfg)
     try:
         task = make_task(cfg.task, cfg.seed, cfg.task_args)

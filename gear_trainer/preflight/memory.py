@@ -148,6 +148,11 @@ class Plan:
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
 
+    def of_a_step(self) -> dict[str, float]:
+        """The most bytes by a step's phases as they are measured: the optimizer's step lies in the update."""
+        found = {phase: self.total(phase) for phase in ("rollout", "score", "update", "push")}
+        return found | {"update": max(found["update"], self.total("step"))}
+
     def over(self) -> list[str]:
         """Phases that do not fit, the worst first; `cache` where no sequence fits into vLLM's."""
         over = sorted((p for p in PHASES if self.total(p) > self.card.total), key=self.total, reverse=True)
@@ -183,20 +188,21 @@ def planned(cfg: Config, recipe: Recipe, longest: tuple[tuple[int, int], int], o
         raise Uncounted(said(error)) from error
 
 
-def check_start(cfg: Config, recipe: Recipe, longest: tuple[tuple[int, int], int]) -> None:
-    """Raises ConfigError where a run that is about to start cannot fit on the card that it is on.
+def check_start(cfg: Config, recipe: Recipe, longest: tuple[tuple[int, int], int]) -> tuple[Planner, Plan] | None:
+    """The plan of a run that is about to start. Raises ConfigError where it cannot fit on the card that it is on.
 
-    Nothing is said where the card is not known, or what the model holds.
+    None where the card is not known, or what the model holds.
     """
     on = card(cfg)
     if on.assumed:
-        return
+        return None
     try:
         found = planned(cfg, recipe, longest, on)
     except Uncounted:
-        return
+        return None
     if found:
         check_plan(*found, cfg)
+    return found
 
 
 class Planner:

@@ -16,6 +16,7 @@ import jinja2
 from gear_trainer.report.plots import pyplot
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.records import read_records, recorded_steps
+from gear_trainer.runs.trackers import flat
 
 _CURVES = ("success", "segments_per_trajectory", "share_above_threshold", "entropy")
 _SHOWN = 12  # rollouts on the page: the page stays light at any group size
@@ -90,9 +91,9 @@ def _summary(steps: list[dict[str, Any]]) -> str:
 
 
 def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    flat = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
-    flat |= {f"seconds, {k}": v for k, v in metrics["seconds"].items()}
-    return [(k.replace("_", " "), "-" if v is None else f"{v:g}") for k, v in flat.items()]
+    plain = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
+    nested = flat({k: v for k, v in metrics.items() if isinstance(v, dict)})
+    return [(k.replace("_", " ").replace("/", ", "), "-" if v is None else f"{v:g}") for k, v in (plain | nested).items()]
 
 
 def _last_rollouts(run_dir: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from filelock import FileLock, Timeout
 from gear_trainer.config import Config, changes
 from gear_trainer.errors import ConfigError
 from gear_trainer.runs.records import recorded_steps, records_path
+from gear_trainer.runs.trackers import flat, open_trackers
+
+STATE = "state.json"  # of a run that ended in good order, see `note_end`
 
 
 def next_free(path: Path) -> Path:
@@ -67,8 +70,22 @@ def prepare_run_dir(cfg: Config, resume: bool, start: int) -> None:
         for change in changes(_stored(stored), json.loads(cfg.model_dump_json())):
             print(f"resuming with another value: {change}", flush=True)
     write_whole(stored, cfg.model_dump_json(indent=2))
+    (path / STATE).unlink(missing_ok=True)
     if resume:
         print(f"resuming {path} after step {start}" if start else f"{path}: no checkpoint yet, starting at step 1", flush=True)
+
+
+def note_end(run_dir: Path, state: str, step: int, why: str = "") -> None:
+    """Leave word in the run's folder that it ended in good order after this step: finished, or stopped."""
+    write_whole(run_dir / STATE, json.dumps({"state": state, "step": step, "why": why}))
+
+
+def noted_end(run_dir: Path) -> dict[str, Any] | None:
+    """The word that `note_end` left there; None of a run that goes on, or that ended in another way."""
+    try:
+        return json.loads((run_dir / STATE).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _has_steps(path: Path) -> bool:
@@ -115,16 +132,17 @@ def sync(path: Path) -> None:
 
 
 class RunFiles:
-    """Rank 0's writer: metrics.jsonl, TensorBoard, each step's rollouts. What is past a resumed step is moved aside first."""
+    """Rank 0's writer: metrics.jsonl, each step's rollouts, and the trackers. What is past a resumed step is moved aside first.
+
+    Raises ConfigError where a tracker cannot start.
+    """
 
     def __init__(self, cfg: Config, resume_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.dir = cfg.run_dir
         (self.dir / "rollouts").mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.dir / "metrics.jsonl"
         _keep_until(self.dir, resume_step)
-        self.board = SummaryWriter(str(self.dir / "tensorboard"), purge_step=resume_step + 1)
+        self.trackers = open_trackers(cfg, _run_id(self.dir), resume_step)
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One object a step, flushed to the disk: a killed run loses no finished step."""
@@ -132,9 +150,19 @@ class RunFiles:
             file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        for name, value in _flat(values):
-            self.board.add_scalar(name, value, values["step"])
-        self.board.flush()
+        numbers = flat(values)
+        for tracker in self.trackers:
+            tracker.metrics(values["step"], numbers)
+
+    def sample(self, step: int, text: str) -> None:
+        """Show a rollout where the metrics are."""
+        for tracker in self.trackers:
+            tracker.sample(step, text)
+
+    def close(self, failed: bool) -> None:
+        """After the last step; `failed`: an error ended the run."""
+        for tracker in self.trackers:
+            tracker.close(failed)
 
     def records(self, step: int, lines: str) -> None:
         write_whole(records_path(self.dir, step), lines)
@@ -165,9 +193,9 @@ def _keep_until(run_dir: Path, step: int) -> None:
     write_whole(metrics, "".join(json.dumps(m) + "\n" for m in steps if m["step"] <= step))
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and prefix + name != "step":  # seconds/step is one of them
-            yield prefix + name, value
+def _run_id(run_dir: Path) -> str:
+    """The id of the run in this folder, made once: a new run of its name has a folder, and an id, of its own."""
+    file = run_dir / "tracking.json"
+    if not file.is_file():
+        write_whole(file, json.dumps({"run_id": uuid.uuid4().hex[:8]}))
+    return json.loads(file.read_text())["run_id"]

@@ -170,6 +170,20 @@ class Beats:
         return now - self._seen[rank][1]
 
 
+def last_beats(run_dir: Path) -> list[tuple[dict[str, Any], float]]:
+    """The beats that a run's ranks left, of its last start, and how many seconds ago by this machine's clock each was written."""
+    found = []
+    for path in sorted(beside(run_dir, "ranks").glob("rank-*.json")):
+        with suppress(OSError, ValueError):
+            found.append((json.loads(path.read_text()), time.time() - path.stat().st_mtime))
+    return found
+
+
+def lives(beat: dict[str, Any], age: float) -> bool:
+    """True where the process of a beat runs: looked up on this machine, by the age of its beat on another."""
+    return _alive(beat) if beat["host"] == socket.gethostname() else age < 2 * WARN_AFTER
+
+
 def _word(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     return json.dumps(text)[1:-1][: _SIZE // 2]  # ASCII, so that its length in bytes is known

@@ -45,6 +45,13 @@ class Records:
         dist.gather_object(self.lines(rollouts, advantages, columns), parts)
         return "".join(parts or [])
 
+    def text(self, r: Rollout, advantage: float) -> str:
+        """A rollout to be read: what it earned, its prompt and its turns, without characters that a terminal would obey."""
+        earned = f"reward {r.reward:g}, {'success' if r.success else 'no success'}, advantage {advantage:+.3f}, {r.status.value}"
+        prompt, response = (self.chat.tokenizer.decode(ids) for ids in (r.prompt_ids, r.ids))
+        text = f"problem {r.problem.id}: {earned}\nPROMPT\n{prompt}\nRESPONSE\n{response}\nANSWER {r.problem.answer}"
+        return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
     def _record(self, r: Rollout, advantage: float, columns: Columns, i: int) -> dict[str, Any]:
         """A rollout as one JSON object; the token lists run over `ids`, None (or -1) on tool replies."""
         return {

@@ -19,11 +19,8 @@ from gear_trainer.policy.gather import adapter_state_dict, gathered_weights
 from gear_trainer.recipe import Recipe
 from gear_trainer.rollout import Engine, Rollout
 from gear_trainer.rollout.chat import Chat
-from gear_trainer.runs.console import Console
-from gear_trainer.runs.files import RunFiles
 from gear_trainer.runs.interrupts import Interrupts
-from gear_trainer.runs.metrics import Phases, Sums, step_values
-from gear_trainer.runs.records import COLUMNS, Records
+from gear_trainer.runs.metrics import Phases, Sums
 from gear_trainer.tasks.base import Task
 from gear_trainer.train.credit import assign
 from gear_trainer.train.experience import Experience, count, pack
@@ -31,14 +28,15 @@ from gear_trainer.train.guards import Finite, agreed, check_gap
 from gear_trainer.train.sample import StepSampler
 from gear_trainer.train.schedule import Schedule, schedule
 from gear_trainer.train.score import score
-from gear_trainer.train.update import Updater, learning_rate
+from gear_trainer.train.update import Updater
+from gear_trainer.train.watch import Watch
 
 
 class Trainer:
     """A run on this rank.
 
     frozen: the models beside the policy by name, `teacher` and `reference`; a reference model that the recipe shares with the
-    teacher is not there. references: gives the teacher something to see in place of the ground truth.
+    teacher is not there. references: gives the teacher something to see in place of the ground truth. watch: shows the run.
     """
 
     def __init__(
@@ -52,12 +50,13 @@ class Trainer:
         frozen: dict[str, FrozenModel] | None = None,
         references: Writer | Siblings | None = None,
         interrupts: Interrupts | None = None,
+        watch: Watch | None = None,
     ):
         self.cfg, self.recipe, self.task, self.chat = cfg, recipe, task, chat
         self.engine, self.sampler, self.frozen, self.references = engine, sampler, frozen or {}, references
         self.rank, self.device = dist.get_rank(), engine.device
         self.phases, self.interrupts, self.gap_checked = Phases(), interrupts or Interrupts(), False
-        self.records = Records(cfg, chat)
+        self.watch = watch or Watch(cfg, chat)
         self.held_out = evaluation.sets_of(cfg, task, chat)
         self.sample = StepSampler(cfg, recipe, task, chat, sampler, self.rank)
         teacher = self.frozen.get("teacher")
@@ -68,16 +67,14 @@ class Trainer:
     def train(self, start: int) -> int:
         """Run steps start + 1 to cfg.train.steps. Returns the last finished step (earlier if a stop was asked for)."""
         cfg, finite = self.cfg, Finite(self.cfg)
-        files = RunFiles(cfg, start) if self.rank == 0 else None
-        console = Console(cfg, start, quiet=self.rank != 0)
         self.interrupts.arm()
-        self.push()  # after a resume vLLM holds the initial checkpoint, not the policy
-        if start == 0 and cfg.eval.every:
-            self._report(files, console, {"step": 0, **self.evaluate()})
-        with console:
+        with self.watch:
+            self.push()  # after a resume vLLM holds the initial checkpoint, not the policy
+            if start == 0 and cfg.eval.every:
+                self.watch.report({"step": 0, **self.evaluate()})
             for step in range(start + 1, cfg.train.steps + 1):
-                values = self.step(step, files)
-                self._report(files, console, values)
+                values = self.step(step)
+                self.watch.report(values)
                 finite.check(step, values)
                 stop = agreed(self.interrupts.asked, self.device)
                 if step % cfg.checkpoint.every == 0 or step == cfg.train.steps or stop:
@@ -86,7 +83,7 @@ class Trainer:
                     return step
         return cfg.train.steps
 
-    def step(self, step: int, files: RunFiles | None) -> dict[str, Any]:
+    def step(self, step: int) -> dict[str, Any]:
         """One step of the algorithm, and its metrics. Collective."""
         cfg, sums, recipe = self.cfg, Sums(), self.recipe.at(step)
         with self.phases("rollout"):
@@ -95,9 +92,12 @@ class Trainer:
             self.write_references(step, rollouts, sums)
         with self.phases("rollout"):
             self.sampler.sleep()
+        with self.phases("wait"):
+            dist.barrier()  # for the slowest rank's rollouts; scoring would wait for them unseen
         with self.phases("score"):
             experience = pack(cfg, recipe, rollouts, self.device)
             passes = schedule(cfg, recipe, experience)
+        self.watch.count_work(recipe, experience, passes, sums)
         self.learn(step, experience, passes, sums)
         with self.phases("push"):
             self.push()
@@ -106,8 +106,8 @@ class Trainer:
             with self.phases("eval"):
                 held_out = self.evaluate()
         with self.phases("records"):
-            self._keep_records(files, step, experience)
-        return step_values(step, sums.read(self.device), self.phases.split(), learning_rate(cfg, step), held_out)
+            figures = self.watch.keep(step, experience)
+        return self.watch.values(step, sums, self.phases, figures | held_out, self.device)
 
     def learn(self, step: int, experience: Experience, passes: Schedule, sums: Sums) -> None:
         """Score, credit, update. The host waits for no value here, but for the first step's check of the pushed weights."""
@@ -146,17 +146,3 @@ class Trainer:
     def evaluate(self) -> dict[str, Any]:
         """Figures of the held-out sets, under the same seeds every time. Collective."""
         return evaluation.measure(self.held_out, self.sampler, (self.rank, dist.get_world_size()))
-
-    def _report(self, files: RunFiles | None, console: Console, values: dict[str, Any]) -> None:
-        if files:
-            files.metrics(values)
-        console.step(values)
-
-    def _keep_records(self, files: RunFiles | None, step: int, experience: Experience) -> None:
-        """Each rank makes its own lines, rank 0 writes them all to one file. Collective."""
-        if not self.records.share:
-            return
-        kept = experience.rows(tuple(COLUMNS.values()), self.records.share)
-        lines = self.records.gathered(experience.rollouts, experience.advantages, kept)
-        if files:
-            files.records(step, lines)

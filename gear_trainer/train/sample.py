@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from gear_trainer.config import Config
 from gear_trainer.recipe import Recipe
-from gear_trainer.rollout import Engine, Limits, Rollout, check_failures, leave_out_stale, mixed_groups, roll_out, troubles
+from gear_trainer.rollout import (
+    Completion,
+    Engine,
+    Limits,
+    Request,
+    Rollout,
+    check_failures,
+    leave_out_stale,
+    mixed_groups,
+    roll_out,
+    troubles,
+)
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks.base import Problem, Task
 from gear_trainer.train.ahead import Ahead
+
+
+class Stopwatch(Engine):
+    """An engine whose work is timed: `seconds` that sampling has taken. What a rollout spends besides, the engine idles."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.seconds = engine, 0.0
+
+    def generate(self, requests: list[Request]) -> list[Completion]:
+        with self._running():
+            return self.engine.generate(requests)
+
+    def submit(self, ticket: int, request: Request) -> None:
+        self.engine.submit(ticket, request)
+
+    def collect(self) -> list[tuple[int, Completion]]:
+        with self._running():
+            return self.engine.collect()
+
+    def push(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.engine.push(weights)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
 
 
 class StepSampler:
@@ -25,26 +69,29 @@ class StepSampler:
     def __call__(self, step: int, sums: Sums) -> list[Rollout]:
         """The step's rollouts. Ranks may sample different numbers of batches, so nothing in here is a collective."""
         cfg = self.cfg
-        rollouts, counts = self.take(step)
+        rollouts, counts, seconds = self.take(step)
         if self.recipe.gen_batches > 1:
             sums.mean("mixed_groups", counts["mixed_groups"], cfg.prompts_per_rank)
             sums.total("resampled_groups", counts["resampled_groups"])
         for name, value in troubles(rollouts).items():
             sums.total(name, value)
+        sums.mean("engine_seconds", seconds, 1)
         check_failures(rollouts, Limits.of(cfg.rollout))
         if cfg.rollout.staleness:
             self._count_ages(rollouts, sums)
         return rollouts
 
-    def draw(self, step: int) -> tuple[list[Rollout], dict[str, int]]:
-        """Sample the step's rollouts; with the counts of `mixed_groups`."""
+    def draw(self, step: int) -> tuple[list[Rollout], dict[str, int], float]:
+        """Sample the step's rollouts; with the counts of `mixed_groups`, and the seconds that the engine worked."""
         cfg, limits = self.cfg, Limits.of(self.cfg.rollout)
         self.engine.wake()
+        engine = Stopwatch(self.engine)
 
         def sample(batch: int, slots: list[int]) -> list[Rollout]:
-            return roll_out(self.engine, self.chat, self.task, self.problems(step, batch, slots), limits, (cfg.seed, step))
+            return roll_out(engine, self.chat, self.task, self.problems(step, batch, slots), limits, (cfg.seed, step))
 
-        return mixed_groups(sample, cfg.prompts_per_rank, self.recipe.gen_batches, cfg.rollout.filter_spread)
+        rollouts, counts = mixed_groups(sample, cfg.prompts_per_rank, self.recipe.gen_batches, cfg.rollout.filter_spread)
+        return rollouts, counts, engine.seconds
 
     def _count_ages(self, rollouts: list[Rollout], sums: Sums) -> None:
         """Leave out what is too old; a token's age is the number of pushes since it was sampled."""

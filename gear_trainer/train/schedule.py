@@ -10,7 +10,18 @@ import torch.distributed as dist
 
 from gear_kernels.losses import aggregation_weights
 from gear_trainer.config import Config
-from gear_trainer.policy.batching import MicroBatch, even, micro_batch, on_device, padding, padding_micro_batch, split_rows
+from gear_trainer.policy.batching import (
+    Amount,
+    MicroBatch,
+    amount,
+    even,
+    micro_batch,
+    on_device,
+    padding,
+    padding_micro_batch,
+    sides,
+    split_rows,
+)
 from gear_trainer.recipe import Recipe
 from gear_trainer.train.experience import Experience
 
@@ -78,6 +89,19 @@ def schedule(cfg: Config, recipe: Recipe, experience: Experience) -> Schedule:
     passes = [Pass(*given, packed) for given in zip(splits, teachers, counts, wrong, strict=True)]
     found = [padding(experience.rollouts, part.split, part.teacher, part.wrong_hint, packed) for part in passes]
     return Schedule(passes[: len(scored)], passes[len(scored) :], (sum(p for p, _ in found), sum(n for _, n in found)))
+
+
+def amounts(recipe: Recipe, experience: Experience, passes: Schedule) -> dict[str, list[tuple[Amount, bool]]]:
+    """The work of this rank's passes by phase, each with whether it has a backward; a reference model counts as the policy."""
+    found: dict[str, list[tuple[Amount, bool]]] = {"score": [], "update": []}
+    for phase, parts in (("score", passes.score), ("update", passes.update)):
+        for part in parts:
+            rollouts = [experience.rollouts[i] for rows in part.split for i in rows]
+            student, *taught = (amount(rollouts, prompts) for prompts in sides(rollouts, part.teacher, part.wrong_hint))
+            found[phase] += [(student, phase == "update"), *((one, False) for one in taught)]
+            if recipe.kl and phase == "score":
+                found[phase].append((student, False))
+    return found
 
 
 def _learns(recipe: Recipe, experience: Experience, i: int) -> bool:
