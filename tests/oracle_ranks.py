@@ -4,6 +4,7 @@ Its `main` is called with a folder: reads FOLDER/a (an untied model) and FOLDER/
 """
 
 import json
+import re
 from pathlib import Path
 
 import deepspeed
@@ -12,7 +13,7 @@ import teacher_ranks as plain
 import torch
 import torch.distributed as dist
 from lora_ranks import gathered_set
-from teacher_ranks import PACKED, SHARDED, WHOLE
+from teacher_ranks import PACKED, SHARDED, TEMPERATURE, VOCAB, WHOLE  # noqa: F401  (test_oracle.py reads them here)
 
 from gear_trainer.policy import lora
 from gear_trainer.policy.gather import whole_state_dict
@@ -22,9 +23,9 @@ from gear_trainer.tasks.base import Problem
 from gear_trainer.train.experience import pack
 from gear_trainer.train.schedule import schedule
 
-# Adam's first steps are lr g / (|g| + eps): an eps far above a gradient's rounding keeps the sign of what is 0 but for rounding
-# from deciding a whole step. These gradients are about 1e-2, their rounding 1e-8.
-EPS = "deepspeed.optimizer.params.eps=1.0e-3"
+# Adam's first step is lr g / (|g| + eps): with its own 1e-8 a g that is 0 but for rounding would be a step of the whole rate, in the
+# direction of the rounding. Gradients here are about 1e-2.
+EPS = "deepspeed.optimizer.params.eps=1.0e-2"
 PADDED = "train.packing=false"
 GEAR = ["credit=gear", "credit_args.entropy_ratio=1.2"]  # 1.5 of a random model's entropy is hardly ever reached
 TWICE = "train.updates_per_step=2"
@@ -42,7 +43,8 @@ CASES = {
 
 def config(folder, name, *overrides):
     """A case's configuration; overrides go over it."""
-    common = ["model.dtype=float32", "rollout.group_size=3", "train.importance_cap=2", f"name={name.replace(', ', '-').replace(' ', '-')}"]
+    run = re.sub(r"\W+", "-", name)
+    common = [f"name={run}", "model.dtype=float32", "rollout.group_size=3", "train.importance_cap=2"]
     return plain.config(folder, *common, *CASES[name], EPS, *overrides)
 
 
