@@ -1,8 +1,8 @@
 """A training run's steps computed anew, rewards to AdamW: plain torch in float64, one process, one sequence at a time.
 
-Written from the papers alone: Qwen3's model, GRPO's advantages (arXiv 2402.03300), GEAR's credit (2605.11853, Algorithm 1, equations
-2 to 5), PPO's clip, GSPO's sequence ratio (2507.18071, equation 7), the k3 estimate of a KL, truncated importance weights, AdamW
-(1711.05101). Of the packages it reads a configuration, nothing else; test_oracle.py holds the trainer's ranks against it.
+Written from the papers alone: Qwen3's model, GRPO's advantages (arXiv 2402.03300), GEAR's credit (2605.11853, Algorithm 1,
+equations 2 to 5), PPO's clip, GSPO's sequence ratio (2507.18071, section 4.3), the k3 estimate of a KL, truncated importance
+weights, AdamW (1711.05101). Of the packages it reads a configuration, nothing else; test_oracle.py holds the trainer against it.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 LORA = "lora_{}.default.weight"
+MOST = 10.0  # nats of a token's k3, as in verl: beyond it a token passes no gradient
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,10 @@ def loss_of(cfg, policy, rollouts, columns, margins):
             ratio = (lp - old).mean().detach().exp() * (lp - lp.detach()).exp()
         bounded = ratio.clamp(1 - t.clip_low, 1 + t.clip_high)
         term = torch.minimum(ratio * advantages, bounded * advantages)
-        term = term * 1.0 if t.importance_cap is None else term * (old - sampler).exp().clamp(max=t.importance_cap)
+        term = term if t.importance_cap is None else term * (old - sampler).exp().clamp(max=t.importance_cap)
         gap = reference - lp
-        kl = gap.square() / 2 if cfg.kl.estimator == "k2" else gap.exp() - 1 - gap
+        k3 = gap.exp() - 1 - gap
+        kl = gap.square() / 2 if cfg.kl.estimator == "k2" else k3.clamp(max=MOST)
         term = term - cfg.kl.coefficient * kl + t.entropy_bonus * entropy
         total = total - (term.sum() / tokens if t.aggregation == "token_mean" else term.mean() / len(rollouts))
         if (advantages != 0).any() or cfg.kl.coefficient or t.entropy_bonus:
@@ -171,6 +173,8 @@ def loss_of(cfg, policy, rollouts, columns, margins):
             held += int((bounded * advantages < ratio * advantages).sum())
         if (advantages != 0).any():
             margins += [(ratio - bound).abs().min().item() for bound in (1 - t.clip_low, 1 + t.clip_high)]
+        if cfg.kl.coefficient:
+            margins.append((k3 - MOST).abs().min().item())
     return total, held, moving
 
 

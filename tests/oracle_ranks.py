@@ -23,15 +23,15 @@ from gear_trainer.tasks.base import Problem
 from gear_trainer.train.experience import pack
 from gear_trainer.train.schedule import schedule
 
-# Adam's first step is lr g / (|g| + eps): with its own 1e-8 a g that is 0 but for rounding would be a step of the whole rate, in the
-# direction of the rounding. Gradients here are about 1e-2.
+# Adam's first step is lr g / (|g| + eps): with its own 1e-8 a g that is 0 but for rounding would be a step of the whole rate, in
+# the direction of the rounding. Gradients here are about 1e-2.
 EPS = "deepspeed.optimizer.params.eps=1.0e-2"
 PADDED = "train.packing=false"
 GEAR = ["credit=gear", "credit_args.entropy_ratio=1.2"]  # 1.5 of a random model's entropy is hardly ever reached
 TWICE = "train.updates_per_step=2"
 CASES = {
-    "grpo": ["credit=grpo", "train.aggregation=token_mean", "train.weight_decay=0.1", "train.gradient_clipping=0.1",
-             "train.lr_warmup_steps=2", PADDED, WHOLE],
+    "grpo": ["credit=grpo", "train.aggregation=token_mean", "train.weight_decay=0.1", "train.gradient_clipping=2",
+             "train.lr=0.02", "train.lr_warmup_steps=2", PADDED, WHOLE],
     "gear, padded": [*GEAR, PADDED, SHARDED],
     "gear, packed": [*GEAR, PACKED, SHARDED],
     "gear, kl": [*GEAR, "kl.coefficient=0.5", "train.entropy_bonus=0.05", PACKED, SHARDED],
