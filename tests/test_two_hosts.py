@@ -152,9 +152,8 @@ def test_the_only_rank_of_another_host_is_named_by_its_silence(server, tmp_path)
     run.until(lambda: len(list((tmp_path / ".run.ranks").glob("waits-*"))) == 2)
     os.kill(run.pids[1], signal.SIGKILL)
     assert run.wait(120) == [1, -9], run.text()
-    assert run.text() == (
-        f"gear_trainer: rank 1 has been silent for 10 s (pid {run.pids[1]} on host-1): --resume goes on from the last checkpoint\n"
-    )
+    why = f"rank 1 has been silent for 10 s (pid {run.pids[1]} on host-1)"
+    assert run.text() == f"gear_trainer: {why}: --resume goes on from the last checkpoint\n"
 
 
 def test_ranks_that_do_not_meet_are_one_line(server, tmp_path):

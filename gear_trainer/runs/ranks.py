@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import psutil
 import torch.distributed as dist
 
-from gear_trainer.errors import ConfigError
+from gear_trainer.errors import ConfigError, RunError
 from gear_trainer.runs import stacks
 from gear_trainer.runs.files import beside
 
@@ -105,8 +105,9 @@ class Beats:
         self._write()
 
     def said_by(self, rank: int, error: BaseException) -> bool:
-        """True where another rank ended by the same error."""
-        return (self._read(rank) or {}).get("ended") == _word(error)
+        """True where another rank ended by the same error; each rank tells one that was foreseen in its own words."""
+        ended = (self._read(rank) or {}).get("ended") or ""
+        return ended == _word(error) or isinstance(error, RunError) and ended.startswith(f"{type(error).__name__}: ")
 
     def blame(self, error: BaseException, wait: float = 5.0) -> dict[int, Lost]:
         """The ranks behind a broken collective; none where the error is this rank's own. Waits for word."""
@@ -256,6 +257,8 @@ def _word(error: BaseException) -> str:
 
 
 def _is_network(error: BaseException) -> bool:
+    if isinstance(error, RunError):  # it says itself what happened
+        return False
     return isinstance(error, (RuntimeError, OSError)) and any(word in str(error).lower() for word in _NETWORK)
 
 
