@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,7 @@ def _meet(cfg: Config) -> None:
     import deepspeed.ops
     import torch
     import torch.distributed as dist
+    from deepspeed.constants import default_pg_timeout
     from transformers.utils import logging as transformers_logging
 
     from gear_trainer.runs.ranks import Beats
@@ -146,8 +148,10 @@ def _meet(cfg: Config) -> None:
     if not torch.cuda.is_available():
         # init_distributed would compile a C++ op (100 CPU seconds); a killed build leaves a lock that hangs every later run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # a rank that hangs is told of, with the stacks of all, before torch gives up the collective that the others wait in
+    patience = max(default_pg_timeout, timedelta(seconds=cfg.rank_timeout + 60))
     try:
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=patience)
     except dist.DistError as error:  # its text is a page of the store's C++ stack
         where, why = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")), str(error).splitlines()[0]
         raise RunError(

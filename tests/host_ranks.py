@@ -11,20 +11,20 @@ import torch.distributed as dist
 
 from gear_trainer import build, cli
 from gear_trainer.config import load_config
-from gear_trainer.runs.ranks import Beats
+from gear_trainer.runs import ranks
 
 
 def _begin():
     host = os.environ["HOSTS"].split()[int(os.environ["RANK"])]
     local = os.environ["HOSTS"].split()[: int(os.environ["RANK"])].count(host)
     os.environ["LOCAL_RANK"] = str(local)
-    socket.gethostname = lambda: f"host-{host}"
+    socket.gethostname = ranks.machine = lambda: f"host-{host}"
     dist.init_process_group("gloo")
     return f"host-{host}"
 
 
 def _beats(folder, limit=600.0):
-    return Beats(Path(folder) / "run", dist.get_rank(), dist.get_world_size(), limit).start()
+    return ranks.Beats(Path(folder) / "run", dist.get_rank(), dist.get_world_size(), limit).start()
 
 
 def _waits(folder):

@@ -46,7 +46,7 @@ wait $a; first=$?; wait $b; echo codes $first $?
 @cache
 def not_permitted():
     """Why this user cannot have such hosts; empty where it can."""
-    trial = f"ip link add a type veth peer name b && {OWN} true"
+    trial = f"ip link add to-a type veth peer name to-b && {OWN} true"
     try:
         done = subprocess.run([*UNSHARE.split(), "sh", "-c", trial], capture_output=True, text=True, timeout=60)
     except OSError as error:

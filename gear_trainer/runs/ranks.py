@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,8 +32,19 @@ WARN_AFTER = 30.0  # seconds of silence; a busy machine starves the beating thre
 GRACE = 6.0  # for the main thread to notice by itself, with its own message, that a peer is gone
 HUSH = 10.0  # of silence, with a broken connection, are a rank of another machine that is gone; a network file system lags by 3
 SEEN_WITHIN = 20.0  # until what one machine wrote is seen on another; names that were never asked for are seen at once
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _SIZE = 1024  # bytes of a beat's file, written in place: on a full disk it can still say why a rank ended
 _NETWORK = ("gloo", "nccl", "connection", "socket", "broken pipe", "processgroup", "store", "timed out", "timeout")
+
+
+@cache
+def machine() -> str:
+    """Where a process id means the same process: the machine since its start, and its table of processes. Containers may share a
+    host name and have different tables."""
+    try:
+        return f"{_BOOT.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # another system than Linux
+        return socket.gethostname()
 
 
 class Lost(NamedTuple):
@@ -49,7 +61,7 @@ class Beats:
 
     def __init__(self, run_dir: Path, rank: int, world: int, limit: float):
         self.folder, self.rank, self.world, self.limit = beside(run_dir, "ranks"), rank, world, limit
-        self.own: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+        self.own: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine()}
         self.own |= {"started": psutil.Process().create_time(), "ended": None, "run": "", "lost": {}}
         self._seen: dict[int, tuple[float, float]] = {}  # rank -> (its file's time, when that last changed by our clock)
         self._told: set[int] = set()
@@ -113,7 +125,7 @@ class Beats:
         """The ranks behind a broken collective; none where the error is this rank's own. Waits for word."""
         if not _is_network(error):
             return {}
-        elsewhere = any(beat and beat["host"] != self.own["host"] for beat in map(self._read, range(self.world)))
+        elsewhere = any(beat and not _here(beat) for beat in map(self._read, range(self.world)))
         started = time.monotonic()
         while (waited := time.monotonic() - started) < wait + (2 * HUSH if elsewhere else 0.0):
             lost = self.lost(self.limit if waited < wait else min(HUSH, self.limit))
@@ -134,10 +146,10 @@ class Beats:
                 found |= {int(named): Lost(*what) for named, what in beat["lost"].items()}
             elif beat["ended"]:
                 found[rank] = Lost(f"ended ({beat['ended']})")
-            elif beat["host"] == self.own["host"] and not _alive(beat):
+            elif _here(beat) and not _alive(beat):
                 found[rank] = Lost(f"was killed (pid {beat['pid']})")
             elif self._silence(rank) > limit:
-                why = f"has been silent for {limit:.0f} s ({_whereabouts(beat, self.own['host'])})"
+                why = f"has been silent for {limit:.0f} s ({_whereabouts(beat)})"
                 found[rank] = Lost(why, hangs=limit == self.limit)
         return found
 
@@ -173,11 +185,11 @@ class Beats:
 
     def _show_stacks(self, hanging: list[int], speaks: bool) -> None:
         """Write this rank's stacks and those of hanging ones beside it, and show those of all ranks on one of them."""
-        stacks.write_own()
-        hung = [beat for rank in hanging if (beat := self._read(rank)) and beat["host"] == self.own["host"] and _alive(beat)]
+        stacks.write_own(self._stacks)
+        hung = [beat for rank in hanging if (beat := self._read(rank)) and _here(beat) and _alive(beat)]
         for beat in hung:  # by each rank of the machine: it cannot be known which of them is the last to look
             stacks.write_of(beat["pid"])
-        time.sleep(1.0)  # both are asked without an answer
+        time.sleep(1.0)  # they are asked without an answer
         for rank in (self.rank, *hanging):
             stacks.flush(stacks.stack_file(self.folder, rank))
         if speaks:
@@ -200,7 +212,7 @@ class Beats:
             elif rank not in self._told and self._speaks_beside(rank):
                 self._told.add(rank)
                 print(
-                    f"gear_trainer: rank {rank} has been silent for {silence:.0f} s ({_whereabouts(beat, self.own['host'])}); "
+                    f"gear_trainer: rank {rank} has been silent for {silence:.0f} s ({_whereabouts(beat)}); "
                     f"waiting, up to {self.limit:.0f} s",
                     file=sys.stderr,
                     flush=True,
@@ -248,7 +260,11 @@ def last_beats(run_dir: Path) -> list[tuple[dict[str, Any], float]]:
 
 def lives(beat: dict[str, Any], age: float) -> bool:
     """True where the process of a beat runs: looked up on this machine, by the age of its beat on another."""
-    return _alive(beat) if beat["host"] == socket.gethostname() else age < 2 * WARN_AFTER
+    return _alive(beat) if _here(beat) else age < 2 * WARN_AFTER
+
+
+def _here(beat: dict[str, Any]) -> bool:
+    return beat.get("machine") == machine()  # older versions left none
 
 
 def _word(error: BaseException) -> str:
@@ -270,10 +286,10 @@ def _alive(beat: dict[str, Any]) -> bool:
         return False
 
 
-def _whereabouts(beat: dict[str, Any], here: str) -> str:
+def _whereabouts(beat: dict[str, Any]) -> str:
     """Its process and machine, and what the process is doing where it is on this machine."""
     where = f"pid {beat['pid']} on {beat['host']}"
-    if beat["host"] != here:
+    if not _here(beat):
         return where
     try:
         return f"{where}, {psutil.Process(beat['pid']).status()}"

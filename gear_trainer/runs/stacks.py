@@ -10,7 +10,6 @@ import faulthandler
 import os
 import re
 import signal
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from gear_trainer.runs.files import sync
 
 ASK = signal.SIGUSR2
 TOLD_WITHIN = 5.0  # seconds that a rank, on another machine too, has to write its stacks
-_CURRENT = re.compile(r"^Current thread .*\n((?:  .*\n)+)", re.MULTILINE)
+_THREAD = re.compile(r"^(?:Current thread|Thread) .*\n((?:  .*\n)+)", re.MULTILINE)
 
 
 def stack_file(folder: Path, rank: int) -> Path:
@@ -35,11 +34,9 @@ def listen(path: Path) -> IO[bytes]:
     return file
 
 
-def write_own() -> None:
-    """Have this process' main thread answer, whatever it waits for; the stack that it stands in is the first to be looked at."""
-    main = threading.main_thread().ident
-    assert main is not None  # it has started
-    signal.pthread_kill(main, ASK)
+def write_own(file: IO[bytes]) -> None:
+    """Write this process' stacks to the file that `listen` returned."""
+    faulthandler.dump_traceback(file, all_threads=True)
 
 
 def write_of(pid: int) -> None:
@@ -65,9 +62,9 @@ def _names(ranks: list[int]) -> str:
 
 
 def _told(folder: Path, rank: int) -> str | None:
-    """The last stack that a rank wrote of its main thread, innermost call first."""
+    """The last stack that a rank wrote of its main thread, innermost call first: threads are written youngest first."""
     with suppress(OSError):
-        found = _CURRENT.findall(stack_file(folder, rank).read_text(errors="replace"))
+        found = _THREAD.findall(stack_file(folder, rank).read_text(errors="replace"))
         return found[-1] if found else None
     return None
 
