@@ -11,16 +11,21 @@ import torch.distributed as dist
 
 from gear_trainer import build, cli
 from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
 from gear_trainer.runs import ranks
 
 
-def _begin():
+def _host():
     host = os.environ["HOSTS"].split()[int(os.environ["RANK"])]
-    local = os.environ["HOSTS"].split()[: int(os.environ["RANK"])].count(host)
-    os.environ["LOCAL_RANK"] = str(local)
-    socket.gethostname = ranks.machine = lambda: f"host-{host}"
-    dist.init_process_group("gloo")
+    os.environ["LOCAL_RANK"] = str(os.environ["HOSTS"].split()[: int(os.environ["RANK"])].count(host))
     return f"host-{host}"
+
+
+def _begin():
+    host = _host()
+    socket.gethostname = ranks.machine = lambda: host
+    dist.init_process_group("gloo")
+    return host
 
 
 def _beats(folder, limit=600.0):
@@ -29,6 +34,17 @@ def _beats(folder, limit=600.0):
 
 def _waits(folder):
     (Path(folder) / ".run.ranks" / f"waits-{os.environ['RANK']}").touch()
+
+
+def wrong_on_one_host(_):
+    """Host 0 finds nothing wrong with the run, host 1 does."""
+
+    def check():
+        if _host() == "host-1":
+            raise ConfigError("model.path=/models/x: not there")
+        return 0
+
+    return cli._guarded(check)
 
 
 def meet_apart(argv):

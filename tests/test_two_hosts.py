@@ -138,6 +138,22 @@ def test_a_folder_that_is_not_shared_is_one_line_on_each_host(server, tmp_path):
     assert second.startswith(f"[rank 1] gear_trainer: output_dir={tmp_path}/host-1: {why}"), second
 
 
+def test_what_one_host_alone_finds_wrong_is_said_there(server, tmp_path):
+    """Once, by its first rank: rank 0 knows nothing of it, and waits for the others."""
+    run = server.call(tmp_path / "log", "host_ranks:wrong_on_one_host", ranks=3, HOSTS="0 1 1")
+    assert run.wait(120) == [0, 2, 2] and run.text() == "[rank 1] gear_trainer: model.path=/models/x: not there\n"
+
+
+def test_a_rank_writes_its_stacks_when_it_is_asked(server, tmp_path):
+    run = server.call(tmp_path / "log", "host_ranks:wait_for_ever", tmp_path, 600, ranks=1, HOSTS="0")
+    run.until((tmp_path / ".run.ranks" / "waits-0").exists)
+    os.kill(run.pids[0], signal.SIGUSR2)
+    file = tmp_path / ".run.ranks" / "rank-0.stack"
+    run.until(lambda: "in wait_for_ever" in file.read_text() and "in _beat" in file.read_text())
+    assert run.codes() == [None]
+    run.kill()
+
+
 def test_a_rank_killed_on_another_host_is_named_by_its_neighbours(server, tmp_path):
     """Rank 0 cannot look for the process; rank 1, on its machine, leaves word. Nothing breaks a connection here, as with NCCL."""
     run = server.call(tmp_path / "log", "host_ranks:wait_for_ever", tmp_path, 600, ranks=3, HOSTS="0 1 1")
