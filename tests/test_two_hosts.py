@@ -172,6 +172,19 @@ def test_the_only_rank_of_another_host_is_named_by_its_silence(server, tmp_path)
     assert run.text() == f"gear_trainer: {why}: --resume goes on from the last checkpoint\n"
 
 
+def test_a_rank_stopped_on_another_host_leaves_when_it_is_continued(server, tmp_path):
+    run = server.call(tmp_path / "log", "host_ranks:wait_for_ever", tmp_path, 12, HOSTS="0 1")
+    run.until(lambda: len(list((tmp_path / ".run.ranks").glob("waits-*"))) == 2)
+    os.kill(run.pids[1], signal.SIGSTOP)
+    run.until(lambda: run.codes()[0] is not None)
+    said = run.text()
+    assert run.codes() == [1, None] and "rank 1 stands in\n  no answer\n" in said and "in wait_for_ever" in said
+    why = f"rank 1 has been silent for 12 s (pid {run.pids[1]} on host-1)"
+    assert said.splitlines()[-1] == f"gear_trainer: {why}: --resume goes on from the last checkpoint"
+    os.kill(run.pids[1], signal.SIGCONT)
+    assert run.wait(120) == [1, 1] and run.text() == said
+
+
 def test_ranks_that_do_not_meet_are_one_line(server, tmp_path):
     run = server.call(tmp_path / "log", "host_ranks:miss", WORLD_SIZE="2", ranks=1)
     assert run.wait(120) == [1], run.text()
