@@ -424,7 +424,7 @@ def test_D19_rank_0_killed(drill):
 
 
 def test_D19_a_stopped_rank(drill):
-    """Stopped for a while, the run goes on; stopped for longer than rank_timeout, it ends and names the rank."""
+    """Stopped for a while, the run goes on; stopped for longer than rank_timeout, it ends, names it and shows all stacks."""
     run = drill.start("train.steps=1000", "rank_timeout=12")
     run.until(lambda: len(drill.steps()) > 1)
     os.kill(run.pids[1], signal.SIGSTOP)
@@ -434,12 +434,33 @@ def test_D19_a_stopped_rank(drill):
     run.until(lambda: len(drill.steps()) > steps + 2)
     started = time.monotonic()
     os.kill(run.pids[1], signal.SIGSTOP)
-    run.until(lambda: run.codes()[0] is not None) if run.codes()[0] is None else None
+    assert run.wait(120) == [1, -9], run.text()[-3000:]
+    assert drill.left_running() == 0, "nobody else would end what is stopped"
+    lines = [line for line in said(run) if not line.startswith("  ")]
+    assert re.search(rf"rank 1 has been silent for 12 s \(pid {run.pids[1]} on .*, stopped\)", lines[-1]), lines
+    assert lines[-2] == f"gear_trainer: all threads are in {drill.out}/.{drill.name}.ranks/rank-*.stack"
+    shown = re.findall(r"^gear_trainer: ranks? ([01, ]+) stands? in\n((?:  File .*\n)+)", run.text(), re.MULTILINE)
+    assert sorted(", ".join(ranks for ranks, _ in shown).split(", ")) == ["0", "1"] and len(lines) == 2 + len(shown), run.text()
+    assert all("loop.py" in stack and "in train" in stack for _, stack in shown), shown
+    for path in (drill.out / f".{drill.name}.ranks").glob("*.stack"):
+        assert "in _beat" in path.read_text(), "its other threads"
+    drill.row("one rank stopped (SIGSTOP), rank_timeout=12", lines[-1], started, "the step begun")
+
+
+def test_a_rollout_server_killed_in_mid_generation(drill):
+    """A stand-in that rank 0 starts as it starts vLLM's; no turn of step 3 is answered before the kill."""
+    held = drill.out / "held"
+    engine = ["rollout.engine=vllm_server", "max_logprob_gap=1e9"]  # the stand-in's tokens are not the policy's
+    run = drill.start("train.steps=9", *engine, patch="drill_patches:stand_in_server", HELD=str(held))
+    run.until(held.exists)
+    (server,) = [p for p in psutil.Process(run.pids[0]).children() if "fake_vllm.py" in " ".join(p.cmdline())]
+    started = time.monotonic()
+    server.kill()
+    assert run.wait(120) == [1, 1], run.text()[-3000:]
     lines = said(run)
-    assert run.codes()[0] == 1 and len(lines) == 1, lines
-    assert re.search(rf"rank 1 has been silent for 12 s \(pid {run.pids[1]} on .*, stopped\)", lines[0]), lines
-    run.kill()  # a launcher would
-    drill.row("a stopped rank, rank_timeout=12", lines[0], started, "the step begun")
+    assert len(lines) == 1 and re.search(r"gear_trainer: rollout server http://\S+ ended \(exit code -9\), see ", lines[0]), lines
+    assert drill.steps() == [1, 2] and drill.latest() == 2 and not server.is_running() and drill.left_running() == 0
+    drill.row("rollout server killed in mid-generation", lines[0], started, "the step begun")
 
 
 def test_D5_an_error_on_a_rank_other_than_0_is_shown(drill):
