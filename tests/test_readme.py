@@ -119,7 +119,9 @@ def test_the_site_has_every_page_and_every_page_a_title():
 # --- the table of features ------------------------------------------------------------------------------------------------------
 
 FEATURES = (DOCS / "features.md").read_text()
-ROWS = [line.strip("| ").split(" | ") for line in FEATURES.splitlines() if line.startswith("| ") and not line.startswith("| --- ")]
+ROWS = [
+    line.strip("| ").split(" | ") for line in FEATURES.splitlines() if line.startswith("| ") and not line.startswith("| --- ")
+]
 ROWS = [row for row in ROWS if row[1:] != ["TRL", "verl", "OpenRLHF", "RL2"]]
 
 

@@ -58,12 +58,13 @@ ENTRANTS = (
     Entrant(DEMO, overrides=(), ranks=2),
     Entrant(THEIR_PAIR, "TRL", ranks=2),
 )
+RATES = ("generation", "update", "step", "cpu")
 RATIOS = ((OURS, THEIRS), (OURS_SLOWLY, THEIRS), (PAIR, THEIR_PAIR), (DEMO, THEIR_PAIR))
 
 
 @dataclass
 class Running:
-    """An entrant's processes. `steps` are those that rank 0 told of, the warm-up first."""
+    """An entrant's processes. `steps`: what rank 0 told of each, with the processor's seconds of all ranks; the warm-up first."""
 
     entrant: Entrant
     ranks: list[subprocess.Popen]
@@ -80,13 +81,14 @@ class Running:
 
     def listen(self) -> None:
         """Wait for a step of all ranks. Raises RuntimeError where one ended instead."""
+        told = []
         for rank in self.ranks:
             assert rank.stdout is not None
             line = rank.stdout.readline()
             if not line:
                 raise RuntimeError(f"{self.entrant.name} ended with {rank.wait()}:\n{self.log.read_text()[-4000:]}")
-            if rank is self.ranks[0]:
-                self.steps.append(json.loads(line))
+            told.append(json.loads(line))
+        self.steps.append(told[0] | {"cpu_seconds": sum(one["cpu_seconds"] for one in told)})
 
     def end(self) -> None:
         """Let the processes go, which end at the end of their input."""
@@ -156,14 +158,20 @@ def measure(entrants: tuple[Entrant, ...], rounds: int, quick: bool, cache: Path
 
 
 def summary(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the measured steps: seconds by phase; tokens a second by phase, all sampled tokens over its seconds, so that
-    the update's says how soon a step's rollouts are learnt from, not how many of them it reads."""
-    names = ("generation", "update", "push", "step")
-    seconds = {name: statistics.median(s["seconds"][name] for s in steps) for name in names}
-    rates = {n: statistics.median(s["tokens"] / s["seconds"][n] for s in steps) for n in names if n != "push"}
+    """Medians over the measured steps: seconds by phase; the rates below; the least seconds of a step; what it held."""
+    seconds = {name: statistics.median(s["seconds"][name] for s in steps) for name in ("generation", "update", "push", "step")}
+    rates = {name: statistics.median(rate(s, name) for s in steps) for name in RATES}
     least = min(s["seconds"]["step"] for s in steps)
     rest = {name: statistics.median(s[name] for s in steps) for name in ("tokens", "success", "trajectories")}
     return {"seconds": seconds, "least_step": least, "tokens_per_second": rates} | rest
+
+
+def rate(step: dict[str, Any], name: str) -> float:
+    """Sampled tokens of a step over the seconds of a phase, or over the processor's of the whole step in all ranks ("cpu").
+
+    The update's says how soon a step's rollouts are learnt from, whether or not it reads them all.
+    """
+    return step["tokens"] / (step["cpu_seconds"] if name == "cpu" else step["seconds"][name])
 
 
 def ratios(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -171,23 +179,21 @@ def ratios(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     turns side by side."""
     steps = {one["name"]: one["steps"][1:] for one in found}
 
-    def ratio(ours: str, theirs: str, phase: str) -> float:
-        rate = lambda s: s["tokens"] / s["seconds"][phase]  # noqa: E731
-        return statistics.median(rate(a) / rate(b) for a, b in zip(steps[ours], steps[theirs], strict=True))
+    def ratio(ours: str, theirs: str, name: str) -> float:
+        turns = zip(steps[ours], steps[theirs], strict=True)
+        return statistics.median(rate(a, name) / rate(b, name) for a, b in turns)
 
-    phases = ("generation", "update", "step")
     pairs = [(a, b) for a, b in RATIOS if a in steps and b in steps]
-    return [{"of": a, "to": b, **{phase: ratio(a, b, phase) for phase in phases}} for a, b in pairs]
+    return [{"of": a, "to": b, **{name: ratio(a, b, name) for name in RATES}} for a, b in pairs]
 
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Both tables on the terminal."""
-    table = Table("tokens/s", "generation", "update", "step", "s/step", title=f"other load {report['other_load']}")
+    table = Table("tokens a second", *RATES, "s a step", title=f"other load {report['other_load']}")
     for one in report["entrants"]:
-        rates = (f"{one['tokens_per_second'][name]:.0f}" for name in ("generation", "update", "step"))
-        table.add_row(one["name"], *rates, f"{one['seconds']['step']:.2f}")
+        table.add_row(one["name"], *(f"{one['tokens_per_second'][n]:.0f}" for n in RATES), f"{one['seconds']['step']:.2f}")
     for one in report["ratios"]:
-        table.add_row(f"{one['of']} / {one['to']}", *(f"{one[name]:.2f}x" for name in ("generation", "update", "step")))
+        table.add_row(f"{one['of']} / {one['to']}", *(f"{one[n]:.2f}x" for n in RATES))
     console.print(table)
 
 

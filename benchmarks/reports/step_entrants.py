@@ -1,7 +1,7 @@
 """A trainer that takes a step when it is told to, as a process: what step_beside_trl.py starts for each of its entrants.
 
-Reads its `Order` as JSON from the command line, takes a step to warm up and says so; then each line of its input is a step, and a
-line of JSON on its output answers with the step's figures. Everything that libraries print goes to standard error.
+Reads its `Order` as JSON from the command line and takes a step to warm up; then each line of its input asks for a step. A line
+of JSON on its output answers with a step's figures. Everything that libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ class Step:
     seconds: dict[str, float]
 
 
-def ours(order: Order) -> Iterator[Step]:
-    """gear_trainer's steps. Collective."""
+def ours(order: Order, line: Line) -> None:
+    """Take gear_trainer's steps. Collective."""
     from gear_trainer.build import build, resolve_model_path, set_environment
     from gear_trainer.preflight.checks import check
     from gear_trainer.runs.interrupts import Interrupts
@@ -57,18 +57,19 @@ def ours(order: Order) -> Iterator[Step]:
     trainer.push()
     sequences = cfg.rollout.prompts_per_step * cfg.rollout.group_size
     for step in range(1, order.steps + 1):
+        line.wait()
         values = trainer.step(step)
         s = values["seconds"]
         found = {"generation": s["rollout"] + s["wait"], "update": sum(s[name] for name in TRAINED), "push": s["push"]}
         learnt = round(sequences * (1 - values["zero_advantage"]))
-        yield Step(int(values["policy_tokens"]), values["success"], learnt, found | {"step": s["step"]})
+        line.answer(Step(int(values["policy_tokens"]), values["success"], learnt, found | {"step": s["step"]}))
 
 
 # --- TRL ------------------------------------------------------------------------------------------------------------------------
 
 
-def theirs(order: Order, told: Callable[[Step | None], None]) -> None:
-    """TRL's steps; `told` is called with each one's figures, and with None before each."""
+def theirs(order: Order, line: Line) -> None:
+    """Take TRL's steps."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from trl import import_utils
 
@@ -78,15 +79,15 @@ def theirs(order: Order, told: Callable[[Step | None], None]) -> None:
     cfg = load_config(CONFIG, list(order.overrides))
     trainer, spent = trl_trainer(cfg, order)
 
-    class Told(TrainerCallback):
+    class Asked(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            told(None)
+            line.wait()
             spent.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            told(spent.step(time.perf_counter()))
+            line.answer(spent.step(time.perf_counter()))
 
-    trainer.add_callback(Told())
+    trainer.add_callback(Asked())
     trainer.train()
 
 
@@ -207,35 +208,31 @@ def outcome(completions: list, answer: list[str], **_: Any) -> list[float]:
 # --- the process ----------------------------------------------------------------------------------------------------------------
 
 
+class Line:
+    """The coordinator's line to this process."""
+
+    def __init__(self) -> None:
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.warm, self.cpu = False, 0.0
+
+    def wait(self) -> None:
+        """Return when a step is asked for; the first is not, it warms up."""
+        if self.warm and not sys.stdin.readline():
+            os._exit(0)  # nothing is left to be written, and the engines' own ends take seconds
+        self.warm, self.cpu = True, time.process_time()
+
+    def answer(self, step: Step) -> None:
+        """Tell a step's figures, and the processor's seconds that this process took since it was asked for it."""
+        found = asdict(step) | {"cpu_seconds": time.process_time() - self.cpu}
+        print(json.dumps(found), file=self.answers, flush=True)
+
+
 def main() -> None:
     """Take the warm-up step, then one a line of the input."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    order = Order(**json.loads(sys.argv[1]))
-
-    def wait() -> None:
-        if not sys.stdin.readline():
-            os._exit(0)  # nothing is left to be written, and the engines' own ends take seconds
-
-    def answer(step: Step) -> None:
-        print(json.dumps(asdict(step)), file=answers, flush=True)
-
-    if order.trainer == "gear_trainer":
-        for step in ours(order):
-            answer(step)
-            wait()
-        return
-    warm = False
-
-    def told(step: Step | None) -> None:
-        nonlocal warm
-        if step is not None:
-            answer(step)
-            warm = True
-        elif warm:
-            wait()
-
-    theirs(order, told)
+    line, order = Line(), Order(**json.loads(sys.argv[1]))
+    (ours if order.trainer == "gear_trainer" else theirs)(order, line)
+    line.wait()  # until the others are done too
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A rollout engine on transformers' `generate`, the slowest there is: what a step costs without vLLM.
+"""A rollout engine on transformers' `generate`: what a step costs without vLLM.
 
-`rollout.engine=benchmarks.reports.transformers_engine:TransformersEngine` names it, in a run that starts where `benchmarks` can be
-imported. It holds a second copy of the weights.
+`rollout.engine=benchmarks.reports.transformers_engine:TransformersEngine` names it, in a run that starts where `benchmarks` can
+be imported. It holds a second copy of the weights.
 """
 
 from __future__ import annotations
