@@ -24,6 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gear_trainer.config import load_config
+
 from ..harness.environment import RESULTS, ROOT, environment
 from ..harness.internals import version
 from ..harness.measure import OtherLoad
@@ -187,6 +189,12 @@ def ratios(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"of": a, "to": b, **{name: ratio(a, b, name) for name in RATES}} for a, b in pairs]
 
 
+def sequences(quick: bool) -> int:
+    """Trajectories of a step."""
+    rollout = load_config(CONFIG, list(QUICK if quick else ())).rollout
+    return rollout.prompts_per_step * rollout.group_size
+
+
 def show(report: dict[str, Any], console: Console) -> None:
     """Both tables on the terminal."""
     table = Table("tokens a second", *RATES, "s a step", title=f"other load {report['other_load']}")
@@ -202,7 +210,14 @@ def run(entrants: tuple[Entrant, ...], rounds: int, output: Path, cache: Path, q
     head, load, before = environment(), OtherLoad(), os.getloadavg()
     head["versions"] |= {name: found for name in PACKAGES if (found := version(name))}
     found = measure(entrants, rounds, quick, cache, console)
-    about = {"config": CONFIG, "quick": quick, "rounds": rounds, "other_load": load.share(), "load_average_before": before}
+    sizes = {"sequences": sequences(quick)}
+    about = sizes | {
+        "config": CONFIG,
+        "quick": quick,
+        "rounds": rounds,
+        "other_load": load.share(),
+        "load_average_before": before,
+    }
     report = json.loads(json.dumps(head | about | {"ratios": ratios(found), "entrants": found}))
     show(report, console)
     output.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ class Order:
     trainer: str
     overrides: tuple[str, ...]
     steps: int
-    micro_batch: int = 32
+    micro_batch: int = 64
 
 
 @dataclass(frozen=True)
