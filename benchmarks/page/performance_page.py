@@ -281,15 +281,16 @@ def beside_trl(found: dict) -> list[str]:
     versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if name in ("trl", *step_beside_trl.PACKAGES))
     text = [
         f"`python -m benchmarks.reports.step_beside_trl`: {origin(found)}; {versions}.",
-        "The demo's model, problems, tools, sizes and loss in both trainers, a learning rate next to 0, so that all sample from one",
-        f"policy; one thread a process, {found['rounds']} steps each, in turn, behind one that warms up. {load_note([found['other_load']])}",
-        "The processors' seconds are what a busy machine moves least: read these. Rates are sampled tokens over seconds.",
+        "The demo's model, problems, tools, sizes and loss in both trainers, at a learning rate next to 0, so that all sample",
+        f"from one policy; one thread a process, {found['rounds']} steps each, in turn, behind one that warms up.",
+        f"{load_note([found['other_load']])} The processors' seconds are what a busy machine moves least: read these.",
         "",
-        f"* A step samples some {theirs['tokens']:.0f} tokens. *Update* is all between sampling and the new weights: rewards, scoring,",
-        "  credit, the optimizer's step. Ours scores before it updates, TRL does not: one update a step needs no old log-probs.",
-        f"  Trajectories of advantage 0 are left out in ours; of these steps' only {idle:.0%}, and more as the policy learns.",
+        f"* A step samples some {theirs['tokens']:.0f} tokens; rates are these over seconds. *Update* is all between sampling and",
+        "  the new weights: rewards, scoring, credit, the optimizer's step. Ours scores before it updates; TRL does not, as one",
+        "  update a step needs no old log-probs. Trajectories of advantage 0 are left out in ours: here",
+        f"  {idle:.0%} of them, and more as a policy learns.",
         "* gear_trainer pushes the weights to its sampler in each step; TRL samples from those that it trains.",
-        "* TRL with vLLM was not run: 1.16 takes vLLM up to 0.31. On GPUs all of it differs, and nothing of it was measured there.",
+        "* TRL with vLLM was not run: 1.16 takes vLLM up to 0.31. Nothing of it was measured on GPUs, where all of it differs.",
     ]
     rows = [
         [e["name"], *(f"{e['tokens_per_second'][n]:.0f}" for n in step_beside_trl.RATES), f"{e['seconds']['step']:.2f}"]

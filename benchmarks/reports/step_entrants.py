@@ -112,11 +112,13 @@ def trl_trainer(cfg: Config, order: Order) -> tuple[Any, Spent]:
     from trl.chat_template_utils import qwen3_template
 
     from gear_trainer.build import resolve_model_path
+    from gear_trainer.rollout.chat import Chat
     from gear_trainer.tasks import make_task
 
     task, spent = make_task(cfg.task, cfg.seed, cfg.task_args), Spent()
     path = resolve_model_path(cfg, task)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    chat = Chat(AutoTokenizer.from_pretrained(path), task.tools)
     tokenizer.response_template = qwen3_template  # TRL knows a Qwen3 by its full template alone; the demo's is shorter
 
     class Timed(GRPOTrainer):
@@ -124,6 +126,8 @@ def trl_trainer(cfg: Config, order: Order) -> tuple[Any, Spent]:
             start = time.perf_counter()
             found = super()._generate(prompts)
             spent.generation = time.perf_counter() - start
+            if self.state.global_step == 0 and found[0] != [chat.prompt_ids(prompt) for prompt in prompts]:
+                raise RuntimeError("TRL renders the prompts otherwise than gear_trainer: their steps cannot be compared")
             return found
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
