@@ -1,4 +1,4 @@
-"""The demo's step beside TRL's really runs, its engine samples as every engine must, its figures are counted by hand. Never a time."""
+"""The demo's step beside TRL's runs, its engine samples as engines must, its figures are counted by hand. Never a time."""
 
 import importlib.util
 import io

@@ -285,7 +285,7 @@ def beside_trl(found: dict) -> list[str]:
         f"from one policy; one thread a process, {found['rounds']} steps each, in turn, behind one that warms up.",
         f"{load_note([found['other_load']])} The processors' seconds are what a busy machine moves least: read these.",
         "",
-        f"* A step samples some {theirs['tokens']:.0f} tokens; rates are these over seconds. *Update* is all between sampling and",
+        f"* A step samples some {theirs['tokens']:.0f} tokens; rates are these over seconds. *Update* is all between them and",
         "  the new weights: rewards, scoring, credit, the optimizer's step. Ours scores before it updates; TRL does not, as one",
         "  update a step needs no old log-probs. Trajectories of advantage 0 are left out in ours: here",
         f"  {idle:.0%} of them, and more as a policy learns.",
