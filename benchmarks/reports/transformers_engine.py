@@ -41,7 +41,7 @@ class SeededDraws(LogitsProcessor):
 
 
 class TransformersEngine(Engine):
-    """transformers' `generate` on this rank's device, all requests of a call in one batch, padded on the left."""
+    """The engine: `generate` on this rank's device, all requests of a call in one batch, padded on the left."""
 
     def __init__(self, cfg: Config, model_path: str):
         from transformers import AutoModelForCausalLM, AutoTokenizer
