@@ -200,7 +200,7 @@ def tool(task: Any, name: str) -> Callable[..., str]:
     return call
 
 
-def outcome(completions: list, answer: list[str], **_: Any) -> list[float]:
+def outcome(completions: list, answer: list[str], **_: Any) -> list[float | None]:
     """The demo's reward: 1 where the last turn is an answer, and its last number the truth."""
     from gear_trainer.tasks.common import last_number, same_number
 
