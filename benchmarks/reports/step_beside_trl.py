@@ -53,7 +53,7 @@ OURS, OURS_SLOWLY, THEIRS = "gear_trainer, vLLM", "gear_trainer, transformers", 
 DEMO = "gear_trainer, vLLM, two ranks, GEAR: the demo"
 PAIR, THEIR_PAIR = "gear_trainer, vLLM, two ranks", "TRL, transformers, two ranks"
 ENTRANTS = (
-    Entrant(OURS),
+    Entrant(OURS, overrides=("credit=grpo", "rollout.records=0", "rollout.vllm.max_num_seqs=128")),  # all at once, as the others
     Entrant(OURS_SLOWLY, overrides=("credit=grpo", "rollout.records=0", ENGINE)),
     Entrant(THEIRS, "TRL"),
     Entrant(PAIR, ranks=2),
