@@ -282,14 +282,15 @@ def beside_trl(found: dict) -> list[str]:
     text = [
         f"`python -m benchmarks.reports.step_beside_trl`: {origin(found)}; {versions}.",
         "The demo's model, problems, tools, sizes and loss in both trainers, at a learning rate next to 0, so that all sample",
-        f"from one policy; one thread a process, {found['rounds']} steps each, in turn, behind one that warms up.",
+        f"from one policy; {found['rounds']} steps each, in turn, behind one that warms up.",
         f"{load_note([found['other_load']])} The processors' seconds are what a busy machine moves least: read these.",
         "",
-        f"* A step samples some {theirs['tokens']:.0f} tokens; rates are these over seconds. *Update* is all between them and",
-        "  the new weights: rewards, scoring, credit, the optimizer's step. Ours scores before it updates; TRL does not, as one",
+        f"* A step samples some {theirs['tokens']:.0f} tokens; rates are these over seconds. *Generation* holds the tools' work;",
+        "  *update* rewards, scoring, credit and the optimizer's step. Ours scores before it updates; TRL does not, as one",
         "  update a step needs no old log-probs. Trajectories of advantage 0 are left out in ours: here",
         f"  {idle:.0%} of them, and more as a policy learns.",
         "* gear_trainer pushes the weights to its sampler in each step; TRL samples from those that it trains.",
+        "* A model of 0.7 M parameters is mostly overhead: of larger ones these ratios say little.",
         "* TRL with vLLM was not run: 1.16 takes vLLM up to 0.31. Nothing of it was measured on GPUs, where all of it differs.",
     ]
     rows = [

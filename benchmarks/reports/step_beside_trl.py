@@ -208,7 +208,8 @@ def show(report: dict[str, Any], console: Console) -> None:
 def run(entrants: tuple[Entrant, ...], rounds: int, output: Path, cache: Path, quick: bool, console: Console) -> dict[str, Any]:
     """Measure, print and write step_beside_trl.json to `output`; what the JSON holds."""
     head, load, before = environment(), OtherLoad(), os.getloadavg()
-    head["versions"] |= {name: found for name in PACKAGES if (found := version(name))}
+    head["threads"] = 1  # of each process
+    head["versions"] |= {name: found for name in PACKAGES if (found := version(name)) != "not installed"}
     found = measure(entrants, rounds, quick, cache, console)
     sizes = {"sequences": sequences(quick)}
     about = sizes | {
