@@ -6,11 +6,12 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gear_trainer.config import Config
-from gear_trainer.errors import ConfigError
+from gear_trainer.errors import ConfigError, RunError
 from gear_trainer.policy.hub import check_model_path
 from gear_trainer.recipe import Recipe
 from gear_trainer.runs.interrupts import Interrupts
@@ -132,11 +133,12 @@ def build(
 
 
 def _meet(cfg: Config) -> None:
-    """The process group, before vLLM: it would make a group of its own. Collective."""
+    """The process group, before vLLM: it would make a group of its own. Collective. Raises RunError where not all ranks come."""
     import deepspeed
     import deepspeed.ops
     import torch
     import torch.distributed as dist
+    from deepspeed.constants import default_pg_timeout
     from transformers.utils import logging as transformers_logging
 
     from gear_trainer.runs.ranks import Beats
@@ -146,7 +148,16 @@ def _meet(cfg: Config) -> None:
     if not torch.cuda.is_available():
         # init_distributed would compile a C++ op (100 CPU seconds); a killed build leaves a lock that hangs every later run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    # a rank that hangs is told of, with the stacks of all, before torch gives up the collective that the others wait in
+    patience = max(default_pg_timeout, timedelta(seconds=cfg.rank_timeout + 60))
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=patience)
+    except dist.DistError as error:  # its text is a page of the store's C++ stack
+        where, why = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")), str(error).splitlines()[0]
+        raise RunError(
+            f"the {cfg.world_size} ranks did not meet at {where} ({why}): see what the other machines' ranks say; all of them "
+            "must reach that address, within the minutes of DEEPSPEED_TIMEOUT"
+        ) from error
     Beats(cfg.run_dir, dist.get_rank(), cfg.world_size, cfg.rank_timeout).start()
 
 

@@ -261,29 +261,28 @@ def _tell(error: Exception) -> int:
 
     beats, rank = Beats.running, int(os.environ.get("RANK", 0))
     if beats:
-        if line := beats.blame(error):
-            beats.leave(line)
+        if lost := beats.blame(error):
+            beats.leave(lost)
         beats.fail(error)
     mendable = isinstance(error, (ConfigError, TaskError, GearKernelsError))
-    if mendable or isinstance(error, RunError):
+    foreseen = mendable or isinstance(error, RunError)
+    if foreseen:
         said = f"gear_trainer: {error}\n"
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         said = f"gear_trainer: the disk is full ({error.filename or 'a file of the run'}): make room, then --resume goes on\n"
     else:
         said = "".join(traceback.format_exception(error))
-    if not rank or _speaks(beats, error, mendable):
+    if not rank or _speaks(beats, error, foreseen):
         print((f"[rank {rank}] " if rank else "") + said, end="", file=sys.stderr, flush=True)
     return 2 if mendable else 1
 
 
-def _speaks(beats, error: Exception, mendable: bool) -> bool:
+def _speaks(beats, error: Exception, foreseen: bool) -> bool:
     """Whether a rank other than 0 has something to say that rank 0 does not: the same error is most often raised on all."""
-    import torch.distributed as dist
-
     time.sleep(3)  # a launcher kills all ranks once one has exited: let rank 0 print first
-    if not dist.is_initialized():
-        return not mendable  # what is checked by then is the same on all ranks; a surprise is not
-    return beats is None or not beats.said_by(0, error)
+    if beats is None:  # what is foreseen by then is the same on all ranks of a machine, a surprise is not
+        return not foreseen or os.environ.get("LOCAL_RANK") == "0"
+    return not beats.said_by(0, error)
 
 
 def _share_cores() -> None:

@@ -4,9 +4,13 @@ import json
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from gear_trainer.hints.endpoint import connect
 from gear_trainer.policy import checkpoint
+from gear_trainer.rollout import vllm_server
 from gear_trainer.train.loop import Trainer
 from gear_trainer.train.update import Updater
 
@@ -126,3 +130,19 @@ def change_writer():
         write(self, step, rollouts, sums)
 
     Trainer.write_references = changed
+
+
+def stand_in_server():
+    """Rank 0 starts tests/fake_vllm.py in place of vLLM's server; HELD is the file that says when it has begun to hang."""
+
+    def command(cfg, model_path, url):
+        where = urlsplit(url)
+        return [
+            sys.executable,
+            str(Path(__file__).with_name("fake_vllm.py")),
+            where.hostname,
+            str(where.port),
+            os.environ["HELD"],
+        ]
+
+    vllm_server.command = command

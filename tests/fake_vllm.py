@@ -1,10 +1,16 @@
-"""A small stand-in for vLLM's server on loopback: token ids in and out, weights over a group of the test's, faults on demand."""
+"""A small stand-in for vLLM's server on loopback: token ids in and out, weights over a group of the test's, faults on demand.
+
+As a script (arguments: host, port, a file) it is a process that a run starts in vLLM's place and pushes its weights to over gloo.
+From the third version of the weights on it answers no request for a turn; the file is made when one has come.
+"""
 
 import json
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
 
@@ -20,8 +26,8 @@ class FakeVllm(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, address=("127.0.0.1", 0)):
+        super().__init__(address, Handler)
         self.asked, self.weights, self.faults = [], {}, {}
         self.version, self.paused, self.updated = "default", False, False
         self.pushed, self.ended, self.group = threading.Event(), threading.Event(), None
@@ -70,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         answer = None
         if path == "/inference/v1/generate":
             answer = server.generate(body)
+        elif path == "/init_weight_transfer_engine":
+            server.group = server.group or Joined(**body["init_info"])
         elif path == "/update_weight_version":
             server.version = body["new_version"]
         elif path == "/pause?mode=keep":
@@ -109,6 +117,30 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
 
+class Joined:
+    """The server's end of a group over gloo."""
+
+    def __init__(self, master_address, master_port, world_size, rank_offset):
+        from gear_trainer.rollout.weight_transfer import Gloo
+
+        self.group = Gloo(master_address, master_port, rank_offset, world_size, 60.0)
+
+    def receive(self, tensor):
+        self.group.send(tensor)  # a broadcast, to all but its root
+
+
+class Halting(FakeVllm):
+    def __init__(self, host, port, held):
+        super().__init__((host, int(port)))
+        self.held = Path(held)
+
+    def generate(self, body):
+        if self.version in ("default", "0", "1", "2"):
+            return super().generate(body)
+        self.held.touch()
+        threading.Event().wait()
+
+
 class Wire:
     """Both ends of a group in one process: what one sends, the other receives, in order."""
 
@@ -142,3 +174,7 @@ def fake_vllm():
         server.pushed.set()
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":
+    Halting(*sys.argv[1:]).serve_forever()

@@ -21,6 +21,7 @@ from gear_trainer.rollout import Rollout
 from gear_trainer.runs.console import Console
 from gear_trainer.runs.files import RunFiles, note_end, prepare_run_dir
 from gear_trainer.runs.metrics import Phases
+from gear_trainer.runs.ranks import machine
 from gear_trainer.runs.records import Records
 from gear_trainer.runs.registry import find_runs, look
 from gear_trainer.runs.trackers import check_trackers
@@ -340,14 +341,14 @@ def made(tmp_path, name, beat=None, state=None, step=2):
 def beat(**more):
     import psutil
 
-    me = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time(), "ended": None}
-    return me | more
+    me = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine(), "started": psutil.Process().create_time()}
+    return me | {"ended": None} | more
 
 
 def test_the_state_of_a_run_is_read_off_its_files(tmp_path):
     states = {
         "goes": look(made(tmp_path, "goes", beat())),
-        "elsewhere": look(made(tmp_path, "elsewhere", beat(host="another"))),
+        "elsewhere": look(made(tmp_path, "elsewhere", beat(machine="another"))),
         "done": look(made(tmp_path, "done", beat(), ("finished", 4, ""), step=4)),
         "asked": look(made(tmp_path, "asked", beat(pid=2**22 + 1), ("stopped", 2, "its launcher is gone"))),
         "raised": look(made(tmp_path, "raised", beat(pid=2**22 + 1, ended="ZeroDivisionError: planted"))),

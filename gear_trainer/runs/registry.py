@@ -99,6 +99,7 @@ def _state(run_dir: Path, complete: bool) -> tuple[State, str]:
     if any(lives(beat, age) for beat, age in beats):
         return "running", ""
     words = [f"rank {rank}: {beat['ended']}" for rank, (beat, _) in enumerate(beats) if beat["ended"]]
+    words += [f"rank {rank} {why}" for beat, _ in beats for rank, (why, _) in beat.get("lost", {}).items()]
     if complete and not words:
         return "finished", ""  # by a version that left no word
     return "failed", words[0] if words else "without a word: killed, or its machine is gone"
