@@ -12,10 +12,10 @@ import os
 LONGEST = (
     "test_end_to_end.py", "test_credit.py", "test_drills.py", "test_stats.py", "test_memory_plan.py", "test_math.py",
     "test_performance_page.py", "test_integrations_trl.py", "test_methods.py", "test_teacher.py", "test_lora.py",
-    "test_vllm_server.py", "test_two_hosts.py", "test_resharding.py", "test_benchmarks.py", "test_where_models_live.py",
+    "test_vllm_server.py", "test_resharding.py", "test_oracle.py", "test_where_models_live.py", "test_two_hosts.py",
     "test_head_zero3.py", "test_config.py", "test_gpu_report.py", "test_foreign_text.py", "test_gates.py",
     "test_compile_report.py", "test_extending.py", "test_compile.py", "test_warm_start.py", "test_head_fsdp.py",
-    "test_parallel.py",
+    "test_benchmarks.py", "test_step_beside_trl.py", "test_parallel.py",
 )  # fmt: skip
 
 # `slow` as a whole, beside what is marked so: about the instruments (benchmarks, gates, compile tables) or about torch.compile.

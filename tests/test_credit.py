@@ -370,8 +370,18 @@ def test_masked_tokens_change_nothing(backend):
                 torch.testing.assert_close(got.diagnostics[name], value, rtol=1e-6 if backend == "triton" else 0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.3, 1.0, 1.99])
+@pytest.mark.parametrize(
+    "dtype, alpha",
+    [
+        (torch.float64, 0.0),
+        (torch.float64, 1.99),
+        (torch.float32, 0.2),
+        (torch.float32, 1.0),
+        (torch.bfloat16, 0.3),
+        (torch.bfloat16, 1.99),
+        (torch.float16, 0.2),
+    ],
+)
 def test_zero_advantage_gives_one_and_signs_stay(dtype, alpha):
     rng = random.Random(3)
     for segmenter in SEGMENTERS:
@@ -668,7 +678,7 @@ def test_bad_arguments(change, message):
 def test_scan_is_bitwise_the_reference(segmenter, dtype, backend):
     """Every option, masks, ties, sequences of length 0 to 60; several threads; segments across the blocks of the kernel."""
     draw, g = random.Random(segmenter), torch.Generator().manual_seed(1)
-    for _ in range(8 if backend == "triton" else 60):
+    for _ in range(5 if backend == "triton" else 60):
         lengths = torch.randint(0, 60, (7,), generator=g)
         bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
         total = int(bounds[-1])

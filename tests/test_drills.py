@@ -1,11 +1,13 @@
 """Fault drills on the trainer for real, two ZeRO-3 ranks with a vLLM engine each: what was lost, and what was left running.
 
-`GEAR_KILLS=40 pytest tests/test_drills.py -s` kills at 40 moments of a save instead of 6; -s shows the table.
+`GEAR_KILLS=40 pytest tests/test_drills.py -s` kills at 40 moments of a save instead of 6; -s shows the table. `GEAR_MOMENTS=20`
+also kills at 20 moments of whole runs, drawn anew each time.
 """
 
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -27,12 +29,14 @@ from gear_trainer.runs.registry import look
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS = int(os.environ.get("GEAR_KILLS", 6))
+MOMENTS = int(os.environ.get("GEAR_MOMENTS", 0))
 TOTAL = KILLS // 2 + 8  # steps; a point that only a later save reaches lets some pass
 POINTS = (
     "after the shards", "after latest moved", "before the manifest", "while pruning", "after the manifest", "before latest moves",
     "before the shards",
 )  # fmt: skip
 SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=4", "eval.every=0", "checkpoint.export=false", "checkpoint.every=1"]
+TWELVE = ("train.steps=12", "checkpoint.every=2")
 TOLD = ("step ", "memory, GiB", "report:", "resuming")
 NOISE = re.compile(r"Triton is installed|^\[rank\d\]:\[W|NUMA binding")
 
@@ -74,11 +78,16 @@ class Drill:
     def steps(self):
         return [m["step"] for m in self.metrics()]
 
+    def reached(self, step):
+        """Whether the run has finished a step; before the first, whether its ranks watch one another."""
+        return len(self.steps()) >= step and (step > 0 or len(list((self.out / f".{self.name}.ranks").glob("rank-*.json"))) == 2)
+
     def latest(self):
         """The step to go on from: `latest`, or the one finished checkpoint of a kill in the first save."""
         pointer = self.dir / "checkpoints" / "latest"
-        first = self.dir / "checkpoints" / "step-1"
-        return int(pointer.read_text().removeprefix("step-")) if pointer.exists() else int((first / MANIFEST).exists())
+        if pointer.exists():
+            return int(pointer.read_text().removeprefix("step-"))
+        return max([0, *(int(p.parent.name.removeprefix("step-")) for p in pointer.parent.glob(f"step-*/{MANIFEST}"))])
 
     def left_running(self):
         """Processes of the run that still are, a few seconds after its end."""
@@ -163,6 +172,60 @@ def test_D1_killed_inside_a_save_at_many_moments(drill, uninterrupted, keep):
         f"{lost} times the step that was being saved",
     )
     print(moments)
+
+
+@pytest.fixture(scope="module")
+def twelve_steps(server, out, table):
+    """A run of twelve steps, and the seconds from when its ranks watch one another to step 1, between steps, and to its end."""
+    drill, passed = Drill(server, out, "twelve-steps", table), []
+    run = drill.start(*TWELVE)
+    for done in range(13):
+        run.until(lambda done=done: drill.reached(done))
+        passed.append(time.monotonic())
+    assert run.wait() == [0, 0], run.text()[-3000:]
+    passed.append(time.monotonic())
+    return drill, [after - before for before, after in zip(passed[:-1], passed[1:], strict=True)]
+
+
+@pytest.mark.skipif(not MOMENTS, reason="GEAR_MOMENTS=20 (make drills): half a minute a moment")
+@pytest.mark.parametrize("moment", range(max(1, MOMENTS)))
+def test_killed_at_any_moment_a_resumed_run_is_the_uninterrupted_one(drill, twelve_steps, moment):
+    """Between start and end, saves included: every third time all ranks, else one of the two, which the other has to notice."""
+    reference, seconds = twelve_steps
+    share, whom = (moment + random.random()) / max(1, MOMENTS), ((0, 1), (0,), (1,))[moment % 3]
+    done, pause = _moment(seconds, share)
+    run = drill.start(*TWELVE)
+    run.until(lambda: drill.reached(done))
+    time.sleep(pause)
+    started = time.monotonic()
+    for rank in whom:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(run.pids[rank], signal.SIGKILL)
+    expected = [-9 if rank in whom else 1 for rank in (0, 1)]
+    codes = run.wait(120)
+    what = f"{'both ranks' if len(whom) == 2 else f'rank {whom[0]}'} killed {pause:.2f} s after step {done}"
+    by_itself = {0} if len(drill.steps()) == 12 else set()  # behind the last step a rank may have ended before it was killed
+    fits = all(code in {want, *by_itself} for code, want in zip(codes, expected, strict=True))
+    assert fits and drill.left_running() == 0, (what, codes, run.text()[-3000:])
+    before, lost = drill.latest(), len(drill.steps()) - drill.latest()
+    assert lost in (0, 1, 2), "the steps since the last save but one that was being made"
+    again = drill.start(*TWELVE, "--resume")
+    assert again.wait() == [0, 0], (what, again.text()[-3000:])
+    assert drill.metrics() == reference.metrics() and drill.steps() == list(range(1, 13)), what
+    for number in range(1, 13):
+        assert records_path(drill.dir, number).read_bytes() == records_path(reference.dir, number).read_bytes(), what
+    drill.row(what, f"went on from step {before}", started, f"{lost} steps and the one begun")
+    shutil.rmtree(drill.dir)
+
+
+def _moment(seconds, share):
+    """How many steps are done, and how many seconds ago, when a share of a run's time is over."""
+    left = share * sum(seconds)
+    for done, interval in enumerate(seconds):
+        if left < interval:
+            return done, left
+        left -= interval
+    return len(seconds) - 1, seconds[-1]
 
 
 def _made(folder):

@@ -114,3 +114,36 @@ def test_the_site_has_every_page_and_every_page_a_title():
     pages = {path.name for path in DOCS.glob("*.md")}
     assert pages <= listed and all((ROOT / page).is_file() for page in listed - pages)
     assert all(path.read_text().startswith("# ") for path in DOCS.glob("*.md"))
+
+
+# --- the table of features ------------------------------------------------------------------------------------------------------
+
+FEATURES = (DOCS / "features.md").read_text()
+ROWS = [
+    line.strip("| ").split(" | ") for line in FEATURES.splitlines() if line.startswith("| ") and not line.startswith("| --- ")
+]
+ROWS = [row for row in ROWS if row[1:] != ["TRL", "verl", "OpenRLHF", "RL2"]]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:40])
+def test_a_feature_of_ours_has_a_test_and_every_cell_an_answer(row):
+    """The table cannot rot: a row that is ours to claim names tests that are there, and a row that is not names none."""
+    _, ours, *theirs = row
+    assert len(theirs) == 4 and all(re.match(r"(yes|no|partly|not checked)(:|,|$)", cell) for cell in theirs)
+    links = re.findall(r"\[`(test_\w+)`\]\(\.\./tests/(test_\w+\.py)\)", ours)
+    assert bool(links) == bool(re.match(r"(yes|partly),", ours)) and (links or re.match(r"no(:|$)", ours))
+    for name, file in links:
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M), f"{file} has no {name}"
+
+
+def test_keys_of_the_table_of_features_are_keys_of_a_configuration():
+    from gear_trainer.config import Config
+
+    ours = " ".join(row[1] for row in ROWS)
+    keys = [text.partition("=")[0] for text in re.findall(r"`([a-z_.]+(?:=\w+)?)`", ours) if "." in text]
+    assert len(set(keys)) > 30
+    for key in keys:
+        section = Config
+        for name in key.split("."):
+            assert name in section.model_fields, key
+            section = section.model_fields[name].annotation

@@ -29,6 +29,7 @@ from gear_trainer.tasks.base import Message, Problem
 from gear_trainer.train.advantages import group_advantages
 from gear_trainer.train.credit import assign
 from gear_trainer.train.experience import pack_with
+from gear_trainer.train.guards import SyncError, check_gap
 from gear_trainer.train.loop import Trainer
 from gear_trainer.train.schedule import schedule
 from gear_trainer.train.score import score
@@ -342,6 +343,15 @@ def test_a_rank_without_a_teaching_trajectory_counts_for_nothing(method):
     assert [x.tolist() for x in credited["weights"]] == [[1.0] * 3, [1.0] * 2]
     assert not any(x.any() for x in credited["token_advantages"])
     assert len(sums._means) == 9 and all(total == count == 0 for total, count in sums._means.values())
+
+
+def test_weights_that_did_not_arrive_end_the_run_at_its_first_step():
+    cfg = load_config(DEMO, ["max_logprob_gap=0.25"])
+    for fine in (None, 0.0, 0.25):  # None: no step without a sampled token tells anything
+        check_gap(cfg, 1, fine)
+    for gap in (0.26, math.inf, math.nan):
+        with pytest.raises(SyncError, match=rf"^step 1: .* differ by {gap:.3g} nats .*max_logprob_gap=0.25"):
+            check_gap(cfg, 1, gap)
 
 
 def test_D15_a_peak_of_nan_is_not_hidden(alone):

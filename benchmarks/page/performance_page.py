@@ -17,7 +17,7 @@ from ..harness.cases import HEAD_SHAPE, PASSES
 from ..harness.environment import PLOTS, RESULTS, ROOT
 from ..harness.peers import EAGER, OURS
 from ..harness.tables import markdown_table
-from ..reports import demo
+from ..reports import demo, step_beside_trl
 from ..reports.credit import LOOP, TYPICAL
 from ..reports.scaling import AXES, FILE, GEMMS, series
 from .plots import draw, draw_demo
@@ -273,6 +273,35 @@ def step(runs: dict, model: dict) -> list[str]:
     return lines + _split(runs["split"]) + _model_step(model) + _curves(runs)
 
 
+def beside_trl(found: dict) -> list[str]:
+    """The demo's step beside TRL's, rates and their ratios."""
+    one = {e["name"]: e for e in found["entrants"]}
+    theirs = one[step_beside_trl.THEIRS]
+    idle = 1 - one[step_beside_trl.OURS]["trajectories"] / found["sequences"]
+    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if name in ("trl", *step_beside_trl.PACKAGES))
+    text = [
+        f"`python -m benchmarks.reports.step_beside_trl`: {origin(found)}; {versions}.",
+        "The demo's model, problems, tools, sizes and loss in both trainers, at a learning rate next to 0, so that all sample",
+        f"from one policy; {found['rounds']} steps each, in turn, behind one that warms up.",
+        f"{load_note([found['other_load']])} The processors' seconds are what a busy machine moves least: read these.",
+        "",
+        f"* A step samples some {theirs['tokens']:.0f} tokens; rates are these over seconds. *Generation* holds the tools' work;",
+        "  *update* rewards, scoring, credit and the optimizer's step. Ours scores before it updates; TRL does not, as one",
+        "  update a step needs no old log-probs. Trajectories of advantage 0 are left out in ours: here",
+        f"  {idle:.0%} of them, and more as a policy learns.",
+        "* gear_trainer pushes the weights to its sampler in each step; TRL samples from those that it trains.",
+        "* A model of 0.7 M parameters is mostly overhead: of larger ones these ratios say little.",
+        "* TRL with vLLM was not run: 1.16 takes vLLM up to 0.31. Nothing of it was measured on GPUs, where all of it differs.",
+    ]
+    rows = [
+        [e["name"], *(f"{e['tokens_per_second'][n]:.0f}" for n in step_beside_trl.RATES), f"{e['seconds']['step']:.2f}"]
+        for e in found["entrants"]
+    ]
+    rows += [[f"{r['of']} **/** {r['to']}", *(f"{r[n]:.2f}x" for n in step_beside_trl.RATES), ""] for r in found["ratios"]]
+    heads = ["tokens a second of", "generation", "update", "step", "step, of the processors", "seconds a step"]
+    return ["## The demo's step beside TRL", "", *text, "", *table(heads, rows)]
+
+
 def _split(found: dict) -> list[str]:
     """What scoring a step is made of."""
     ms = {name: t["median_ms"] for name, t in found["parts"].items()}
@@ -393,6 +422,7 @@ def page(results: Path = RESULTS) -> str:
     lines = [*HEAD.splitlines(), "", "## The operators on a CPU", ""]
     lines += [f"`python -m benchmarks.reports.cpu`: {origin(cpu)}. {loads}{_table_link('cpu_report.md')}", ""]
     lines += logits(cpu) + hidden(cpu) + slower(cpu) + credit(scan) + growth(found) + ranks(found) + step(runs, found["model"])
+    lines += beside_trl(_read(results, step_beside_trl.FILE))
     return "\n".join([*lines, *gpus(reports, compiled)]).rstrip() + "\n"
 
 

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 _WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|^module\.")
 
 
-def _numel(p: nn.Parameter) -> int:
-    return getattr(p, "ds_numel", p.numel())  # numel() is 0 for a partitioned parameter
-
-
 def _layer(name: str) -> str:
     found = re.match(r"(.*?\.\d+)\.", name)
     return found.group(1) if found else name

@@ -28,7 +28,7 @@ class Engine(ABC):
     The run makes it by `cls(cfg, model_path, **cfg.rollout.engine_options)`, on every rank, in the process group.
     """
 
-    version = 0  # pushes so far
+    version = 0  # the run's pushes so far, those before a resume among them: the trainer sets it, each push adds 1
     samples_beside_training = False  # any thread may sample, also while another pushes: what rollout.staleness needs
 
     @abstractmethod

@@ -31,7 +31,7 @@ class Request:
 class Completion:
     """One sampled turn. `logprobs` are the sampler's own, of the tempered distribution, in nats; `ended`: it closed its turn.
 
-    `version` counts the pushes of weights before it was sampled; `versions`: before each token, where one came in between.
+    `version` counts the run's pushes of weights before it was sampled; `versions`: before each token, where one came in between.
     """
 
     ids: list[int]

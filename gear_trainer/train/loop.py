@@ -69,6 +69,7 @@ class Trainer:
         cfg, finite = self.cfg, Finite(self.cfg)
         self.interrupts.arm()
         with self.watch:
+            self.sampler.version = start  # a resumed run's weights have the numbers of one that was never interrupted
             self.push()  # after a resume vLLM holds the initial checkpoint, not the policy
             if start == 0 and cfg.eval.every:
                 self.watch.report({"step": 0, **self.evaluate()})
