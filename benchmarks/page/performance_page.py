@@ -43,7 +43,8 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
 def origin(found: dict) -> str:
     """Where and when a file's figures were taken."""
     versions = f"torch {found['versions']['torch']}"
-    return f"{found['cpu']}, {found['threads']} threads, {versions}, commit {found['commit']}, {found['date'][:10]}"
+    threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
+    return f"{found['cpu']}, {threads}, {versions}, commit {found['commit']}, {found['date'][:10]}"
 
 
 def load_note(shares: list[float | None]) -> str:
@@ -282,7 +283,7 @@ def beside_trl(found: dict) -> list[str]:
     text = [
         f"`python -m benchmarks.reports.step_beside_trl`: {origin(found)}; {versions}.",
         "The demo's model, problems, tools, sizes and loss in both trainers, at a learning rate next to 0, so that all sample",
-        f"from one policy; {found['rounds']} steps each, in turn, behind one that warms up.",
+        f"from one policy; a thread a process, {found['rounds']} steps each, in turn, behind one that warms up.",
         f"{load_note([found['other_load']])} The processors' seconds are what a busy machine moves least: read these.",
         "",
         f"* A step samples some {theirs['tokens']:.0f} tokens; rates are these over seconds. *Generation* holds the tools' work;",
