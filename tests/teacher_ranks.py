@@ -9,28 +9,26 @@ import os
 import sys
 from pathlib import Path
 
-faulthandler.dump_traceback_later(1000, exit=True)  # a hang prints nothing by itself
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from transformers import AutoModelForCausalLM
 
-import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from deepspeed.utils import safe_get_full_grad  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from gear_trainer.config import load_config  # noqa: E402
-from gear_trainer.errors import ConfigError  # noqa: E402
-from gear_trainer.policy import checkpoint  # noqa: E402
-from gear_trainer.policy.frozen import frozen_model, shares_weights  # noqa: E402
-from gear_trainer.policy.gather import whole_state_dict  # noqa: E402
-from gear_trainer.policy.zero import build_engine  # noqa: E402
-from gear_trainer.recipe import resolve  # noqa: E402
-from gear_trainer.rollout import Rollout  # noqa: E402
-from gear_trainer.runs.metrics import Sums  # noqa: E402
-from gear_trainer.tasks.base import Problem  # noqa: E402
-from gear_trainer.train.experience import pack_with  # noqa: E402
-from gear_trainer.train.loop import Trainer  # noqa: E402
-from gear_trainer.train.schedule import schedule  # noqa: E402
+from gear_trainer.config import load_config
+from gear_trainer.errors import ConfigError
+from gear_trainer.policy import checkpoint
+from gear_trainer.policy.frozen import frozen_model, shares_weights
+from gear_trainer.policy.gather import whole_state_dict
+from gear_trainer.policy.zero import build_engine
+from gear_trainer.recipe import resolve
+from gear_trainer.rollout import Rollout
+from gear_trainer.runs.metrics import Sums
+from gear_trainer.tasks.base import Problem
+from gear_trainer.train.experience import pack_with
+from gear_trainer.train.loop import Trainer
+from gear_trainer.train.schedule import schedule
 
 VOCAB, TEMPERATURE = 160, 0.8
 DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "mathapi_cpu.yaml"
@@ -287,6 +285,7 @@ def worst(values):
 
 
 def main(folder):
+    faulthandler.dump_traceback_later(1000, exit=True)  # a hang prints nothing by itself; tests import this file, so not above
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pure gloo; else a C++ op is compiled at the first use
     rollouts = make_rollouts()
     load = AutoModelForCausalLM.from_pretrained

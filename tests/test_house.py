@@ -326,6 +326,16 @@ def test_the_lists_of_files_that_run_first_or_are_slow_name_files():
     assert not missing, f"tests/side_by_side.py names {missing}"
 
 
+def test_no_file_of_the_tests_arms_a_timer_where_it_is_imported():
+    """A script of ranks ends itself when it hangs; a test that imports it would end its own process too, minutes later, mute."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        inside = {node for function in functions for node in ast.walk(function)}
+        armed = {node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "dump_traceback_later"}
+        assert armed <= inside, path.name
+
+
 def test_the_reader_of_docstrings_tells_sentences_from_fragments():
     assert fragment("Of an installed package, without importing it.") and fragment("lower case.") and fragment("No full stop")
     assert not fragment("The version of an installed package, without importing it.") and not fragment("Numbers: one a row.")

@@ -7,18 +7,16 @@ import faulthandler
 import json
 import sys
 
-faulthandler.dump_traceback_later(800, exit=True)  # a hang prints nothing by itself
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from deepspeed.utils import safe_get_full_grad  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
-
-from gear_kernels import FusedHead, GearKernelsError, TokenStats, linear_token_stats  # noqa: E402
+from gear_kernels import FusedHead, GearKernelsError, TokenStats, linear_token_stats
 
 VOCAB, LENGTH, ROWS = 512, 12, 6
 STATS = ("logprobs", "entropy", "reverse_kl")
@@ -139,6 +137,7 @@ def outside_message(engine, weight):
 
 
 def main(path):
+    faulthandler.dump_traceback_later(800, exit=True)  # a hang prints nothing by itself
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pure gloo; else a C++ op is compiled at the first use
     want = {tied: plain_gradients(tiny_qwen3(tied)) for tied in (False, True)}  # before DeepSpeed replaces F.linear
     deepspeed.init_distributed("gloo")
