@@ -263,8 +263,8 @@ class Gear(Method):
 class Tilt(Gear):
     """Control, ours: the mean of GEAR's W over a trajectory, on all of its policy tokens, so nothing within it is told apart.
 
-    GEAR weighs a success up and a failure down as a whole, where most of its g are near 0; what GEAR has over this control is what
-    it finds inside trajectories. Its fields are Gear's, of which the means are taken. The scans do not know it: `apply` runs.
+    Where most g are near 0, GEAR weighs a success up and a failure down as a whole; what it has over this control is found
+    inside trajectories. The fields are Gear's, of which the means are taken. The compiled scans do not know it: `apply` runs.
     """
 
     def rule(self) -> None:

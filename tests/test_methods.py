@@ -303,7 +303,19 @@ def test_no_weight_turns_an_advantage_round(name, backend):
         assert (got.weights >= 0).all() and (got.token_advantages * a >= 0).all()
         flat = call["mask"] & (a == 0)
         assert not got.token_advantages[flat].any()
-        if name in ("gear", "grpo", "rlsd", "token", "kl_only", "entropy_only", "entropy_window", "random", "fixed", "tool_call", "tilt"):
+        if name in (
+            "gear",
+            "grpo",
+            "rlsd",
+            "token",
+            "kl_only",
+            "entropy_only",
+            "entropy_window",
+            "random",
+            "fixed",
+            "tool_call",
+            "tilt",
+        ):
             assert (got.weights[flat] == 1).all()
 
 

@@ -222,7 +222,7 @@ def renormalise(weights: torch.Tensor, sequence: torch.Tensor, lengths: torch.Te
 
 
 def tilt(weights: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Control [ours]: the mean of weights [n] over each trajectory, on all of its tokens; sequence, lengths as in `renormalise`."""
+    """Control [ours]: the mean of weights [n] over each trajectory, on all of its tokens; the rest as in `renormalise`."""
     return _means(weights, sequence, lengths).to(weights.dtype)
 
 
