@@ -142,18 +142,15 @@ def load_plan(file: Path) -> Plan:
 
 def _cells(study: Study, config: Path, file: Path, arm: str) -> list[Cell]:
     given = [*study.overrides, *study.arms[arm], f"output_dir={json.dumps(str(study.folder / 'runs'))}"]
+    words = {seed: (*given, f"name={json.dumps(f'{arm}-{seed}')}", f"seed={seed}") for seed in study.seeds}
     try:
-        cfg = load_config(config, [*given, f"name={arm}", f"seed={study.seeds[0]}"])
+        cfg = load_config(config, list(words[study.seeds[0]]))
     except ConfigError as error:
         raise ConfigError(f"{file}: arm {arm}: {error}") from None
     if study.launcher == "process" and cfg.world_size != 1:
         raise ConfigError(f"{file}: arm {arm}: launcher=process starts one rank, and world_size={cfg.world_size}: leave it out")
-    found = []
-    for seed in study.seeds:
-        own = {"name": f"{arm}-{seed}", "seed": seed}
-        last = [f"{key}={json.dumps(str(value))}" if key == "name" else f"{key}={value}" for key, value in own.items()]
-        found.append(Cell(arm, seed, cfg.model_copy(update=own), (*given, *last)))
-    return found
+    named = {seed: cfg.model_copy(update={"name": f"{arm}-{seed}", "seed": seed}) for seed in study.seeds}
+    return [Cell(arm, seed, named[seed], words[seed]) for seed in study.seeds]
 
 
 def _check_alike(where: str, base: Config, own: Config) -> None:
