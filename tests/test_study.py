@@ -1,8 +1,10 @@
 """Studies: what a file may say, which runs it starts, goes on with or leaves, the statistics, the page; and one for real."""
 
+import io
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import yaml
+from rich.console import Console
 
 from gear_trainer import cli
 from gear_trainer.errors import ConfigError
@@ -21,7 +24,7 @@ from gear_trainer.runs import launches
 from gear_trainer.runs.files import note_end, read_metrics
 from gear_trainer.runs.launches import Launches, check_devices, command, locked
 from gear_trainer.runs.ranks import machine
-from gear_trainer.runs.study import load_plan, standings, summary
+from gear_trainer.runs.study import Study, load_plan, standings, summary
 
 ROOT = Path(__file__).parents[1]
 CHAINS = str(ROOT / "gear_trainer" / "configs" / "chains_cpu.yaml")
@@ -138,6 +141,17 @@ def test_the_shipped_study_is_one(capsys):
     assert len(plan.study.seeds) >= 8 and plan.study.baseline == "grpo" and methods["tilt_1.0"].alpha == 1.0
 
 
+def test_the_page_about_studies_has_every_key_and_a_study(tmp_path):
+    text = (ROOT / "docs" / "studies.md").read_text()
+    named = {
+        name for row in text.splitlines() if row.startswith("| `") for name in row.split("|")[1].replace("`", "").split(", ")
+    }
+    assert {name.strip() for name in named} == set(Study.model_fields)
+    (shown,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)
+    plan = load_plan(write(tmp_path, **yaml.safe_load(shown) | {"config": CHAINS}))
+    assert len(plan.cells) == 4 * 8 and plan.of("tilt_0.6")[7].cfg.credit == "tilt"
+
+
 # --- what runs need -----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +239,12 @@ if name == "grpo-4":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     open(os.path.join(os.path.dirname(out), "here"), "w").close()
     time.sleep(600)
+if name.endswith("-5"):
+    os.makedirs(os.path.join(out, name))
+    with open(os.path.join(out, name, "metrics.jsonl"), "w") as file:
+        file.writelines(json.dumps({"step": s, "held_out_success": (s + 1) / 10}) + "\\n" for s in range(3))
+    with open(os.path.join(out, name, "state.json"), "w") as file:
+        json.dump({"state": "finished", "step": 2, "why": ""}, file)
 """
 
 
@@ -255,6 +275,19 @@ def test_each_run_is_tried_once_and_a_failed_one_does_not_end_the_study(tmp_path
     assert standings(plan)[1].why == "<b>broken</b>", "the next call shows the line, and tries it again"
     Launches(plan, standings(plan), start=start).run()
     assert len(started) == 4 and plan.cells[1].log.read_text().count("<b>broken</b>") == 2
+
+
+def test_a_terminal_has_a_bar_for_all_and_one_a_run(tmp_path, stand_in, monkeypatch):
+    _, start = stand_in
+    monkeypatch.setenv("TERM", "xterm")
+    plan, out = plan_of(tmp_path, seeds=[3, 5]), io.StringIO()
+    make_run(plan.cells[0], [0.1, 0.2, 0.3], "finished")
+    Launches(
+        plan, standings(plan), Console(file=out, force_terminal=True, width=120, highlight=False, no_color=True), start
+    ).run()
+    shown = out.getvalue()
+    assert "1/4" in shown and "3/4" in shown and "grpo-3" not in shown
+    assert "gear-3: failed (exit code 2" in shown and "gear-5: finished" in shown and "held-out success 0.100 -> 0.300" in shown
 
 
 def test_an_interrupt_reaches_the_runs_and_starts_no_more(tmp_path, stand_in, capsys):

@@ -22,8 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from gear_trainer.errors import ConfigError
 from gear_trainer.runs.files import beside, read_metrics
-from gear_trainer.runs.registry import look
-from gear_trainer.runs.study import Cell, Plan, Standing, last_line
+from gear_trainer.runs.study import Cell, Plan, Standing, last_line, standing_of
 
 POLL = 0.5  # seconds between looks at the processes
 ENTRY = Path(__file__).parents[1] / "run.py"
@@ -167,8 +166,9 @@ class Launches:
 
     def _ended(self, one: _Running, code: int) -> None:
         minutes = f"{(time.monotonic() - one.started) / 60:.1f} min"
-        if code == 0:
-            before, after = look(one.cell.cfg.run_dir).held_out
+        standing = standing_of(one.cell)
+        if standing.run and standing.need == "nothing":
+            before, after = standing.run.held_out
             solved = "" if after is None or before is None else f", held-out success {before:.3f} -> {after:.3f}"
             self.bars.update(self.all, advance=1)
             self._say(f"{one.cell.name}: finished, {minutes}{solved}")
