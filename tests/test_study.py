@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from gear_trainer import cli
+from gear_trainer.demo.warm_start import ensure_warm_start
 from gear_trainer.errors import ConfigError
 from gear_trainer.report.statistics import area, band, estimate, holm, paired
 from gear_trainer.report.study import figures, page
@@ -25,6 +25,7 @@ from gear_trainer.runs.files import note_end, read_metrics
 from gear_trainer.runs.launches import Launches, check_devices, command, locked
 from gear_trainer.runs.ranks import machine
 from gear_trainer.runs.study import Study, load_plan, standings, summary
+from gear_trainer.tasks import make_task
 
 ROOT = Path(__file__).parents[1]
 CHAINS = str(ROOT / "gear_trainer" / "configs" / "chains_cpu.yaml")
@@ -411,23 +412,37 @@ def test_a_metric_that_no_run_has_is_named(finished, tmp_path):
 # --- for real -----------------------------------------------------------------------------------------------------------------
 
 
+class Forked:
+    """A run that `server` forked, as a process that Launches looks after."""
+
+    def __init__(self, ranks):
+        self.ranks, self.pid = ranks, ranks.pids[0]
+
+    def poll(self):
+        return self.ranks.codes()[0]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_two_arms_of_two_seeds_start_alike_and_a_second_call_starts_nothing(tmp_path):
-    """Every run a process with an engine: both arms of a seed solve the same share before training, as one model begins both."""
-    few = ["world_size=1", "task=mathapi", "task_args={}", "train.steps=2", "rollout.prompts_per_step=2", "rollout.group_size=4"]
-    few += ["eval.every=2", "eval.prompts=20", "checkpoint.export=false", "tracking.trackers=[]", "tracking.samples_every=0"]
-    file = write(tmp_path, overrides=few, seeds=[0, 1])
-    words = [sys.executable, "-m", "gear_trainer", "study", str(file)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
-    logs = "\n".join(path.read_text()[-3000:] for path in (tmp_path / "out" / "s" / "logs").glob("*.log"))
-    assert done.returncode == 0 and "4 of 4 runs finished" in done.stdout, done.stdout + done.stderr + logs
-    plan = load_plan(file)
-    before = {cell.name: read_metrics(cell.cfg.run_dir / "metrics.jsonl")[0]["held_out_success"] for cell in plan.cells}
+def test_two_arms_of_two_seeds_train_and_a_second_call_starts_nothing(tmp_path, server):
+    """The commands of the trainer itself, each in a process with an engine; arms of a seed solve the same share before training."""
+    model = ensure_warm_start(make_task("mathapi", 0), 0, ROOT / ".cache")
+    few = ["world_size=1", "task=mathapi", "task_args={}", f"model.path={model}", "train.steps=2", "rollout.prompts_per_step=2"]
+    few += ["rollout.group_size=4", "eval.every=2", "eval.prompts=20", "checkpoint.export=false"]
+    plan = plan_of(tmp_path, overrides=[*few, "tracking.trackers=[]", "tracking.samples_every=0"], seeds=[0, 1])
+    started = []
+
+    def start(words, _environment, log):
+        assert words[:4] == [sys.executable, "-m", "gear_trainer", "train"]
+        started.append(Forked(server.call(log, "gear_trainer.cli:main", *words[3:], ranks=1)))
+        return started[-1]
+
+    code = Launches(plan, standings(plan), start=start).run()
+    assert code == 0, "\n".join(cell.log.read_text()[-3000:] for cell in plan.cells)
+    lines = {cell.name: read_metrics(cell.cfg.run_dir / "metrics.jsonl") for cell in plan.cells}
+    before = {name: steps[0]["held_out_success"] for name, steps in lines.items()}
     assert before["grpo-0"] == before["gear-0"] and before["grpo-1"] == before["gear-1"]
-    found = json.loads((plan.study.folder / "study.json").read_text())
-    assert found["arms"]["gear"]["difference"]["area"]["n"] == 2
-    assert all(math.isfinite(arm["cost"]["step"]) for arm in found["arms"].values())
-    again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0 and "starts" not in again.stdout and "4 of 4 runs finished" in again.stdout
+    found = figures(plan)
+    assert found["finished"] == 4 and found["arms"]["gear"]["difference"]["area"]["n"] == 2
+    assert all(arm["cost"]["step"] > 0 and len(arm["curve"]) == 2 for arm in found["arms"].values())
+    assert Launches(plan, standings(plan), start=start).run() == 0 and len(started) == 4
