@@ -425,7 +425,7 @@ class Forked:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_arms_of_two_seeds_train_and_a_second_call_starts_nothing(tmp_path, server):
-    """The commands of the trainer itself, each in a process with an engine; arms of a seed solve the same share before training."""
+    """The trainer's own commands, each with an engine; both arms of a seed solve the same share before training."""
     model = ensure_warm_start(make_task("mathapi", 0), 0, ROOT / ".cache")
     few = ["world_size=1", "task=mathapi", "task_args={}", f"model.path={model}", "train.steps=2", "rollout.prompts_per_step=2"]
     few += ["rollout.group_size=4", "eval.every=2", "eval.prompts=20", "checkpoint.export=false"]
