@@ -291,6 +291,26 @@ def test_a_terminal_has_a_bar_for_all_and_one_a_run(tmp_path, stand_in, monkeypa
     assert "gear-3: failed (exit code 2" in shown and "gear-5: finished" in shown and "held-out success 0.100 -> 0.300" in shown
 
 
+def test_a_run_goes_on_while_its_ranks_do_though_its_launcher_left(tmp_path, stand_in, monkeypatch):
+    _, start = stand_in
+    plan = plan_of(tmp_path, arms={"grpo": ["credit=grpo"]}, seeds=[7])
+    (cell,) = plan.cells
+    looked = []
+
+    def ranks_leave(seconds):
+        looked.append(standings(plan)[0].need)
+        if looked.count("wait") == 3:
+            note_end(cell.cfg.run_dir, "finished", 2)
+
+    def start_ranks(words, environment, log):
+        make_run(cell, [0.1, 0.2, 0.3])
+        leave_beat(cell)
+        return start(words, environment, log)
+
+    monkeypatch.setattr(launches.time, "sleep", ranks_leave)
+    assert Launches(plan, standings(plan), start=start_ranks).run() == 0 and looked.count("wait") >= 3
+
+
 def test_an_interrupt_reaches_the_runs_and_starts_no_more(tmp_path, stand_in, capsys):
     _, start = stand_in
     plan = plan_of(tmp_path, arms={"grpo": ["credit=grpo"]}, seeds=[4, 5, 6])

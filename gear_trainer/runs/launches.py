@@ -155,18 +155,18 @@ class Launches:
 
     def _look(self) -> None:
         for one in list(self.running):
-            if (code := one.process.poll()) is None:
+            code = one.process.poll()
+            if code is None or standing_of(one.cell).need == "wait":  # a launcher leaves at once, its ranks after their step
                 if self.out.is_terminal and (done := read_metrics(one.cell.cfg.run_dir / "metrics.jsonl")):
                     self.bars.update(one.bar, completed=done[-1]["step"])
                 continue
             self.running.remove(one)
             self.free.append(one.slot)
             self.bars.remove_task(one.bar)
-            self._ended(one, code)
+            self._ended(one, code, standing_of(one.cell))
 
-    def _ended(self, one: _Running, code: int) -> None:
+    def _ended(self, one: _Running, code: int, standing: Standing) -> None:
         minutes = f"{(time.monotonic() - one.started) / 60:.1f} min"
-        standing = standing_of(one.cell)
         if standing.run and standing.need == "nothing":
             before, after = standing.run.held_out
             solved = "" if after is None or before is None else f", held-out success {before:.3f} -> {after:.3f}"
