@@ -54,8 +54,8 @@ class Study(Section):
 
     @field_validator("arms", mode="before")
     @classmethod
-    def _plain_arm(cls, value: Any) -> Any:
-        """An arm without overrides may be left empty."""
+    def _may_be_empty(cls, value: Any) -> Any:
+        """An arm without overrides is one too."""
         return {name: [] if own is None else own for name, own in value.items()} if isinstance(value, dict) else value
 
     @field_validator("seeds")
