@@ -1,4 +1,4 @@
-"""Commands and exit codes: train, plan, evaluate, report, runs. 0 is done, 2 what the user can mend, 130 stopped, 1 all else.
+"""Commands and exit codes: train, plan, evaluate, ... 0 is done, 2 what the user can mend, 130 stopped, 1 all else.
 
 `python -m gear_trainer train --config FILE [key=value ...]` under a launcher is what `gear_trainer/run.py` is by itself.
 """
@@ -14,9 +14,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gear_trainer.config import Config, load_config, make_config
 from gear_trainer.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from gear_trainer.runs.study import Plan as StudyPlan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,8 +122,19 @@ def runs(argv: list[str]) -> int:
     return _guarded(lambda: _runs(args.folders or [Path("runs")]))
 
 
+def study(argv: list[str]) -> int:
+    """Run a study: arms of a configuration with several seeds each, side by side, and one page of what they came to."""
+    parser = argparse.ArgumentParser(prog="gear-trainer study", description=study.__doc__)
+    parser.add_argument("file", type=Path, metavar="FILE", help="YAML: a configuration, arms, seeds; see docs/studies.md")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="check every arm, say what each run needs, start nothing")
+    only.add_argument("--report-only", action="store_true", help="write the page of the runs that are there")
+    args = parser.parse_args(argv)
+    return _guarded(lambda: _study(args))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train, "plan": plan, "evaluate": evaluate, "report": report, "runs": runs,
+    "train": train, "plan": plan, "evaluate": evaluate, "report": report, "runs": runs, "study": study,
 }  # fmt: skip
 
 
@@ -234,6 +249,38 @@ def _runs(folders: list[Path]) -> int:
     out = Console(highlight=False)
     out.print(table(found), markup=False) if out.is_terminal else print(*(run.line() for run in found), sep="\n")
     return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    from gear_trainer.report.study import write_study
+    from gear_trainer.runs.launches import Launches, locked
+    from gear_trainer.runs.study import load_plan, standings, summary
+
+    plan = load_plan(args.file)
+    code = 0
+    if not args.report_only:
+        _check_arms(args.file, plan)
+    if args.dry_run:
+        print(summary(plan, standings(plan)))
+        return 0
+    if not args.report_only:
+        with locked(plan):
+            code = Launches(plan, standings(plan)).run()
+    print(write_study(plan))
+    return code
+
+
+def _check_arms(file: Path, plan: StudyPlan) -> None:
+    """What each arm's first run would refuse is refused before any run starts. Raises ConfigError."""
+    from gear_kernels import GearKernelsError
+    from gear_trainer.preflight.checks import check
+    from gear_trainer.tasks.base import TaskError
+
+    for arm in plan.study.arms:
+        try:
+            check(plan.of(arm)[0].cfg)
+        except (ConfigError, TaskError, GearKernelsError) as error:
+            raise ConfigError(f"{file}: arm {arm}: {error}") from None
 
 
 # --- how a command ends -----------------------------------------------------------------------------------------------------
