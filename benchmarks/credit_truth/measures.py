@@ -1,8 +1,8 @@
 """Measures of token advantages against the truth of credit, A*: each a few lines over packed tokens.
 
-A measure is a value of sums over units: `parts` gives each unit's addends [U, k], `value` what their sums [..., k] mean, so that a
-bootstrap is one matrix product. The units are trajectories, for the measures of gradients problems: no two of these share a
-coordinate, and a drawn trajectory that stood twice beside its siblings would be another estimate.
+A measure is a value of sums over units: `parts` gives each unit's addends [U, k], `value` what their sums [..., k] mean; so a
+bootstrap is one matrix product. The units are trajectories; for the measures of gradients problems, of which no two share a
+coordinate.
 """
 
 from __future__ import annotations
@@ -100,11 +100,18 @@ def spearman(r: Rollouts, a: Assigned) -> np.ndarray:
 
     Equal values share their mean rank. Advantages that are the same everywhere have correlation 0: they say nothing.
     """
-    x, y = (centred(r, ranks(r, v)) for v in (a.advantages, r.truth))
+    x, y = centred(r, ranks(r, a.advantages)), true_ranks(r)
     xy, xx, yy = r.sums(x * y), r.sums(x * x), r.sums(y * y)
     told = yy > 0
     rho = np.divide(xy, np.sqrt(xx * yy), out=np.zeros(len(r)), where=told & (xx > 0))
     return np.stack([rho, told], axis=1)
+
+
+def true_ranks(r: Rollouts) -> np.ndarray:
+    """The ranks of A* within each trajectory less their mean, [n]; sorted once for all methods."""
+    if "ranks" not in r.kept:
+        r.kept["ranks"] = centred(r, ranks(r, r.truth))
+    return r.kept["ranks"]
 
 
 def ranks(r: Rollouts, x: np.ndarray) -> np.ndarray:

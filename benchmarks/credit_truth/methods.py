@@ -1,4 +1,4 @@
-"""Who is scored: the package's methods by name, a user's own as `module:Class`, and the controls that say what a figure is worth."""
+"""Who is scored: the package's methods by name, a user's own as `module:Class`, and the controls."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Entry:
         return [t for t in r.teachers if t != CORRECTED or SIGNAL in self.method.needs]
 
     def assign(self, r: Rollouts, teacher: str | None) -> Assigned:
-        """Token advantages and onsets of the trajectories, which the teacher has all seen."""
+        """Token advantages and onsets of trajectories that the teacher has seen, all of them."""
         needs = self.method.needs
         said = r.teachers[teacher] if teacher else {}
         rows = {"entropy": r.tokens["entropy"], "turn_ids": r.tokens["turn"], "anchors": r.tokens["anchor"]}
@@ -85,7 +85,9 @@ def _users(spec: str) -> Entry:
         made = load_class(spec)()
         return Entry(spec, resolve(made))
     except Exception as error:
-        raise ConfigError(f"--method {spec}: {said(error)}: name a class as module:Class that is made without arguments") from None
+        raise ConfigError(
+            f"--method {spec}: {said(error)}: name a class as module:Class that is made without arguments"
+        ) from None
 
 
 # --- controls -----------------------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def oracle(r: Rollouts) -> Assigned:
 
 
 def oracle_same_sign(r: Rollouts) -> Assigned:
-    """A* where it has the sign of the trajectory's advantage, else 0: the most that a weight, which is never negative, can say."""
+    """A* where it has the sign of the trajectory's advantage, else 0: the most that a weight of at least 0 can say."""
     fits = np.sign(r.truth) == np.sign(r.over_tokens(r.rows["advantage"]))
     return Assigned(np.where(fits, r.truth, 0.0), r.decided & (r.truth < 0) & fits)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +36,9 @@ class Rollouts:
     """Trajectories, B of them with n policy tokens in all, packed one after the other.
 
     rows [B]: advantage (GRPO's), reward, success, v0, samples (M), deviation (counted in the trajectory's policy tokens; -1 none,
-    -2 unknown), group, problem (its number). tokens [n]: action (the id), logprobs, entropy, value, turn, state (a hash of the problem
-    and all tokens before), anchor (a hash of what the turn answers). teachers: by name the [n] columns k1, reverse_kl, forward_kl,
-    teacher_entropy (nats), 0 where `shown` [B] is False.
+    -2 unknown), group, problem (numbered from 0). tokens [n]: action (the id), logprobs, entropy, value, turn, state (a hash of
+    the problem and all tokens before), anchor (a hash of what the turn answers). teachers: by name the [n] columns k1, reverse_kl,
+    forward_kl, teacher_entropy (nats), 0 where `shown` [B] is False. kept: what measures work out once for all methods.
     """
 
     lengths: np.ndarray
@@ -46,6 +46,7 @@ class Rollouts:
     tokens: dict[str, np.ndarray]
     teachers: dict[str, dict[str, np.ndarray]]
     shown: dict[str, np.ndarray]
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -74,9 +75,9 @@ class Rollouts:
 
     @cached_property
     def error(self) -> np.ndarray:
-        """The standard error of A*, float64 [n]: that of two shares of M continuations, each with one success and one failure added.
+        """The standard error of A*, float64 [n]: of two shares of M continuations, each with a success and a failure added.
 
-        Without these two, 64 of 64 would have no error. The last token's value is the outcome, without error.
+        Without these, 64 of 64 would have no error. The last token's value is the outcome, without error.
         """
         many = self.rows["samples"][self.trajectory]
         after = _variance(self.tokens["value"], many)
@@ -123,6 +124,7 @@ class Rollouts:
             tokens={name: x[tokens] for name, x in self.tokens.items()},
             teachers={t: {name: x[tokens] for name, x in columns.items()} for t, columns in self.teachers.items()},
             shown={name: x[keep] for name, x in self.shown.items()},
+            kept={},
         )
 
 
@@ -190,7 +192,11 @@ def _rows(table: pa.Table, problem: np.ndarray, mask: np.ndarray, sizes: np.ndar
     known = place >= 0
     at = np.where(known, starts + np.where(known, place, 0), 0)
     own = before[at] - before[np.where(known, starts, 0)]
-    return rows | {"deviation": np.where(known, own, place), "group": table["group"].to_numpy().astype(np.int64), "problem": problem}
+    return rows | {
+        "deviation": np.where(known, own, place),
+        "group": table["group"].to_numpy().astype(np.int64),
+        "problem": problem,
+    }
 
 
 def _states(ids: np.ndarray, row: np.ndarray, problem: np.ndarray) -> np.ndarray:
@@ -201,7 +207,7 @@ def _states(ids: np.ndarray, row: np.ndarray, problem: np.ndarray) -> np.ndarray
 
 
 def _anchors(ids: np.ndarray, mask: np.ndarray, turn: np.ndarray, row: np.ndarray, problem: np.ndarray) -> np.ndarray:
-    """A hash of what its turn answers, int64 of each policy token: the problem's prompt, later the replies since the turn before."""
+    """A hash of what its turn answers, int64 of each policy token: the problem's prompt, or the replies since the turn before."""
     place, start = np.arange(len(ids)), np.searchsorted(row, row)
     since = place - np.maximum.accumulate(np.where(mask, place, start))  # the last policy token, or the row's beginning
     terms = np.where(mask, np.uint64(0), _mixed(ids.astype(np.uint64)) * _powers(since))
@@ -268,7 +274,9 @@ def _check(r: Rollouts, path: Path) -> None:
     for teacher, columns in r.teachers.items():
         for name, x in columns.items():
             if np.isnan(x).any():
-                raise ConfigError(f"{path}: {name}/{teacher}: NaN on a policy token of trajectory {r.trajectory[np.isnan(x).argmax()]}")
+                raise ConfigError(
+                    f"{path}: {name}/{teacher}: NaN on a policy token of trajectory {r.trajectory[np.isnan(x).argmax()]}"
+                )
     if (r.rows["samples"] < 1).any():
         raise ConfigError(f"{path}: value_samples: at least 1 continuation is behind each value")
     off = np.abs(r.tokens["value"][r.bounds[1:] - 1] - r.rows["success"]) > 1e-6

@@ -13,7 +13,14 @@ import numpy as np
 
 from gear_trainer.audit import file
 
-ABOUT = {"task": "synthetic", "task_args": {}, "model": "none: made up, not measured", "step": 0, "temperature": 1.0, "versions": {}}
+ABOUT = {
+    "task": "synthetic",
+    "task_args": {},
+    "model": "none: made up, not measured",
+    "step": 0,
+    "temperature": 1.0,
+    "versions": {},
+}
 _RIGHT, _WRONG, _REPLY, _FILLER = 1, 2, 3, 10  # ids; the last is the first of ten fillers
 
 
@@ -23,15 +30,18 @@ def columns(
     """The columns of an audit's file, `problems` x `samples` trajectories of `calls` turns with `turn` policy tokens.
 
     many: M, the continuations behind each value; 0: values are exact, said to be of a million continuations. Teachers: truth and
-    sibling put 2 nats on a wrong choice, the sibling where the group has a success; wrong puts them on a random token; all three add
-    noise of 0.3 nats; nothing agrees with the policy.
+    sibling put 2 nats on a wrong choice, the sibling where another sample succeeded; wrong puts them on a random token; all three
+    add noise of 0.3 nats; nothing agrees with the policy.
     """
     rng = np.random.default_rng(seed)
     rows = [_trajectory(rng, calls, turn, right, many) for _ in range(problems * samples)]
     success = np.array([row["success"] for row in rows]).reshape(problems, samples)
     advantage = (success - success.mean(1, keepdims=True)) / (success.std(1, ddof=1, keepdims=True) + 1e-4)
     found: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in file.SCHEMA.names}
-    found |= {"problem": [f"synthetic-{i // samples}" for i in range(len(rows))], "group": [i // samples for i in range(len(rows))]}
+    found |= {
+        "problem": [f"synthetic-{i // samples}" for i in range(len(rows))],
+        "group": [i // samples for i in range(len(rows))],
+    }
     found |= {"sample": [i % samples for i in range(len(rows))], "advantage": advantage.ravel().tolist()}
     for i, helped in enumerate(np.repeat(success.sum(1), samples) - success.ravel() > 0):
         if not helped:

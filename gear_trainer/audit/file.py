@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gear_trainer.errors import ConfigError
+from gear_trainer.runs.files import sync
 
 TEACHERS = ("truth", "sibling", "wrong", "nothing")  # what stands in the teacher's prompt beside the problem
-TEACHER_COLUMNS = ("teacher_logprobs", "reverse_kl", "forward_kl", "teacher_entropy")  # nats; null where there was no such teacher
+TEACHER_COLUMNS = ("teacher_logprobs", "reverse_kl", "forward_kl", "teacher_entropy")  # nats; null without such a teacher
 NO_DEVIATION, UNKNOWN_DEVIATION = -1, -2  # it never left the ways to the solution; the task cannot tell
 
 _ROW = {
@@ -53,7 +54,9 @@ def write(path: Path, columns: Mapping[str, Any], about: Mapping[str, Any]) -> N
     table = pa.table(dict(columns), schema=SCHEMA.with_metadata({"gear": json.dumps(dict(about))}))
     part = path.with_name(path.name + ".part")
     pq.write_table(table, part, compression="zstd")
+    sync(part)
     os.replace(part, path)
+    sync(path.parent)
 
 
 def read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
