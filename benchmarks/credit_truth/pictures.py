@@ -43,9 +43,8 @@ def _figures(found: dict[str, Any]):
         for place, teacher in enumerate(teachers):
             rows = [row for row in found["rows"] if row["teacher"] == teacher and None not in row["figures"][name]]
             heights = [methods.index(row["method"]) + 0.8 * ((place + 0.5) / len(teachers) - 0.5) for row in rows]
-            for row, height in zip(rows, heights, strict=True):
-                axis.plot(row["figures"][name][1:], [height] * 2, color=f"C{place}", linewidth=1)
-            values = [row["figures"][name][0] for row in rows]
+            values, lows, highs = ([row["figures"][name][i] for row in rows] for i in range(3))
+            axis.hlines(heights, lows, highs, color=f"C{place}", linewidth=1)
             axis.plot(values, heights, "o", color=f"C{place}", markersize=3, label=teacher)
         if (chance := MEASURES[name].chance) is not None:
             axis.axvline(chance, color="0.5", linestyle=":")
@@ -69,21 +68,16 @@ def _heat_maps(name: str, values: dict[str, list[list[float | None]]], found: di
     figure, axes = _pyplot().subplots(1, len(values), figsize=(3.6 * len(values), 3.6), squeeze=False, layout="constrained")
     for axis, (measure, cells) in zip(axes[0], values.items(), strict=True):
         numbers = [[float("nan") if cell is None else cell for cell in row] for row in cells]
-        axis.imshow(numbers, aspect="auto", cmap="viridis")
+        image = axis.imshow(numbers, aspect="auto", cmap="viridis")
         for i, row in enumerate(cells):
             for j, cell in enumerate(row):
                 if cell is not None:
+                    light = image.norm(cell) > 0.6  # viridis ends in yellow
                     axis.text(
-                        j, i, f"{cell + 0.0:.3f}", ha="center", va="center", fontsize=8, color="white", path_effects=_outline()
+                        j, i, f"{cell + 0.0:.3f}", ha="center", va="center", fontsize=8, color="black" if light else "white"
                     )
         axis.set_xticks(range(len(grid.column_values)), [str(v) for v in grid.column_values])
         axis.set_yticks(range(len(grid.row_values)), [str(v) for v in grid.row_values])
         axis.set(title=measure, xlabel=grid.columns, ylabel=grid.rows)
     figure.suptitle(f"{_title(found)}; GEAR, teacher {found['swept']}")
     return figure
-
-
-def _outline():
-    from matplotlib import patheffects
-
-    return [patheffects.withStroke(linewidth=1.5, foreground="black")]

@@ -37,8 +37,9 @@ class Rollouts:
 
     rows [B]: advantage (GRPO's), reward, success, v0, samples (M), deviation (counted in the trajectory's policy tokens; -1 none,
     -2 unknown), group, problem (numbered from 0). tokens [n]: action (the id), logprobs, entropy, value, turn, state (a hash of
-    the problem and all tokens before), anchor (a hash of what the turn answers). teachers: by name the [n] columns k1, reverse_kl,
-    forward_kl, teacher_entropy (nats), 0 where `shown` [B] is False. kept: what measures work out once for all methods.
+    the problem and all tokens before), anchor (a hash of what the turn answers). teachers: by name the [n] columns k1,
+    reverse_kl, forward_kl, teacher_entropy (nats), 0 where `shown` [B] is False. kept: what measures work out once for all
+    methods.
     """
 
     lengths: np.ndarray
