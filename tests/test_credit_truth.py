@@ -120,12 +120,24 @@ def test_a_row_that_cannot_be_scored_is_named(tmp_path, change, said):
         load(path)
 
 
+class Broken:
+    """A user's method that fails when it runs."""
+
+    needs = ()
+
+    def apply(self, tokens):
+        raise ValueError("no idea")
+
+
 def test_bad_arguments_end_with_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "text.parquet").write_text("no Parquet")
-    flat = written(tmp_path, [trajectory([0.5, 1.0], 0.0)])
+    flat, empty = written(tmp_path, [trajectory([0.5, 1.0], 0.0)]), written(tmp_path, [], "empty")
+    one = written(tmp_path, [trajectory([0.5, 1.0], 1.0)], "one")
     for arguments, said in (
         ([str(tmp_path / "none.parquet")], "none.parquet"),
         ([str(tmp_path / "text.parquet")], "gear-trainer audit"),
+        ([str(empty)], "no trajectory with a policy token"),
+        ([str(one), "--method", "test_credit_truth:Broken"], "--method test_credit_truth:Broken: ValueError: no idea"),
         ([str(flat)], "every trajectory's advantage is 0"),
         ([str(flat), "--method", "nowhere:Nothing"], "--method nowhere:Nothing"),
         ([str(flat), "--method", "json:JSONDecoder"], "--method json:JSONDecoder"),
@@ -308,6 +320,15 @@ def test_trajectories_without_a_teacher_are_left_out_of_its_rows(rows):
     groups, success = rollouts.rows["group"], rollouts.rows["success"]
     helped = [success[groups == g].sum() - own > 0 for g, own in zip(groups, success, strict=True)]
     assert found["token", "sibling"].trajectories == sum(helped) < found["token", "truth"].trajectories == len(rollouts)
+
+
+def test_gigpo_gets_the_outcome_in_the_last_turn_and_the_replies_as_anchors(tmp_path):
+    """Two samples of one problem, two turns each, the same reply: returns 0.95 R and R, less their means over the pair."""
+    split = {"mask": [True, False, True], "turn": [0, -1, 1], "ids": [5, 9, 6]}
+    won, lost = (trajectory([0.5, float("nan"), end], 2 * end - 1, **split) for end in (1.0, 0.0))
+    rollouts, _ = load(written(tmp_path, [won, lost]))
+    advantages = Entry("gigpo", METHODS["gigpo"]).assign(rollouts, None).advantages
+    np.testing.assert_allclose(advantages, [1 + 0.475, 1 + 0.5, -1 - 0.475, -1 - 0.5], rtol=1e-6)
 
 
 def test_the_corrected_teacher_is_the_difference_of_two_signals(exact):

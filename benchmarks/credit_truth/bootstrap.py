@@ -21,7 +21,7 @@ class Figure(NamedTuple):
 
 
 class Draws:
-    """How often each of `units` units is drawn, in `resamples` draws of as many; a function of the seed."""
+    """Counts of how often each of `units` units is drawn, in `resamples` draws of as many; a function of the seed."""
 
     def __init__(self, units: int, resamples: int, seed: int):
         self.units, self.resamples, self.seed = units, resamples, seed

@@ -48,7 +48,7 @@ def mean(sums: np.ndarray) -> np.ndarray:
 
 
 def cosine(sums: np.ndarray) -> np.ndarray:
-    """<a, b> / (|a| |b|) of the sums <a, b>, |a|^2, |b|^2."""
+    """The cosine <a, b> / (|a| |b|), of the sums <a, b>, |a|^2, |b|^2."""
     return _quotient(sums[..., 0], np.sqrt(sums[..., 1] * sums[..., 2]))
 
 
@@ -193,7 +193,7 @@ def gradient(r: Rollouts, x: np.ndarray) -> np.ndarray:
 
 
 def alignment(r: Rollouts, a: Assigned) -> np.ndarray:
-    """<g, g*>, |g|^2, |g*|^2 of the gradients with the advantages and with A*, of each problem, [P, 3]."""
+    """The products <g, g*>, |g|^2, |g*|^2 of the gradients with the advantages and with A*, of each problem, [P, 3]."""
     g, best = gradient(r, a.advantages), gradient(r, r.truth)
     return np.stack([np.bincount(r.table.problem, weights=x) for x in (g * best, g * g, best * best)], axis=1)
 

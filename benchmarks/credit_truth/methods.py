@@ -24,11 +24,15 @@ SIGNAL = "signal"
 
 @dataclass(frozen=True)
 class Entry:
-    """A method to score: an object as credit_weights takes it, and which signal it is given (k1 or reverse_kl; None: its own)."""
+    """A method to score: an object as credit_weights takes it, and which signal it is given (k1 or reverse_kl; None: its own).
+
+    own: it is the user's.
+    """
 
     name: str
     method: Any
     signal: str | None = None
+    own: bool = False
 
     @property
     def taught(self) -> bool:
@@ -83,7 +87,7 @@ def entries(own: list[str]) -> list[Entry]:
 def _users(spec: str) -> Entry:
     try:
         made = load_class(spec)()
-        return Entry(spec, resolve(made))
+        return Entry(spec, resolve(made), own=True)
     except Exception as error:
         raise ConfigError(
             f"--method {spec}: {said(error)}: name a class as module:Class that is made without arguments"

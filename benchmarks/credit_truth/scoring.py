@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gear_trainer.errors import ConfigError
+from gear_trainer.user_code import said
 
 from .bootstrap import Draws, Figure, figure
 from .measures import MEASURES, Assigned
@@ -70,12 +71,21 @@ def score(rollouts: Rollouts, entries: list[Entry], resamples: int = 1000, seed:
             if teacher not in scorers:
                 continue
             scorer = scorers[teacher]
-            assigned = entry.assign(scorer.rollouts, teacher)
+            assigned = _assigned(entry, scorer.rollouts, teacher)
             rows.append(scorer.score(entry.name, teacher, assigned))
-            if entry.name == TILTED or ":" in entry.name:
+            if entry.name == TILTED or entry.own:
                 controls.append(scorer.score(f"tilt of {entry.name}", teacher, tilt(scorer.rollouts, assigned)))
     controls += [everyone.score(name, None, control(rollouts)) for name, control in ORACLES.items()]
     return rows + controls
+
+
+def _assigned(entry: Entry, rollouts: Rollouts, teacher: str | None) -> Assigned:
+    try:
+        return entry.assign(rollouts, teacher)
+    except Exception as error:
+        if not entry.own:
+            raise
+        raise ConfigError(f"--method {entry.name}: {said(error, where=True)}") from None
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
