@@ -7,7 +7,7 @@ coordinate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +24,14 @@ class Assigned(NamedTuple):
     onsets: np.ndarray | None = None
 
 
+Parts = Callable[[Rollouts, Assigned], np.ndarray]
+
+
 class Measure(NamedTuple):
     """A measure: `asks` is its question, `chance` what a method that knows nothing gets, None where a control has to show it."""
 
     asks: str
-    parts: Callable[[Rollouts, Assigned], np.ndarray]
+    parts: Parts
     value: Callable[[np.ndarray], np.ndarray]
     by: str = "trajectory"
     chance: float | None = None
@@ -43,8 +46,13 @@ def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def mean(sums: np.ndarray) -> np.ndarray:
-    """The first sum over the second."""
-    return _quotient(sums[..., 0], sums[..., 1])
+    """The first sum over the last."""
+    return _quotient(sums[..., 0], sums[..., -1])
+
+
+def second_mean(sums: np.ndarray) -> np.ndarray:
+    """The second sum over the last."""
+    return _quotient(sums[..., 1], sums[..., -1])
 
 
 def cosine(sums: np.ndarray) -> np.ndarray:
@@ -59,10 +67,9 @@ def contrast(sums: np.ndarray) -> np.ndarray:
 
 
 def signal_to_noise(sums: np.ndarray) -> np.ndarray:
-    """The mean over the standard deviation of x, of the sums of x, x^2 and 1."""
-    many = sums[..., 2]
-    average = _quotient(sums[..., 0], many)
-    spread = np.sqrt(np.maximum(_quotient(sums[..., 1], many) - average**2, 0))
+    """The mean over the standard deviation of x = <a, b>, whose sum is the first, that of its square and of 1 the last two."""
+    average = mean(sums)
+    spread = np.sqrt(np.maximum(_quotient(sums[..., -2], sums[..., -1]) - average**2, 0))
     return _quotient(average, spread)
 
 
@@ -171,14 +178,6 @@ def on_the_call(r: Rollouts, a: Assigned) -> np.ndarray:
     return np.stack([*means, counts], axis=1)
 
 
-def _on_call(r: Rollouts, a: Assigned) -> np.ndarray:
-    return on_the_call(r, a)[:, [0, 2]]
-
-
-def _on_rest(r: Rollouts, a: Assigned) -> np.ndarray:
-    return on_the_call(r, a)[:, [1, 2]]
-
-
 # --- gradients ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,16 +191,14 @@ def gradient(r: Rollouts, x: np.ndarray) -> np.ndarray:
     return np.bincount(table.pair, weights=x) - table.p * visits[table.of]
 
 
-def alignment(r: Rollouts, a: Assigned) -> np.ndarray:
-    """The products <g, g*>, |g|^2, |g*|^2 of the gradients with the advantages and with A*, of each problem, [P, 3]."""
+def gradients(r: Rollouts, a: Assigned) -> np.ndarray:
+    """The products <g, g*>, |g|^2, |g*|^2 of the gradients with the advantages and with A*, <g, g*>^2 and 1, [P, 5].
+
+    <g, g*> is the rise of each problem's success, to first order, along the method's gradient.
+    """
     g, best = gradient(r, a.advantages), gradient(r, r.truth)
-    return np.stack([np.bincount(r.table.problem, weights=x) for x in (g * best, g * g, best * best)], axis=1)
-
-
-def gain(r: Rollouts, a: Assigned) -> np.ndarray:
-    """Each problem's <g, g*>, its square and 1, [P, 3]: the rise of its success, to first order, along the method's gradient."""
-    rise = alignment(r, a)[:, 0]
-    return np.stack([rise, rise**2, np.ones_like(rise)], axis=1)
+    rise, own, true = (np.bincount(r.table.problem, weights=x) for x in (g * best, g * g, best * best))
+    return np.stack([rise, own, true, rise**2, np.ones_like(rise)], axis=1)
 
 
 # --- all of them --------------------------------------------------------------------------------------------------------
@@ -212,9 +209,19 @@ MEASURES = {
     "spearman": Measure("Does it rank a trajectory's tokens as A* does?", spearman, mean, chance=0.0),
     "precision": Measure(f"Is an onset within {NEAR} tokens of the deviation?", precision, mean),
     "recall": Measure(f"Is there an onset within {NEAR} tokens of the deviation?", recall, mean),
-    "call_weight": Measure("What is the mean weight on the deviation's turn?", _on_call, mean),
-    "rest_weight": Measure("What is it on the rest of that trajectory?", _on_rest, mean),
+    "call_weight": Measure("What is the mean weight on the deviation's turn?", on_the_call, mean),
+    "rest_weight": Measure("What is it on the rest of that trajectory?", on_the_call, second_mean),
     "call_contrast": Measure("Has the deviation's turn more weight than the rest?", on_the_call, contrast, chance=0.0),
-    "alignment": Measure("Does the gradient point where A*'s does? Cosine, table policy", alignment, cosine, "problem"),
-    "snr": Measure("Is its gain large beside its spread over problems?", gain, signal_to_noise, "problem"),
+    "alignment": Measure("Does the gradient point where A*'s does? Cosine, table policy", gradients, cosine, "problem"),
+    "snr": Measure("Is its gain large beside its spread over problems?", gradients, signal_to_noise, "problem"),
 }
+
+
+def parts_of(names: Iterable[str], rollouts: Rollouts, assigned: Assigned) -> dict[str, np.ndarray]:
+    """The parts of each measure by its name; measures that share a function share its result."""
+    made: dict[Parts, np.ndarray] = {}
+    for name in names:
+        parts = MEASURES[name].parts
+        if parts not in made:
+            made[parts] = parts(rollouts, assigned)
+    return {name: made[MEASURES[name].parts] for name in names}

@@ -11,7 +11,7 @@ from gear_trainer.errors import ConfigError
 from gear_trainer.user_code import said
 
 from .bootstrap import Draws, Figure, figure
-from .measures import MEASURES, Assigned
+from .measures import MEASURES, Assigned, parts_of
 from .methods import ORACLES, Entry, tilt
 from .rollouts import Rollouts
 
@@ -39,7 +39,8 @@ class Scorer:
         self._baseline = self._values(Assigned(rollouts.over_tokens(rollouts.rows["advantage"])))
 
     def _values(self, assigned: Assigned) -> dict[str, np.ndarray]:
-        return {name: self._draws[m.by].values(m, m.parts(self.rollouts, assigned)) for name, m in MEASURES.items()}
+        parts = parts_of(MEASURES, self.rollouts, assigned)
+        return {name: self._draws[m.by].values(m, parts[name]) for name, m in MEASURES.items()}
 
     def score(self, method: str, teacher: str | None, assigned: Assigned) -> Row:
         """A row of the table."""

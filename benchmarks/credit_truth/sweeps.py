@@ -10,7 +10,7 @@ import numpy as np
 from gear_kernels import Gear
 from gear_kernels.methods import NORMALIZERS
 
-from .measures import MEASURES
+from .measures import MEASURES, parts_of
 from .methods import Entry
 from .rollouts import Rollouts
 
@@ -52,7 +52,8 @@ def _over(grid: Grid, rollouts: Rollouts, teacher: str) -> dict[str, list[list[f
         for column in grid.column_values:
             entry = Entry("gear", Gear(**{grid.rows: row, grid.columns: column}))
             assigned = entry.assign(rollouts, teacher)
+            parts = parts_of(grid.measures, rollouts, assigned)
             for name, values in found.items():
-                value = float(MEASURES[name].value(MEASURES[name].parts(rollouts, assigned).sum(0)))
+                value = float(MEASURES[name].value(parts[name].sum(0)))
                 values[-1].append(None if np.isnan(value) else round(value, 6))
     return found
