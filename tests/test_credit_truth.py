@@ -226,6 +226,7 @@ def test_alignment_and_gain_by_hand(tmp_path):
     assert value_of("alignment", rollouts, [1, 1]) == pytest.approx(0)
     gains = np.array([1.0, 3.0]) * 0.5 * scale  # x = (1, -3)
     assert value_of("snr", rollouts, [1, -3]) == pytest.approx(gains.mean() / gains.std())
+    assert np.isnan(value_of("snr", rollouts, [1, -1]))  # no spread
 
 
 # --- best and chance ----------------------------------------------------------------------------------------------------

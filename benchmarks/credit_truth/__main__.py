@@ -35,7 +35,7 @@ def scored(path: Path, methods: list[Entry], resamples: int = RESAMPLES, seed: i
     swept = next(iter(rollouts.teachers), None)
     return {
         "file": path.name,
-        "about": about,
+        "about": about | {"model": Path(str(about.get("model"))).name},  # a path of the machine that audited says nothing here
         "resamples": resamples,
         "seed": seed,
         "trajectories": len(everything),
@@ -67,7 +67,7 @@ def _counts(r: Rollouts) -> dict[str, int | float]:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print a file's table: values with their intervals; bold where the difference from grpo's is surely not 0."""
+    """Print a file's table: values with their intervals; a star where the difference from grpo's is surely not 0."""
     table = Table(title=_heading(found), title_justify="left", caption=_LEGEND, caption_justify="left")
     for head in ("method", "teacher", "n"):
         table.add_column(head, no_wrap=True)
@@ -86,7 +86,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 _LEGEND = (
-    "±: half of the 95 % interval by bootstrap over trajectories, of alignment and snr over problems. Bold: the interval of the "
+    "±: half of the 95 % interval by bootstrap over trajectories, of alignment and snr over problems. *: the interval of the "
     "difference from grpo's, by the same draws, leaves out 0. An empty cell: nothing to measure. What each column asks and what "
     "it is blind to: docs/credit_truth.md."
 )
@@ -98,6 +98,7 @@ def _heading(found: dict[str, Any]) -> str:
         f"{found['file']}: {about.get('task')}, {about.get('model')}. {found['trajectories']} trajectories, {found['teaching']} "
         f"with an advantage; {found['decided_tokens']} of their {found['policy_tokens']} policy tokens are decided, "
         f"{found['decided_of_other_sign']:.1%} of these against the advantage's sign; {found['deviated']} deviated"
+        + (f", of {found['deviation_unknown']} it is not known" if found["deviation_unknown"] else "")
     )
 
 
@@ -107,7 +108,7 @@ def _cell(figure: Sequence[float | None], over: Sequence[float | None]) -> str:
         return ""
     text = f"{value:.3f}" if low is None or high is None else f"{value:.3f} ±{(high - low) / 2:.3f}"
     differs = over[1] is not None and over[2] is not None and (over[1] > 0 or over[2] < 0)
-    return f"[bold]{text}[/bold]" if differs else text
+    return f"{text}*" if differs else f"{text} "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -67,10 +67,13 @@ def contrast(sums: np.ndarray) -> np.ndarray:
 
 
 def signal_to_noise(sums: np.ndarray) -> np.ndarray:
-    """The mean over the standard deviation of x = <a, b>, whose sum is the first, that of its square and of 1 the last two."""
+    """The mean over the standard deviation of x = <a, b>, whose sum is the first, that of its square and of 1 the last two.
+
+    NaN where all x are alike up to rounding: one problem, or one that was drawn again and again.
+    """
     average = mean(sums)
-    spread = np.sqrt(np.maximum(_quotient(sums[..., -2], sums[..., -1]) - average**2, 0))
-    return _quotient(average, spread)
+    variance = _quotient(sums[..., -2], sums[..., -1]) - average**2
+    return _quotient(average, np.sqrt(np.where(variance > 1e-9 * average**2, variance, 0)))
 
 
 # --- signs and ranks ----------------------------------------------------------------------------------------------------
