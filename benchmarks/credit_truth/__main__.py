@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from gear_trainer.audit.file import UNKNOWN_DEVIATION
@@ -80,6 +81,9 @@ def show(found: dict[str, Any], console: Console) -> None:
         last = row["method"]
         cells = [_cell(row["figures"][name], row["over_grpo"][name]) for name in MEASURES]
         table.add_row(row["method"], row["teacher"], str(row["trajectories"]), *cells)
+    # wider than most terminals; squeezed into one, figures would be cut
+    wanted = Measurement.get(console, console.options.update(width=1000), table).maximum
+    console.width = max(console.width, wanted)
     console.print(table)
     for name, why in found["left_out"].items():
         console.print(f"{name}: not scored: it {why}")
@@ -122,8 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.resamples < 1:
         parser.error(f"--resamples {given.resamples}: give at least 1")
-    # a table of all measures is wider than most terminals: left to wrap, it could not be read
-    console = Console(width=max(Console().width, 220))
+    console = Console()
     try:
         methods = entries(given.method)
         for path in given.files:

@@ -275,9 +275,8 @@ def _check(r: Rollouts, path: Path) -> None:
     for teacher, columns in r.teachers.items():
         for name, x in columns.items():
             if np.isnan(x).any():
-                raise ConfigError(
-                    f"{path}: {name}/{teacher}: NaN on a policy token of trajectory {r.trajectory[np.isnan(x).argmax()]}"
-                )
+                at = r.trajectory[np.isnan(x).argmax()]
+                raise ConfigError(f"{path}: {name}/{teacher}: NaN on a policy token of trajectory {at}")
     if (r.rows["samples"] < 1).any():
         raise ConfigError(f"{path}: value_samples: at least 1 continuation is behind each value")
     off = np.abs(r.tokens["value"][r.bounds[1:] - 1] - r.rows["success"]) > 1e-6
