@@ -1,4 +1,5 @@
-"""Commands and exit codes: train, plan, evaluate, audit, report, runs. 0 is done, 2 what the user can mend, 130 stopped, 1 all else.
+"""Commands and exit codes: train, plan, evaluate, audit, report, runs. 0 is done, 2 what the user can mend, 130
+stopped, 1 all else.
 
 `python -m gear_trainer train --config FILE [key=value ...]` under a launcher is what `gear_trainer/run.py` is by itself.
 """

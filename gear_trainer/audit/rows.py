@@ -54,8 +54,10 @@ def _spread(rollout: Rollout, values: torch.Tensor) -> list[float]:
 
 
 def deviation_place(chat: Chat, task: Task, rollout: Rollout) -> int:
-    """The place in `ids` of the first token after which the solution is out of reach; NO_DEVIATION, or UNKNOWN_DEVIATION where the
-    task does not say. Where only the end of a turn that was cut is to blame, it is that turn's last token."""
+    """The place in `ids` of the first token after which the solution is out of reach; NO_DEVIATION where it never was.
+
+    UNKNOWN_DEVIATION where the task does not say. Where only the cut of a turn is to blame, it is that turn's last token.
+    """
     if not isinstance(task, KnowsDeviation):
         return UNKNOWN_DEVIATION
     turns: dict[int, list[int]] = {}

@@ -31,7 +31,7 @@ class Scorer:
 
         dtype, self.device = getattr(torch, cfg.model.dtype), take_device()
         lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation=cfg.model.attn_implementation)
-        policy = Policy(lm.to(self.device).eval().requires_grad_(False))
+        policy = Policy(lm.eval().requires_grad_(False)).to(self.device)
         self.forward = Forward(policy, None, cfg.rollout.temperature)
         self.budget = cfg.train.tokens_per_micro_batch
 
@@ -73,8 +73,8 @@ def signals(scorer: Scorer, chat: Chat, task: Task, group: list[Rollout], others
 def teachers(chat: Chat, task: Task, group: list[Rollout], others: Sequence[Problem]) -> dict[str, list[list[int] | None]]:
     """Each teacher's prompt for each rollout of a group, as tokens; None where it has nothing to show.
 
-    truth: the task's ground truth. sibling: another rollout that succeeded. wrong: what the task shows for another problem, around
-    this one's question. nothing: the student's own prompt.
+    truth: the task's ground truth. sibling: another rollout that succeeded. wrong: what the task shows for another problem,
+    around this one's question. nothing: the student's own prompt.
     """
     problem = group[0].problem
     siblings = [replace(r, reference=None) for r in group]
