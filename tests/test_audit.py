@@ -91,10 +91,10 @@ def law(ids):
 
 
 class Tabular(Engine):
-    """Samples from the law, token by token, by each request's seed. Interrupted before the batch that `until` counts down to."""
+    """Samples from the law, token by token, by each request's seed. It is interrupted before the batch that `until` counts to."""
 
     until: ClassVar[int | None] = None
-    asked: ClassVar[int] = 0
+    batches: ClassVar[int] = 0
 
     def __init__(self, cfg=None, model_path=""):
         pass
@@ -104,7 +104,7 @@ class Tabular(Engine):
             Tabular.until -= 1
             if Tabular.until < 0:
                 raise KeyboardInterrupt
-        Tabular.asked += len(requests)
+        Tabular.batches += 1
         return [self.turn(q) for q in requests]
 
     def turn(self, q):
@@ -150,7 +150,7 @@ def chat(model):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    Tabular.until, Tabular.asked, Talk.forgets = None, 0, False
+    Tabular.until, Tabular.batches, Talk.forgets = None, 0, False
 
 
 def exact(chat, problem):
@@ -198,7 +198,7 @@ def estimator(chat, task, continuations, limits=LIMITS):
 @pytest.fixture(scope="module")
 def measured(chat):
     """Trajectories of 14 problems with V behind each token that was not certain; M, and the exact values by problem."""
-    task, problems, many = Talk(), 44, 20
+    task, problems, many = Talk(), 50, 16
     rollouts = sampled(chat, task, problems, replace(LIMITS, group_size=8))
     truth = [exact(chat, problem) for problem in task.held_out(problems)]
     return rollouts, estimate(rollouts, estimator(chat, task, many), stride=1), many, truth
@@ -275,7 +275,7 @@ def straight(length, success, logprob=-1.0):
 
 @pytest.mark.parametrize("drop", (1, 2, 37, 99, 100))
 def test_cuts_gather_where_the_value_moves(drop):
-    truth = [0.9] * drop + [0.0] * (101 - drop)
+    truth = [0.875] * drop + [0.0] * (101 - drop)
     (found,) = estimate([straight(100, False)], planted := Planted(truth), stride=20)
     before = [found.v0, *found.value]
     assert max(range(100), key=lambda i: before[i] - before[i + 1]) == drop - 1, "at that very token"
@@ -445,7 +445,7 @@ def configuration(model, *overrides):
     given = {
         "name": "a", "world_size": 1, "model": {"path": str(model), "dtype": "float32"}, "task": "test_audit:Talk",
         "rollout": {"engine": "test_audit:Tabular", "max_new_tokens": 3, "max_model_len": 64, "turn_timeout": None},
-        "audit": {"problems": 4, "samples": 4, "continuations": 16, "stride": 2}, "max_logprob_gap": 100.0,
+        "audit": {"problems": 3, "samples": 4, "continuations": 8, "stride": 2}, "max_logprob_gap": 100.0,
     }  # fmt: skip
     return make_config(given, list(overrides))
 
@@ -461,15 +461,22 @@ def run(cfg, chat, scorer, out, step=7):
     return audit(cfg, problems_of(cfg, Talk(), chat), subject, out), made
 
 
-def test_the_file_holds_what_was_measured(model, chat, scorer, tmp_path):
-    cfg = configuration(model)
-    path, made = run(cfg, chat, scorer, tmp_path / "audit")
+@pytest.fixture(scope="module")
+def whole(model, chat, scorer, tmp_path_factory):
+    """The file of an audit that nothing interrupted, what it made, and the batches that it sampled."""
+    Tabular.batches = 0
+    path, made = run(configuration(model), chat, scorer, tmp_path_factory.mktemp("whole") / "audit")
+    return path, made, Tabular.batches
+
+
+def test_the_file_holds_what_was_measured(whole):
+    path, made, _ = whole
     assert path.name == "audit.parquet" and made == {"engine": 1, "scorer": 1} and not (path.parent / "parts").exists()
     table, about = file.read(path)
     rows = table.to_pylist()
-    assert [(row["group"], row["sample"]) for row in rows] == [(g, s) for g in range(4) for s in range(4)]
-    assert {(row["step"], row["value_samples"], row["deviation"]) for row in rows} == {(7, 16, file.UNKNOWN_DEVIATION)}
-    known = {"task": "test_audit:Talk", "step": 7, "M": 16, "seed": 0, "temperature": 1.0, "cuts_lost": 0, "problems_left_out": 0}
+    assert [(row["group"], row["sample"]) for row in rows] == [(g, s) for g in range(3) for s in range(4)]
+    assert {(row["step"], row["value_samples"], row["deviation"]) for row in rows} == {(7, 8, file.UNKNOWN_DEVIATION)}
+    known = {"task": "test_audit:Talk", "step": 7, "M": 8, "seed": 0, "temperature": 1.0, "cuts_lost": 0, "problems_left_out": 0}
     assert known.items() <= about.items() and about["versions"]["torch"] and about["date"] and about["cuts"] > 16
     for row in rows:
         r = SimpleNamespace(**row)
@@ -479,7 +486,7 @@ def test_the_file_holds_what_was_measured(model, chat, scorer, tmp_path):
         assert sum(b - a for a, b in pairwise(along)) == pytest.approx(r.success - r.v0, abs=1e-6)
         for name in ("logprobs", "entropy", "reverse_kl/truth", "teacher_entropy/wrong", "forward_kl/nothing"):
             assert all(math.isnan(x) != own for x, own in zip(row[name], r.mask, strict=True)), name
-    by_group = [rows[i : i + 4] for i in range(0, 16, 4)]
+    by_group = [rows[i : i + 4] for i in range(0, 12, 4)]
     for group in by_group:
         assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-5)
         assert len({row["v0"] for row in group}) == 1
@@ -488,28 +495,26 @@ def test_the_file_holds_what_was_measured(model, chat, scorer, tmp_path):
             assert (row["reverse_kl/sibling"] is None) == (others == 0)
 
 
-@pytest.mark.parametrize("batches", (0, 5, 60))
-def test_an_interrupted_audit_goes_on_to_the_same_bytes(model, chat, scorer, tmp_path, batches, capsys):
-    cfg = configuration(model)
-    whole, _ = run(cfg, chat, scorer, tmp_path / "whole")
-    needed = Tabular.asked
-    Tabular.until = batches
+@pytest.mark.parametrize("share", (0.0, 0.1, 0.7))
+def test_an_interrupted_audit_goes_on_to_the_same_bytes(model, chat, scorer, whole, tmp_path, share, capsys):
+    cfg, (path, _, batches), out = configuration(model), whole, tmp_path / "audit"
+    Tabular.until = int(share * batches)
     with pytest.raises(KeyboardInterrupt):
-        run(cfg, chat, scorer, tmp_path / "cut")
-    assert not (tmp_path / "cut" / whole.name).exists()
-    Tabular.until, Tabular.asked = None, 0
-    again, _ = run(cfg, chat, scorer, tmp_path / "cut")
-    assert again.read_bytes() == whole.read_bytes()
-    assert ("going on after" in capsys.readouterr().out) == (Tabular.asked < needed) == (batches == 60)
-    Tabular.asked = 0
-    _, made = run(cfg, chat, scorer, tmp_path / "cut")
-    assert not Tabular.asked and not made, "nothing is left to do, and no engine is needed"
+        run(cfg, chat, scorer, out)
+    assert not (out / path.name).exists()
+    Tabular.until, Tabular.batches = None, 0
+    again, _ = run(cfg, chat, scorer, out)
+    assert again.read_bytes() == path.read_bytes()
+    assert ("going on after" in capsys.readouterr().out) == (Tabular.batches < batches) == (share == 0.7)
+    Tabular.batches = 0
+    _, made = run(cfg, chat, scorer, out)
+    assert not Tabular.batches and not made, "nothing is left to do, and no engine is needed"
 
 
 def test_other_settings_are_refused_by_name(model, chat, scorer, tmp_path):
     run(configuration(model, "audit.problems=1"), chat, scorer, tmp_path / "audit")
-    with pytest.raises(ConfigError, match=r"holds an audit of other settings \(M: 16 -> 8\): give another --out"):
-        run(configuration(model, "audit.problems=1", "audit.continuations=8"), chat, scorer, tmp_path / "audit")
+    with pytest.raises(ConfigError, match=r"holds an audit of other settings \(M: 8 -> 4\): give another --out"):
+        run(configuration(model, "audit.problems=1", "audit.continuations=4"), chat, scorer, tmp_path / "audit")
 
 
 def test_an_engine_of_other_weights_ends_the_audit(model, chat, scorer, tmp_path):

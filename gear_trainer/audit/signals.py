@@ -1,4 +1,4 @@
-"""What student and teachers say of sampled tokens: the trainer's own forward, in one process, on whole weights."""
+"""Scores of sampled tokens by the student and by each teacher: the trainer's own forward, in one process, on whole weights."""
 
 from __future__ import annotations
 
