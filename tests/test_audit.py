@@ -189,7 +189,7 @@ def sampled(chat, task, problems, limits=LIMITS):
 
 
 def estimator(chat, task, continuations, limits=LIMITS):
-    return Estimator(Tabular(), chat, task, limits, ("test", "continued"), continuations, at_once=256)
+    return Estimator(Tabular(), chat, task, limits, ("audit", "continued"), continuations, at_once=256)
 
 
 # --- values ---------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def measured(chat):
 
 
 def test_values_are_those_of_exact_enumeration(measured):
-    """Behind over 500 different beginnings: within 3 standard errors, as often as a binomial is, and unbiased."""
+    """Behind 500 different beginnings and more: within 3 standard errors as often as a binomial is, and without bias."""
     rollouts, values, many, truth = measured
     found = {}
     for r, v in zip(rollouts, values, strict=True):
@@ -213,16 +213,22 @@ def test_values_are_those_of_exact_enumeration(measured):
         for own in states(r)[1:]:
             if own[-1] != r.policy_positions[-1]:  # whose V is the success itself
                 found[r.group, tuple(r.ids[: own[-1] + 1])] = v.value[own[-1]]
-    assert len(found) > 500 and not any(v.lost for v in values)
-    scores = []
+    assert len(found) >= 500 and not any(v.lost for v in values)
+    outside, expected, scores = 0, 0.0, []
     for (group, ids), value in found.items():
         v = truth[group][ids]
         error = math.sqrt(v * (1 - v) / many)
-        assert error > 0 or value == v, "what is sure is measured as such"
-        scores += [(value - v) / error] if error > 0.02 else []
-    assert len(scores) > 250
-    assert sum(abs(z) > 3 for z in scores) <= 0.01 * len(scores) and max(map(abs, scores)) < 4.5
-    assert abs(sum(scores)) / math.sqrt(len(scores)) < 3 and 0.8 < sum(z * z for z in scores) / len(scores) < 1.2
+        if error < 1e-2:  # a certain token's other outcomes are all that is left of doubt
+            assert value == round(v)
+            continue
+        chances = [math.comb(many, k) * v**k * (1 - v) ** (many - k) for k in range(many + 1)]
+        expected += sum(p for k, p in enumerate(chances) if abs(k / many - v) > 3 * error)
+        outside += abs(value - v) > 3 * error
+        assert abs(value - v) < 5 * error
+        scores.append((value - v) / error)
+    assert len(scores) > 400 and outside <= expected + 2 * math.sqrt(expected), (outside, expected)
+    assert abs(sum(scores)) < 3 * math.sqrt(len(scores)), "no bias"
+    assert sum(z * z for z in scores) / len(scores) == pytest.approx(1, abs=0.2), "the spread of a binomial"
 
 
 def test_credit_sums_to_the_outcome_less_the_prompts_value(measured):

@@ -69,7 +69,7 @@ class ChainEpisode(MultiTurnEpisode):
         return None
 
     def turns_needed(self) -> int | None:
-        """The number of turns that the solution still needs from here, the one that ends it among them; None: it is out of reach."""
+        """The number of turns that the solution still needs, the one that ends it among them; None: it is out of reach."""
         folder = self.world.instances[CLASS]._current_dir.contents.get(self.chain.folder)
         if self._done or folder is None or not hasattr(folder, "contents"):
             return 0 if self._done == [None] else None
