@@ -23,7 +23,7 @@ from gear_trainer.audit.rows import columns
 from gear_trainer.audit.signals import Columns, Scorer, signals
 from gear_trainer.audit.values import Estimator, estimate
 from gear_trainer.config import Config
-from gear_trainer.errors import RunError
+from gear_trainer.errors import ConfigError, RunError
 from gear_trainer.evaluation import HeldOut
 from gear_trainer.evaluation.records import SETTINGS, keep_settings, read_json
 from gear_trainer.evaluation.run import AHEAD, locked, progress_bar, settings_of
@@ -55,9 +55,11 @@ def problems_of(cfg: Config, task: Task, chat: Chat) -> HeldOut:
 def audit(cfg: Config, held: HeldOut, subject: Subject, out: Path) -> Path:
     """Audit the problems, and return the file that is written into the folder `out`.
 
-    Raises ConfigError where an audit of other settings stands there, and RunError where environments break too much, episodes
-    cannot be replayed, or the engine's log-probs are not the trainer's.
+    Raises ConfigError where nothing is held out or an audit of other settings stands there, and RunError where environments
+    break too much, episodes cannot be replayed, or the engine's log-probs are not the trainer's.
     """
+    if not held.problems:
+        raise ConfigError(f"task={cfg.task} has no held-out problems: an audit samples those; give it some")
     with locked(out, "audit"):
         settings = {
             **settings_of(cfg, "audit", held, subject.path, 1),
@@ -118,7 +120,7 @@ class _Auditor:
         check_failures(group, held.limits, GO_ON)
         if group[0].dropped:
             return _rows(None), _counts(left_out=1)
-        others = [problem for problem in held.problems if problem is not group[0].problem]
+        others = [*held.problems[index + 1 :], *held.problems[:index]]
         scored = signals(self.scorer, held.chat, held.task, group, others)
         self._compare(group, scored)
         at_once = self.cfg.rollout.vllm.max_num_seqs * AHEAD[held.limits.schedule]
