@@ -45,6 +45,7 @@ class Talk(Task):
 
     max_turns = 3
     forgets: ClassVar[bool] = False  # then the tool answers by lot too
+    broken: ClassVar[str] = ""  # the problem whose tool is out of order
 
     def __init__(self, seed=0):
         pass
@@ -68,6 +69,8 @@ class Talking(Episode):
         self.problem, self.said = problem, []
 
     def step(self, text):
+        if self.problem.id == Talk.broken:
+            raise ConnectionError("out of order")
         self.said.append(text)
         if text.startswith("b b"):
             return Reply()
@@ -150,7 +153,7 @@ def chat(model):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    Tabular.until, Tabular.batches, Talk.forgets = None, 0, False
+    Tabular.until, Tabular.batches, Talk.forgets, Talk.broken = None, 0, False, ""
 
 
 def exact(chat, problem):
@@ -526,6 +529,15 @@ def test_other_settings_are_refused_by_name(model, chat, scorer, tmp_path):
 def test_an_engine_of_other_weights_ends_the_audit(model, chat, scorer, tmp_path):
     with pytest.raises(RunError, match="log-probs differ from the trainer's by .* nats a token"):
         run(configuration(model, "max_logprob_gap=0.5"), chat, scorer, tmp_path / "audit")
+
+
+def test_a_broken_environment_is_counted_or_ends_the_audit(model, chat, scorer, tmp_path):
+    Talk.broken = "talk-1"
+    with pytest.raises(RunError, match="rollouts failed twice.* then the same command goes on"):
+        run(configuration(model), chat, scorer, tmp_path / "audit")
+    path, _ = run(configuration(model, "rollout.max_failed_share=1"), chat, scorer, tmp_path / "audit")
+    table, about = file.read(path)
+    assert set(table["problem"].to_pylist()) == {"talk-0", "talk-2"} and about["problems_left_out"] == 1
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
