@@ -332,6 +332,19 @@ class EvalConfig(Section):
         return value
 
 
+class AuditConfig(Section):
+    """The command audit's; see docs/audit.md."""
+
+    problems: int = Field(default=32, ge=1, description="held-out problems, the first ones")
+    samples: int = Field(default=8, ge=2, description="trajectories of each problem, sampled as in training")
+    continuations: int = Field(
+        default=64, ge=1, description="from each cut (M): a value's standard error is at most 0.5 / sqrt(M)"
+    )
+    stride: int = Field(
+        default=4, ge=1, description="tokens that the policy was not certain of between the first cuts; 1: a cut behind each"
+    )
+
+
 class CheckpointConfig(Section):
     every: int = Field(default=20, ge=1, description="steps between checkpoints; the last step always writes one")
     keep: int = Field(default=2, ge=1, description="how many are kept")
@@ -383,6 +396,7 @@ class Config(Section):
     kl: KlConfig = KlConfig()
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
+    audit: AuditConfig = AuditConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     max_logprob_gap: float = Field(

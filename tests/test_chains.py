@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from gear_trainer.tasks import TaskError, make_task
-from gear_trainer.tasks.chains.deviation import Deviation, _ways, deviation
-from gear_trainer.tasks.chains.task import DONE, ChainEpisode
+from gear_trainer.tasks.base import Deviation, KnowsDeviation
+from gear_trainer.tasks.chains.deviation import _ways, deviation
+from gear_trainer.tasks.chains.world import DONE, ChainEpisode
 from gear_trainer.tasks.tool_calls import call_turn, calls_turn
 
 STEPS = range(2, 7)
@@ -102,12 +103,13 @@ def test_the_turns_that_are_needed_are_exact(steps):
 def test_rollouts_that_fail_have_a_deviation_and_no_others():
     rng, won = random.Random(0), 0
     task = make_task("chains", 0, {"steps": 4, "spare": 2})
+    assert isinstance(task, KnowsDeviation) and not isinstance(make_task("mathapi", 0), KnowsDeviation)
     for index in range(60):
         problem = task.train_problem(index)
         turns = task.demonstrate(problem, "slips", rng)
         success = played(task, problem, turns)[0].success
         found = deviation(problem.data["chain"], turns, task.max_turns)
-        assert (found is None) == success
+        assert (found is None) == success and task.deviation(problem, turns) == found
         won += success
     assert 6 <= won <= 36, "successes and failures"
 

@@ -5,21 +5,11 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
+from gear_trainer.tasks.base import Deviation
 from gear_trainer.tasks.bfcl.one_class import NAMES
-from gear_trainer.tasks.chains.task import DONE, PARAMETERS, Chain, ChainEpisode
+from gear_trainer.tasks.chains.world import DONE, PARAMETERS, Chain, ChainEpisode
 from gear_trainer.tasks.tool_calls import call_turn
-
-
-class Deviation(NamedTuple):
-    """The turn, counted from 0, and the number of its characters that a way to the solution may still begin with.
-
-    The token that holds character number `characters` (counted from 0) is the first one after which the solution is out of reach.
-    """
-
-    turn: int
-    characters: int
 
 
 def deviation(chain: Chain, turns: Sequence[str], max_turns: int) -> Deviation | None:
