@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cases import Case, Truth, runner
@@ -219,6 +221,13 @@ def as_dict(section: Section) -> dict:
     for row, source in zip(found["rows"], section.rows, strict=True):
         row["wrong"] = source.wrong
     return found
+
+
+def keep_for_page(found: dict[str, Any], path: Path, console: Console) -> None:
+    """Write a report's JSON where the performance page reads it, and say so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    console.print(f"wrote {path}; `python -m benchmarks.page` draws it")
 
 
 def finite(value):

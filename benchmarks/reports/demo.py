@@ -34,6 +34,7 @@ from gear_trainer.tasks import make_task
 
 from ..harness.environment import RESULTS, ROOT, environment
 from ..harness.measure import OtherLoad, elapsed_ms, interleave, keep_freed_blocks, one_thread
+from ..harness.tables import keep_for_page
 
 CONFIG = "gear_trainer/configs/mathapi_cpu.yaml"
 FILE = "demo.json"
@@ -165,9 +166,7 @@ def run(seeds: list[int], folder: Path, output: Path, console: Console, read: bo
     share = None if read else load.share()  # of runs made earlier nobody knows
     found = {**environment(), "config": CONFIG, "other_load": share, "runs": collect(folder, seeds)}
     found["split"] = scoring(folder / f"gear-{seeds[0]}")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / FILE).write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"wrote {output / FILE}; `python -m benchmarks.page` draws it")
+    keep_for_page(found, output / FILE, console)
     return found
 
 

@@ -30,7 +30,7 @@ from ..harness.cases import OUTPUTS, PASSES, make_case, runner
 from ..harness.environment import RESULTS, ROOT, environment
 from ..harness.measure import OtherLoad, elapsed_ms, extra_memory, interleave
 from ..harness.peers import EAGER, OURS, gemm_name, gemms, peers
-from ..harness.tables import progress_bar
+from ..harness.tables import keep_for_page, progress_bar
 from . import projections
 
 FILE = "scaling.json"
@@ -203,9 +203,7 @@ def run(sizes: Sizes, parts: tuple[str, ...], output: Path, console: Console) ->
     with progress_bar(console) as progress:
         new = measure(sizes, parts, progress)
     found = json.loads(json.dumps(old | new | {"quick": sizes.quick}))
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(f"wrote {path}; `python -m benchmarks.page` draws it")
+    keep_for_page(found, path, console)
     return found
 
 

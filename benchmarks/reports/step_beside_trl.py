@@ -29,7 +29,7 @@ from gear_trainer.config import load_config
 from ..harness.environment import RESULTS, ROOT, environment
 from ..harness.internals import version
 from ..harness.measure import OtherLoad
-from ..harness.tables import progress_bar
+from ..harness.tables import keep_for_page, progress_bar
 from .step_entrants import CONFIG, Order
 
 FILE = "step_beside_trl.json"
@@ -221,9 +221,7 @@ def run(entrants: tuple[Entrant, ...], rounds: int, output: Path, cache: Path, q
     }
     report = json.loads(json.dumps(head | about | {"ratios": ratios(found), "entrants": found}))
     show(report, console)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / FILE).write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"wrote {output / FILE}; `python -m benchmarks.page` draws it")
+    keep_for_page(report, output / FILE, console)
     return report
 
 

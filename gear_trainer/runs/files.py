@@ -82,8 +82,13 @@ def note_end(run_dir: Path, state: str, step: int, why: str = "") -> None:
 
 def noted_end(run_dir: Path) -> dict[str, Any] | None:
     """The word that `note_end` left there; None of a run that goes on, or that ended in another way."""
+    return read_whole(run_dir / STATE)
+
+
+def read_whole(path: Path) -> dict[str, Any] | None:
+    """A small JSON file of a run; None where it is not there or was cut short by a kill."""
     try:
-        return json.loads((run_dir / STATE).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gear_trainer.errors import ConfigError
-from gear_trainer.runs.files import noted_end, read_metrics
+from gear_trainer.runs.files import noted_end, read_metrics, read_whole
 from gear_trainer.runs.ranks import last_beats, lives
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def find_runs(folder: Path) -> list[Run]:
 
 def look(run_dir: Path) -> Run:
     """A run by its folder; what cannot be read of it is left out."""
-    cfg = _read(run_dir / "config.json")
+    cfg = read_whole(run_dir / "config.json") or {}
     done = read_metrics(run_dir / "metrics.jsonl")
     last: dict[str, Any] = done[-1] if done else {}
     steps = cfg.get("train", {}).get("steps", 0)
@@ -83,13 +82,6 @@ def look(run_dir: Path) -> Run:
         held_out=(solved[0] if len(solved) > 1 else None, solved[-1] if solved else None),
         seconds=max(0.0, time.time() - newest),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}  # cut short by a kill
 
 
 def _state(run_dir: Path, complete: bool) -> tuple[State, str]:
