@@ -26,7 +26,7 @@ LAUNCH   := $(if $(filter cpu,$(PLATFORM)),DS_ACCELERATOR=cpu,) $(BIN)/deepspeed
 # Importing vLLM takes 30 s where no bytecode is kept, 16 s with it; every rank does, and so do the processes of tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-fast test-verl fuzz drills bench compile-matrix venv lint types docs clean
+.PHONY: train test test-fast test-verl fuzz drills bench evidence-fast compile-matrix venv lint types docs clean
 train: venv
 	$(LAUNCH) gear_trainer/run.py --config $(CONFIG) world_size=$(RANKS) $(ARGS)
 
@@ -50,6 +50,10 @@ drills: venv
 bench: venv
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --full --benchmark-json=build/benchmarks.json $(ARGS)
+
+# the committed figures of credit methods against the measured truth of credit, made anew from the committed files; fails if one moved
+evidence-fast: venv
+	$(BIN)/python -m benchmarks.credit_truth.evidence $(ARGS)
 
 # verl and OpenRLHF, whose pins clash with the other tests', in an environment of their own: requirements/verl.txt. Python 3.11 or 3.12
 VERL := .venv-verl/bin/python

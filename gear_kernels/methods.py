@@ -259,6 +259,23 @@ class Gear(Method):
         return segments
 
 
+@dataclass(frozen=True)
+class Tilt(Gear):
+    """Control, ours: the mean of GEAR's W over a trajectory, on all of its policy tokens, so nothing within it is told apart.
+
+    Where most g are near 0, GEAR weighs a success up and a failure down as a whole; what it has over this control is found
+    inside trajectories. The fields are Gear's, of which the means are taken. The compiled scans do not know it: `apply` runs.
+    """
+
+    def rule(self) -> None:
+        """See Method.rule: none."""
+        return None
+
+    def apply(self, tokens: PolicyTokens) -> PolicyCredit:
+        gear = super().apply(tokens)
+        return gear._replace(weights=reference.tilt(gear.weights, tokens.sequence, tokens.lengths))
+
+
 def _joined(found: list[tuple[torch.Tensor, list[reference.Segment]]], tokens: PolicyTokens):
     """(g, segments) of each sequence -> g, credit, segment ids, onsets [n] over the pack, and how many are unclosed."""
     source, ids, unclosed = [], [], 0
@@ -540,6 +557,7 @@ METHODS = {
     "grpo": Grpo(),
     **{name: Gear(segmenter=name) for name in ("token", "kl_only", "entropy_only", "entropy_window", "random", "fixed")},
     "tool_call": Gear(segmenter="turn"),  # the paper's name for its ablation by turns
+    "tilt": Tilt(),
     "rlsd": Rlsd(),
     "egrsd": Egrsd(),
     "cl_egrsd": Egrsd(look_ahead=3),

@@ -20,6 +20,7 @@ from gear_trainer.tasks.base import Task
 if TYPE_CHECKING:
     from gear_trainer.evaluation import HeldOut
     from gear_trainer.rollout import Engine
+    from gear_trainer.rollout.chat import Chat
 
 
 def resolve_model_path(cfg: Config, task: Task) -> str:
@@ -50,10 +51,10 @@ def set_environment(cfg: Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def alone() -> None:
+def alone(command: str = "evaluate") -> None:
     """Make this process the only rank, as vLLM's launcher wants to read it. Raises ConfigError under a launcher of several."""
     if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ConfigError(f"evaluate is one process, but {launched} were launched: start it without a launcher")
+        raise ConfigError(f"{command} is one process, but {launched} were launched: start it without a launcher")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
@@ -63,14 +64,21 @@ def alone() -> None:
 def prepare_evaluation(
     cfg: Config, base: str, run: Path | None, step: int | None
 ) -> tuple[list[HeldOut], Callable[[], Engine], str]:
-    """The held-out sets, what makes the engine, and the model's folder or hub name; everything is checked that can be before.
+    """The held-out sets, what makes the engine, and the model's folder or hub name, as of `prepare_model`."""
+    from gear_trainer.evaluation import sets_of
+
+    task, chat, engine, path = prepare_model(cfg, base, run, step)
+    return sets_of(cfg, task, chat), engine, path
+
+
+def prepare_model(cfg: Config, base: str, run: Path | None, step: int | None) -> tuple[Task, Chat, Callable[[], Engine], str]:
+    """The task, the model's chat, what makes its engine, and its folder or hub name; all is checked that can be before.
 
     base: model.path as the run was given it; run, step: of a checkpoint, whose model is written beside it on first use. Raises
     ConfigError or TaskError.
     """
     from transformers import AutoTokenizer
 
-    from gear_trainer.evaluation import sets_of
     from gear_trainer.policy.hub import check_hub_model, model_sizes
     from gear_trainer.rollout.chat import Chat
     from gear_trainer.rollout.engine import engine_class, make_engine
@@ -87,7 +95,7 @@ def prepare_evaluation(
         path = resolve_model_path(cfg, task)
     engine_class(cfg).check(cfg, model_sizes(path))
     chat = Chat(AutoTokenizer.from_pretrained(path), task.tools, cfg.chat_template_args)
-    return sets_of(cfg, task, chat), lambda: make_engine(cfg, path), path
+    return task, chat, lambda: make_engine(cfg, path), path
 
 
 def build(

@@ -1,4 +1,4 @@
-"""Commands and exit codes: train, plan, evaluate, report, runs. 0 is done, 2 what the user can mend, 130 stopped, 1 all else.
+"""Commands and exit codes: train, plan, evaluate, ... 0 is done, 2 what the user can mend, 130 stopped, 1 all else.
 
 `python -m gear_trainer train --config FILE [key=value ...]` under a launcher is what `gear_trainer/run.py` is by itself.
 """
@@ -14,9 +14,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gear_trainer.config import Config, load_config, make_config
 from gear_trainer.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from gear_trainer.runs.study import Plan as StudyPlan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,6 +105,20 @@ def evaluate(argv: list[str]) -> int:
     return _guarded(lambda: _evaluate(args))
 
 
+def audit(argv: list[str]) -> int:
+    """Measure what each token of sampled trajectories was worth, by continuations, beside what teachers say of it."""
+    parser = _parser("gear-trainer audit", audit.__doc__, config=False)
+    parser.add_argument("--run", type=Path, metavar="DIR", help="a run, as runs/NAME: its configuration and its model")
+    parser.add_argument("--step", type=int, metavar="N", help="of the run: the checkpoint of a step in place of the final model")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the audit's folder; what is there already is gone on with")
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.run) == bool(args.config):
+        parser.error("give --run DIR or --config FILE")
+    if args.step is not None and not args.run:
+        parser.error("--step N names a checkpoint of --run DIR: give that")
+    return _guarded(lambda: _audit(args))
+
+
 def report(argv: list[str]) -> int:
     """Write a run's page and curve, or with --compare the curve of several runs."""
     parser = argparse.ArgumentParser(prog="gear-trainer report", description=report.__doc__)
@@ -118,8 +136,19 @@ def runs(argv: list[str]) -> int:
     return _guarded(lambda: _runs(args.folders or [Path("runs")]))
 
 
+def study(argv: list[str]) -> int:
+    """Run a study: arms of a configuration with several seeds each, side by side, and one page of what they came to."""
+    parser = argparse.ArgumentParser(prog="gear-trainer study", description=study.__doc__)
+    parser.add_argument("file", type=Path, metavar="FILE", help="YAML: a configuration, arms, seeds; see docs/studies.md")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="check every arm, say what each run needs, start nothing")
+    only.add_argument("--report-only", action="store_true", help="write the page of the runs that are there")
+    args = parser.parse_args(argv)
+    return _guarded(lambda: _study(args))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train, "plan": plan, "evaluate": evaluate, "report": report, "runs": runs,
+    "train": train, "plan": plan, "evaluate": evaluate, "audit": audit, "report": report, "runs": runs, "study": study,
 }  # fmt: skip
 
 
@@ -188,17 +217,48 @@ def _evaluation_config(args: argparse.Namespace) -> tuple[Config, Config, Path]:
         given = make_config({"name": "evaluation", "world_size": 1, "model": {"path": args.model}}, args.overrides)
     path = args.model or (str(args.run / "model") if args.run and args.step is None else given.model.path)
     samples, length = args.samples or given.eval.samples, given.eval.max_model_len or given.rollout.max_model_len
-    cfg = given.model_copy(
+    cfg = _of_model(given, path).model_copy(
         update={
-            "model": given.model.model_copy(update={"path": path}),
-            "lora": given.lora.model_copy(update={"rank": 0}),  # merged in what a run exports
             "eval": given.eval.model_copy(update={"samples": samples}),
             "rollout": given.rollout.model_copy(update={"max_model_len": length}),  # no trainer's: the engine has all of it
         }
     )
-    called = "model" if args.run and not args.model else re.sub(r"[^\w.-]+", "-", path).strip("-.")
-    called = called if args.step is None else f"step-{args.step}"
+    called = _called(None if args.model else args.run, args.step, path)
     return given, cfg, args.out or (args.run or Path(given.output_dir)) / "evaluation" / called
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from gear_trainer.audit.run import Subject, audit, problems_of
+    from gear_trainer.audit.signals import Scorer
+    from gear_trainer.build import alone, prepare_model, set_environment
+
+    given = load_config(args.run / "config.json" if args.run else args.config, args.overrides)
+    cfg = _of_model(given, str(args.run / "model") if args.run and args.step is None else given.model.path)
+    out = args.out or (args.run or Path(given.output_dir)) / "audit" / _called(args.run, args.step, cfg.model.path)
+    alone("audit")
+    set_environment(cfg)
+    try:
+        task, chat, engine, path = prepare_model(cfg, given.model.path, args.run, args.step)
+        step = (given.train.steps if args.step is None else args.step) if args.run else 0
+        subject = Subject(path, step, engine, lambda: Scorer(cfg, path))
+        print(f"written: {audit(cfg, problems_of(cfg, task, chat), subject, out)}", flush=True)
+    except KeyboardInterrupt:
+        print(f"gear_trainer: interrupted; the same command goes on with {out}", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def _of_model(given: Config, path: str) -> Config:
+    """The configuration of that model, which has its adapters merged, as in what a run exports."""
+    model, lora = given.model.model_copy(update={"path": path}), given.lora.model_copy(update={"rank": 0})
+    return given.model_copy(update={"model": model, "lora": lora})
+
+
+def _called(run: Path | None, step: int | None, path: str) -> str:
+    """The folder's name of what was found of a model: a run's final one, that of a step, or another."""
+    if step is not None:
+        return f"step-{step}"
+    return "model" if run else re.sub(r"[^\w.-]+", "-", path).strip("-.")
 
 
 def _compare(folders: list[Path], out: Path | None) -> int:
@@ -234,6 +294,38 @@ def _runs(folders: list[Path]) -> int:
     out = Console(highlight=False)
     out.print(table(found), markup=False) if out.is_terminal else print(*(run.line() for run in found), sep="\n")
     return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    from gear_trainer.report.study import write_study
+    from gear_trainer.runs.launches import Launches, locked
+    from gear_trainer.runs.study import load_plan, standings, summary
+
+    plan = load_plan(args.file)
+    code = 0
+    if not args.report_only:
+        _check_arms(args.file, plan)
+    if args.dry_run:
+        print(summary(plan, standings(plan)))
+        return 0
+    if not args.report_only:
+        with locked(plan):
+            code = Launches(plan, standings(plan)).run()
+    print(write_study(plan))
+    return code
+
+
+def _check_arms(file: Path, plan: StudyPlan) -> None:
+    """What each arm's first run would refuse is refused before any run starts. Raises ConfigError."""
+    from gear_kernels import GearKernelsError
+    from gear_trainer.preflight.checks import check
+    from gear_trainer.tasks.base import TaskError
+
+    for arm in plan.study.arms:
+        try:
+            check(plan.of(arm)[0].cfg)
+        except (ConfigError, TaskError, GearKernelsError) as error:
+            raise ConfigError(f"{file}: arm {arm}: {error}") from None
 
 
 # --- how a command ends -----------------------------------------------------------------------------------------------------

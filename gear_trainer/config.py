@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,6 +26,9 @@ MOVED = {
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 class ModelConfig(Section):
@@ -329,6 +332,19 @@ class EvalConfig(Section):
         return value
 
 
+class AuditConfig(Section):
+    """The command audit's; see docs/audit.md."""
+
+    problems: int = Field(default=32, ge=1, description="held-out problems, the first ones")
+    samples: int = Field(default=8, ge=2, description="trajectories of each problem, sampled as in training")
+    continuations: int = Field(
+        default=64, ge=1, description="from each cut (M): a value's standard error is at most 0.5 / sqrt(M)"
+    )
+    stride: int = Field(
+        default=4, ge=1, description="tokens that the policy was not certain of between the first cuts; 1: a cut behind each"
+    )
+
+
 class CheckpointConfig(Section):
     every: int = Field(default=20, ge=1, description="steps between checkpoints; the last step always writes one")
     keep: int = Field(default=2, ge=1, description="how many are kept")
@@ -380,6 +396,7 @@ class Config(Section):
     kl: KlConfig = KlConfig()
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
+    audit: AuditConfig = AuditConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     max_logprob_gap: float = Field(
@@ -546,20 +563,26 @@ def parse_yaml(text: str) -> Any:
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML) and validate. Raises ConfigError."""
-    return make_config(_read_yaml(Path(path)), overrides, str(path))
+    return make_config(read_yaml(Path(path)), overrides, str(path))
 
 
 def make_config(data: dict[str, Any], overrides: list[str] | None = None, where: str = "the command line") -> Config:
     """The same of values that are at hand; `where` they come from, for messages. Raises ConfigError."""
     for item in overrides or []:
         _override(data, item)
+    return validated(Config, data, where)
+
+
+def validated(schema: type[Schema], data: dict[str, Any], where: str) -> Schema:
+    """The values as a section of this schema; `where` they come from, for messages. Raises ConfigError."""
     try:
-        return Config.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError(f"{where}: " + "; ".join(_explain(e, schema) for e in error.errors())) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The top level of a YAML file. Raises ConfigError where there is none, or nothing that can be read."""
     if not path.is_file():
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "no *.yaml there"
         raise ConfigError(f"{path}: no such config file ({near})")
@@ -592,17 +615,17 @@ def _override(data: dict[str, Any], item: str) -> None:
         raise ConfigError(f"override {item!r}: the value is not valid YAML ({error.__class__.__name__}); quote it") from None
 
 
-def _explain(error: Mapping[str, Any]) -> str:
+def _explain(error: Mapping[str, Any], schema: type[Section]) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
         if key in MOVED:
             return f"unknown key {key}: it is {MOVED[key]} now"
-        known = _fields_at(error["loc"][:-1])
+        known = _fields_at(error["loc"][:-1], schema)
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "known keys here: " + ", ".join(known)
         return f"unknown key {key}: {hint}"
     if error["type"] == "missing":
-        return f"{key} is missing: give it in the file or as {key}=VALUE"
+        return f"{key} is missing: give it in the file" + (f" or as {key}=VALUE" if schema is Config else "")
     message = error["msg"].removeprefix("Value error, ")
     return message if key == "config" else f"{key}={error['input']!r}: {message}"
 
@@ -613,8 +636,8 @@ def near(name: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else ": leave it out"
 
 
-def _fields_at(loc: tuple[Any, ...]) -> list[str]:
-    cls: Any = Config
+def _fields_at(loc: tuple[Any, ...], schema: type[Section]) -> list[str]:
+    cls: Any = schema
     for name in loc:
         named = get_args(cls)  # of dict[str, Section] any name leads to the section
         cls = named[1] if named else cls.model_fields[name].annotation

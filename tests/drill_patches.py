@@ -62,6 +62,13 @@ def evaluates():
     run.main = lambda argv: cli.main(["evaluate", *json.loads(os.environ["EVALUATE"])])
 
 
+def audits(argv):
+    """What `gear-trainer audit ARGV` starts."""
+    from gear_trainer import cli
+
+    return cli.main(["audit", *argv])
+
+
 def nan_loss_on_one_rank():
     """From step 3 on rank 1's surrogate is NaN in value, with a gradient that a clip has stopped."""
     if os.environ["RANK"] != "1":

@@ -14,7 +14,7 @@ LONGEST = (
     "test_performance_page.py", "test_integrations_trl.py", "test_methods.py", "test_teacher.py", "test_lora.py",
     "test_vllm_server.py", "test_resharding.py", "test_oracle.py", "test_where_models_live.py", "test_two_hosts.py",
     "test_head_zero3.py", "test_config.py", "test_gpu_report.py", "test_foreign_text.py", "test_gates.py",
-    "test_compile_report.py", "test_extending.py", "test_compile.py", "test_warm_start.py", "test_head_fsdp.py",
+    "test_compile_report.py", "test_study.py", "test_extending.py", "test_compile.py", "test_warm_start.py", "test_head_fsdp.py",
     "test_benchmarks.py", "test_step_beside_trl.py", "test_parallel.py",
 )  # fmt: skip
 

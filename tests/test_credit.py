@@ -531,7 +531,7 @@ def test_names_mean_defaults():
     for name, method in METHODS.items():
         more = {name: case["entropy"] for name in ("teacher_entropy", "forward_kl", "turn_rewards") if name in method.needs}
         assert_same(credit_weights(**case, method=name, **more), credit_weights(**case, method=method, **more))
-    relatives = {"rlsd", "egrsd", "cl_egrsd", "sc_grpo", "amr_sd", "high_entropy", "sgcd", "tool_call", "turn", "gigpo"}
+    relatives = {"tilt", "rlsd", "egrsd", "cl_egrsd", "sc_grpo", "amr_sd", "high_entropy", "sgcd", "tool_call", "turn", "gigpo"}
     assert set(METHODS) == {"gear", "grpo", *SEGMENTERS, *relatives} - {"entropy"}
     assert METHODS["tool_call"] == Gear(segmenter="turn")
     del case["turn_ids"]

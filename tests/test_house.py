@@ -42,6 +42,7 @@ FLOORS = {
         ("policy",),
         ("evaluation",),
         ("train",),
+        ("audit",),
         ("preflight",),
         ("report", "demo"),
         ("build",),

@@ -10,7 +10,7 @@ import torch
 
 import gear_kernels
 from gear_kernels import GearKernelsError, backends, credit_weights
-from gear_kernels.methods import METHODS, AmrSd, Egrsd, Gigpo, HighEntropy, Rlsd, ScGrpo, Sgcd, Turn
+from gear_kernels.methods import METHODS, AmrSd, Egrsd, Gear, Gigpo, HighEntropy, Rlsd, ScGrpo, Sgcd, Tilt, Turn
 
 
 @pytest.fixture(params=sorted(backends.BACKENDS), autouse=True)
@@ -29,6 +29,26 @@ def clip(x, low, high):
 
 
 # --- the formulas on Python floats: trajectories is a list of lists of tokens {a, signal, h, ht, fkl} ------------------------
+
+
+def slow_tilt(m, trajectories):
+    """GEAR's worked rules (relu_max, entropy ends), and then the mean of a trajectory's W on all of its tokens."""
+    out = []
+    for tokens in trajectories:
+        top = max([t["signal"] for t in tokens] + [0.0])
+        flat = len({t["signal"] for t in tokens}) < 2 or top == 0
+        g = [0.0 if flat else max(t["signal"], 0.0) / top for t in tokens]
+        credit, i = list(g), 0
+        while i < len(g):
+            end = i
+            if g[i] > m.kl_threshold:
+                limit = m.entropy_ratio * tokens[i]["h"]
+                end = next((u for u in range(i + 1, len(g)) if tokens[u]["h"] > limit), len(g) - 1)
+                credit[i : end + 1] = [g[i]] * (end + 1 - i)
+            i = end + 1
+        weights = [m.alpha * (0.5 + (0.5 - c) * sign(t["a"])) + 1 - m.alpha / 2 for c, t in zip(credit, tokens, strict=True)]
+        out.append([sum(weights) / len(weights)] * len(weights) if weights else [])
+    return out
 
 
 def slow_rlsd(m, trajectories):
@@ -141,6 +161,10 @@ def slow_gigpo(m, trajectories):
 
 
 CASES = {
+    Tilt: (
+        slow_tilt,
+        lambda r: Tilt(alpha=r.uniform(0, 1.9), kl_threshold=r.choice([0, 0.1, r.random()]), entropy_ratio=r.uniform(0.5, 3)),
+    ),
     Turn: (slow_turn, lambda r: Turn(weight=r.random(), std=r.random() < 0.5)),
     Gigpo: (slow_gigpo, lambda r: Gigpo(weight=r.random(), gamma=r.choice([0, 0.5, 0.95, 1]), std=r.random() < 0.5)),
     Rlsd: (slow_rlsd, lambda r: Rlsd(mix=r.random(), clip=r.uniform(0.05, 0.9))),
@@ -279,8 +303,36 @@ def test_no_weight_turns_an_advantage_round(name, backend):
         assert (got.weights >= 0).all() and (got.token_advantages * a >= 0).all()
         flat = call["mask"] & (a == 0)
         assert not got.token_advantages[flat].any()
-        if name in ("gear", "grpo", "rlsd", "token", "kl_only", "entropy_only", "entropy_window", "random", "fixed", "tool_call"):
+        if name in (
+            "gear",
+            "grpo",
+            "rlsd",
+            "token",
+            "kl_only",
+            "entropy_only",
+            "entropy_window",
+            "random",
+            "fixed",
+            "tool_call",
+            "tilt",
+        ):
             assert (got.weights[flat] == 1).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"segmenter": "random"}, {"segmenter": "fixed", "alpha": 1.8}, {"renormalize": True}])
+def test_tilt_keeps_the_mean_of_gear_and_its_segments_and_nothing_else(options):
+    for seed in range(5):
+        call, _, places = random_pack(random.Random(seed), short=True)
+        gear, tilt = credit_weights(**call, method=Gear(**options)), credit_weights(**call, method=Tilt(**options))
+        for field in ("signal", "credit", "segment_ids", "onsets"):
+            assert torch.equal(getattr(tilt, field), getattr(gear, field)), field
+        sequence = torch.arange(len(call["advantages"])).repeat_interleave(call["cu_seqlens"].diff().long())
+        for b in range(len(call["advantages"])):
+            own = call["mask"] & (sequence == b)
+            if own.any():
+                mean = gear.weights[own].mean()
+                torch.testing.assert_close(tilt.weights[own], mean.expand(int(own.sum())), rtol=1e-12, atol=0)
+        assert not tilt.weights[~call["mask"]].any() and len(places) == int(call["mask"].sum())
 
 
 def test_turns_are_shown_as_segments():

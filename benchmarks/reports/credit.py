@@ -69,7 +69,7 @@ def measure(device: str, tokens: int, rounds: int, step: Callable) -> list[dict]
     typical = next(iter(found.values()))
     calls: dict[str, Callable[[], Any]] = {name: p.credit for name, p in found.items()}
     for name, method in METHODS.items():
-        if name not in ("gear", "random"):  # random draws its places in Python
+        if name not in ("gear", "random", "tilt"):  # the last two cut segments in Python
             calls[f"method {name}"] = lambda m=method: typical.credit(m, **credit_inputs(m, typical))
     slow = {REFERENCE: lambda: by_reference(typical), LOOP: lambda: python_loop(typical)} if device == "cpu" else {}
     first = {name: elapsed_ms(call, device) for name, call in step((calls | slow).items())}

@@ -218,8 +218,18 @@ def gear_weight(credit: torch.Tensor, advantage: torch.Tensor, alpha: float) -> 
 
 def renormalise(weights: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Weights [n] divided by their mean over each trajectory; sequence [n] int64 names it, lengths [B] counts its tokens."""
+    return (weights / _means(weights, sequence, lengths)).to(weights.dtype)
+
+
+def tilt(weights: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Control [ours]: the mean of weights [n] over each trajectory, on all of its tokens; the rest as in `renormalise`."""
+    return _means(weights, sequence, lengths).to(weights.dtype)
+
+
+def _means(weights: torch.Tensor, sequence: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The mean weight of each token's trajectory, float64 [n]."""
     total = torch.zeros(lengths.numel(), dtype=torch.float64, device=weights.device).index_add_(0, sequence, weights.double())
-    return (weights / (total / lengths)[sequence]).to(weights.dtype)
+    return (total / lengths)[sequence]
 
 
 def bounded_ratio(signal: torch.Tensor, advantage: torch.Tensor, clip: float) -> torch.Tensor:

@@ -59,13 +59,7 @@ class Folder:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.settings = path, json.loads(json.dumps(settings, default=str))
-        path.mkdir(parents=True, exist_ok=True)
-        before = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else self.settings
-        if differing := changes(before, self.settings):
-            raise ConfigError(
-                f"{path} holds an evaluation of other settings ({'; '.join(differing[:4])}): give another --out, or remove it"
-            )
-        write_whole(path / SETTINGS, json.dumps(self.settings, indent=1))
+        keep_settings(path, self.settings, "an evaluation")
 
     def begun(self, chunks: Sequence[Sequence[int]], samples: int) -> dict[int, list[Record]]:
         """The rollouts of the chunks that are there whole, by the chunk's number; the rest is removed from the file.
@@ -93,6 +87,15 @@ class Folder:
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json; the same rollouts give the same bytes."""
         write_whole(self.path / RESULT, json.dumps(result, indent=1))
+
+
+def keep_settings(path: Path, settings: dict[str, Any], what: str) -> None:
+    """Write the settings of `what` into its folder. Raises ConfigError where one of other settings stands there."""
+    path.mkdir(parents=True, exist_ok=True)
+    before = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else settings
+    if differing := changes(before, settings):
+        raise ConfigError(f"{path} holds {what} of other settings ({'; '.join(differing[:4])}): give another --out, or remove it")
+    write_whole(path / SETTINGS, json.dumps(settings, indent=1))
 
 
 def read_records(path: Path) -> list[Record]:

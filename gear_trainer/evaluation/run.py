@@ -47,7 +47,7 @@ def evaluate(
     for name, held in named:
         chunks = chunks_of(cfg, held, batch)
         settings = settings_of(cfg, name, held, model_path, len(chunks[0]) if chunks else 0)
-        with _locked(out / name):
+        with locked(out / name, "evaluation"):
             folder = Folder(out / name, settings)
             records = _sampled(held, engine, folder, chunks)
             result = {"settings": folder.settings, **summarize(held.task, held.problems, records)}
@@ -67,10 +67,7 @@ def _sampled(held: HeldOut, engine: Callable[[], Engine], folder: Folder, chunks
     """The rollouts of all chunks; those that are not in the folder yet are sampled, and written as each chunk ends."""
     found = folder.begun(chunks, held.limits.group_size)
     console = Console(highlight=False)
-    bar = Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
-    )  # fmt: skip
+    bar = progress_bar(console)
     total = sum(map(len, chunks))
     done = sum(len(chunks[number]) for number in found)
     if found:
@@ -89,13 +86,22 @@ def _sampled(held: HeldOut, engine: Callable[[], Engine], folder: Folder, chunks
     return [r for number in sorted(found) for r in found[number]]
 
 
-def _locked(path: Path) -> AbstractContextManager[Any]:
-    """Hold the folder's lock, so that no two evaluations write there. Raises ConfigError where it cannot be had."""
+def progress_bar(console: Console) -> Progress:
+    """The bar of a command that samples for long; nothing without a terminal."""
+    return Progress(
+        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal, transient=True,
+    )  # fmt: skip
+
+
+def locked(path: Path, what: str) -> AbstractContextManager[Any]:
+    """Hold the folder's lock, so that no two commands write there; `what` they are, as a noun. Raises ConfigError where it cannot
+    be had."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path.with_name(f".{path.name}.lock")).acquire(blocking=False)
     except Timeout:
-        raise ConfigError(f"{path} is being written by another evaluation: end that one, or give another --out") from None
+        raise ConfigError(f"{path} is being written by another {what}: end that one, or give another --out") from None
     except OSError as error:
         raise ConfigError(f"--out {path.parent}: {error.strerror}; give a folder that can be written") from None
 

@@ -11,8 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from gear_trainer.report.pages import template
 from gear_trainer.report.plots import pyplot
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.records import read_records, recorded_steps
@@ -27,7 +26,7 @@ def write_report(run_dir: Path) -> str:
     steps = read_metrics(run_dir / "metrics.jsonl")
     draw_curves(steps, run_dir / "curve.png")
     last = [m for m in steps if m["step"]]
-    page = _template().render(
+    page = template("report").render(
         name=run_dir.name,
         config=(run_dir / "config.json").read_text(),
         curve=base64.b64encode((run_dir / "curve.png").read_bytes()).decode(),
@@ -122,8 +121,3 @@ def _style(token: dict[str, Any], spread: float) -> str:
         return "color:var(--faint)"
     tint = (token["weight"] - 1) / spread
     return f"background:rgba({'46,125,50' if tint > 0 else '198,40,40'},{abs(tint) * 0.45:.2f})"
-
-
-def _template() -> jinja2.Template:
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=folder, autoescape=True).get_template("report.html.jinja")

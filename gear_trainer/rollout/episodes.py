@@ -9,7 +9,7 @@ the same tokens either way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count
@@ -67,7 +67,11 @@ def _fresh(r: Rollout) -> Rollout:
 def _play(engine: Engine, chat: Chat, task: Task, rollouts: list[Rollout], limits: Limits, key: tuple[object, ...]) -> None:
     """One try of every rollout, from its prompt to its outcome."""
     world = Environment(task, limits.turn_timeout)
-    courses = [Course(r, chat, world, limits, key) for r in rollouts]
+    drive(engine, [Course(r, chat, world, limits, key) for r in rollouts], world, limits)
+
+
+def drive(engine: Engine, courses: list[Course], world: Environment, limits: Limits) -> None:
+    """Take courses to their ends, as `limits.schedule` says. Every episode is closed, also where the engine raises."""
     try:
         (continuous if limits.schedule == "continuous" else lockstep)(engine, courses, world)
     finally:
@@ -161,8 +165,7 @@ class Course:
         for turn in range(most):
             if limits.room(r) <= 0:  # the prompt fills the context
                 return Status.LENGTH
-            seed = seed_of(*self.key, r.group, r.sample, turn)
-            completion: Completion = yield Request(r.prompt_ids + r.ids, limits.room(r), seed, limits.temperature, limits.top_p)
+            completion = yield from self.turn(turn)
             r.append(completion.ids, completion.logprobs, completion.token_versions)
             r.turn_rewards.append(0.0)
             if not completion.ended:
@@ -177,6 +180,12 @@ class Course:
             if turn + 1 < most and not self._answer(reply):
                 return Status.LENGTH
         return Status.TURNS
+
+    def turn(self, turn: int, begun: Sequence[int] = ()) -> Generator[Request | Ask, Any, Completion]:
+        """Sample a turn, or what follows the tokens that it begins with; the completion is of the latter alone."""
+        r, limits = self.rollout, self.limits
+        seed, room = seed_of(*self.key, r.group, r.sample, turn), limits.room(r) - len(begun)
+        return (yield Request([*r.prompt_ids, *r.ids, *begun], room, seed, limits.temperature, limits.top_p))
 
     def _answer(self, reply: Reply) -> bool:
         """Append a reply, cut where it does not fit with a turn behind it; False where even that is too much."""

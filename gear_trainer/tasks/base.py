@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 End = Literal["done", "turns", "length", "error"]  # how an episode ended: by itself, turns or tokens ran out, it broke
 
@@ -158,3 +158,25 @@ class Demonstrable(Protocol):
 
 class DemonstrableTask(Task, Demonstrable):
     """Both in one, for annotations: nobody has to derive from it."""
+
+
+class Deviation(NamedTuple):
+    """The turn, counted from 0, and the number of its characters that a way to the solution may still begin with.
+
+    The token that holds character number `characters` (counted from 0) is the first one after which the solution is out of reach.
+    """
+
+    turn: int
+    characters: int
+
+
+@runtime_checkable
+class KnowsDeviation(Protocol):
+    """The part that a task with a known solution has beside `Task`, for an audit."""
+
+    def deviation(self, problem: Problem, turns: Sequence[str]) -> Deviation | None:
+        """The place where a rollout left the ways to the solution; None of one that never did.
+
+        turns: the texts of its turns without end-of-turn tokens, one that was cut among them.
+        """
+        ...

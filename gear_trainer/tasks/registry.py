@@ -20,6 +20,7 @@ TASKS = {
     "bfcl": "gear_trainer.tasks.bfcl.single_turn:BfclTask",
     "bfcl-multi-turn": "gear_trainer.tasks.bfcl.multi_turn:MultiTurnTask",
     "bfcl-one-class": "gear_trainer.tasks.bfcl.one_class:OneClassTask",
+    "chains": "gear_trainer.tasks.chains.task:ChainsTask",
     "toolrl": "gear_trainer.tasks.toolrl.task:ToolRlTask",
     "acebench": "gear_trainer.tasks.acebench.single:AceBenchTask",
     "acebench-agent": "gear_trainer.tasks.acebench.agent:AceAgentTask",
