@@ -81,7 +81,7 @@ def test_the_turns_that_are_needed_are_exact(steps):
     task = make_task("chains", 0, {"steps": steps})
     for index in range(12):
         chain = task.train_problem(index).data["chain"]
-        episode = walk(ChainEpisode(chain), chain, rng)
+        episode = walk(ChainEpisode(chain, task.max_turns), chain, rng)
         needed = episode.turns_needed()
         found[needed] += 1
         if episode._done:
@@ -112,6 +112,24 @@ def test_rollouts_that_fail_have_a_deviation_and_no_others():
         assert (found is None) == success and task.deviation(problem, turns) == found
         won += success
     assert 6 <= won <= 36, "successes and failures"
+
+
+def test_rewards_of_turns_sum_to_what_became_of_the_chance():
+    rng, task = random.Random(1), make_task("chains", 0, {"steps": 4, "spare": 1})
+    signs = Counter()
+    for index in range(60):
+        problem = task.train_problem(index)
+        turns, episode = task.demonstrate(problem, "slips", rng), task.episode(problem)
+        first = episode.chance()
+        assert first == pytest.approx(0.8**6 + 6 * 0.8**5 * 0.2), "at most one turn of six may be wrong"
+        rewards = [episode.step(turn).reward for turn in turns]
+        over = task.max_turns == len(turns) or episode.outcome("done").success
+        assert not over or sum(rewards) == pytest.approx(episode.outcome("done").success - first)
+        lost = deviation(problem.data["chain"], turns, task.max_turns)
+        if lost is not None:
+            assert rewards[lost.turn] < 0 and not any(rewards[lost.turn + 1 :]), "what is lost cannot be lost again"
+        signs.update(reward > 0 for reward in rewards)
+    assert signs[True] > 60 and signs[False] > 60
 
 
 def test_deviations_stand_where_the_solution_is_lost(removal):

@@ -18,31 +18,25 @@ def deviation(chain: Chain, turns: Sequence[str], max_turns: int) -> Deviation |
     turns: the texts of its turns, one that was cut among them. max_turns: of an episode. Within a turn the solution counts as
     within reach as long as the text begins a call, or an end, after which it is: a call that is begun is taken to be finished.
     """
-    episode = ChainEpisode(chain)
+    episode = ChainEpisode(chain, max_turns)
     for at, text in enumerate(turns):
         episode.step(text)
-        if not _in_reach(episode, max_turns - at - 1):
-            return Deviation(at, _shared(chain, turns[:at], text, max_turns - at - 1))
+        if not episode.in_reach():
+            return Deviation(at, _shared(ChainEpisode(chain, max_turns), turns[:at], text))
     return None
 
 
-def _in_reach(episode: ChainEpisode, left: int) -> bool:
-    needed = episode.turns_needed()
-    return needed is not None and needed <= left
-
-
-def _shared(chain: Chain, before: Sequence[str], text: str, left: int) -> int:
-    """The longest beginning that a turn shares with one after which the solution is within reach."""
-    episode = ChainEpisode(chain)
+def _shared(episode: ChainEpisode, before: Sequence[str], text: str) -> int:
+    """The longest beginning that a turn after those before shares with one after which the solution is within reach."""
     for earlier in before:
         episode.step(earlier)
     fine: dict[tuple[str, ...], bool] = {}
     longest = 0
-    for kind, way in _ways(chain):
+    for kind, way in _ways(episode.chain):
         if kind not in fine:
             trial = copy.deepcopy(episode)
             trial.step(way)
-            fine[kind] = _in_reach(trial, left)
+            fine[kind] = trial.in_reach()
         if fine[kind]:
             longest = max(longest, len(os.path.commonprefix([text, way])))
     return longest

@@ -44,7 +44,7 @@ class ChainsTask(Task):
     slip: float = 0.35
     slipping: float = 1.0
     teacher_template: str | None = None
-    turn_rewards = False
+    turn_rewards = True  # what a turn changed in the chance of success, by the exact state: ChainEpisode.chance
 
     def __post_init__(self) -> None:
         if not 2 <= self.steps <= MOST_STEPS:
@@ -93,7 +93,7 @@ class ChainsTask(Task):
         return Problem(id, messages, taught(messages, self._template, answer), answer, data={"chain": chain})
 
     def episode(self, problem: Problem) -> ChainEpisode:
-        return ChainEpisode(problem.data["chain"])
+        return ChainEpisode(problem.data["chain"], self.max_turns)
 
     def deviation(self, problem: Problem, turns: Sequence[str]) -> Deviation | None:
         """The place where a rollout left the ways to the solution; see `deviation.py`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import comb
 from typing import Any, NamedTuple
 
 from gear_trainer.tasks.base import Message, Reply
@@ -13,6 +14,7 @@ CLASS = "GorillaFileSystem"
 PARAMETERS = {"cat": ("file_name",), "rm": ("file_name",), "mv": ("source", "destination"), "touch": ("file_name",), "ls": ()}
 END = "the end"  # what the last files of both chains hold: a file that is made anew is not the same
 DONE = "done"
+RIGHT = 0.8  # how probably each turn of the policy is right that `chance` is of; success 0.74 with four steps and one spare turn
 
 
 class Chain(NamedTuple):
@@ -36,22 +38,41 @@ class Chain(NamedTuple):
 
 
 class ChainEpisode(MultiTurnEpisode):
-    """One rollout in a file system of its own, judged by BFCL's checks when a turn without a call ends it. One call a turn."""
+    """One rollout in a file system of its own, judged by BFCL's checks when a turn without a call ends it. One call a turn.
 
-    def __init__(self, chain: Chain):
+    max_turns: after so many it is over. A turn's reward is what it changed in `chance`: they sum to the success less the first one.
+    """
+
+    def __init__(self, chain: Chain, max_turns: int):
         super().__init__(chain.item())
         self.chain = chain
+        self.left = max_turns
 
     def step(self, text: str) -> Reply:
         """Run the turn's first call, or judge what was done."""
+        before = self.chance()
+        self.left -= 1
         calls = read_calls(text)
         if not calls:
-            return self._next_user_turn()
+            reply = self._next_user_turn()
+            return Reply(reply.messages, reward=self.chance() - before)
         answer, fine = self._run(calls[0])
         messages = [Message("tool", answer)]
         if len(calls) > 1:
             messages.append(Message("tool", json.dumps({"error": "one call a turn"})))
-        return Reply(messages, calls=len(calls), errors=len(calls) - 1 + (not fine))
+        return Reply(messages, len(calls), len(calls) - 1 + (not fine), self.chance() - before)
+
+    def in_reach(self) -> bool:
+        """Whether the turns that are left suffice for the solution."""
+        needed = self.turns_needed()
+        return needed is not None and needed <= self.left
+
+    def chance(self) -> float:
+        """The chance of success of a policy each turn of which is right with probability RIGHT; the others cost it a turn, no more."""
+        needed = self.turns_needed()
+        if needed is None:
+            return 0.0
+        return sum(comb(self.left, n) * RIGHT**n * (1 - RIGHT) ** (self.left - n) for n in range(needed, self.left + 1))
 
     def _run(self, call: ToolCall | str) -> tuple[str, bool]:
         if isinstance(call, ToolCall) and (wrong := self._refused(call)):
