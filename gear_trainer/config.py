@@ -252,9 +252,10 @@ class TeacherConfig(Section):
     )
     ema_rate: float = Field(default=0.01, gt=0, le=1, description="of ema: share of the policy mixed in after each step")
     sync_every: int = Field(default=10, ge=1, description="of synced: steps between copies of the policy")
-    sees: Literal["ground_truth", "sibling"] | None = Field(
+    sees: Literal["ground_truth", "sibling", "wrong_answer"] | None = Field(
         default=None,
-        description="in its prompt: the task's ground truth, or a correct rollout of the group; null is the method's own",
+        description="in its prompt: the task's ground truth, a correct rollout of the group, or the ground truth of another "
+        "problem (a control); null is the method's own",
     )
     wrong_hint: bool = Field(
         default=False,

@@ -135,7 +135,8 @@ class Recipe:
     """A run's recipe: what it does with its rollouts; made by `resolve`, read everywhere.
 
     teacher: of a teacher with weights of its own; None where the policy itself is the teacher, or nothing reads one.
-    references: who puts something else than the ground truth into the teacher's prompt. gen_batches: batches that a step may
+    references: who puts something else than the ground truth into the teacher's prompt. wrong_answer: it is another problem's
+    ground truth. gen_batches: batches that a step may
     sample, 1 without the filter for mixed groups. until: the last step of the distillation loss alone, which the method alone
     follows; None: both act at every step.
     """
@@ -151,6 +152,7 @@ class Recipe:
     entropy_bonus: float = 0.0
     masks_truncated: bool = False
     wrong_hint: bool = False
+    wrong_answer: bool = False
     until: int | None = None
 
     def at(self, step: int) -> Recipe:
@@ -266,6 +268,7 @@ def resolve(cfg: Config) -> Recipe:
         entropy_bonus=cfg.train.entropy_bonus,
         masks_truncated=cfg.train.mask_truncated,
         wrong_hint=_wrong_hint(cfg, method, references),
+        wrong_answer=_wrong_answer(cfg, references, asks or distillation is not None),
         until=_until(cfg, distillation),
     )
 
@@ -352,6 +355,16 @@ def _wrong_hint(cfg: Config, method: Any, references: str | None) -> bool:
         raise ConfigError(f"teacher.wrong_hint: credit={cfg.credit} reads no signal that could be corrected: drop it")
     if references != "siblings":
         raise ConfigError("teacher.wrong_hint shows a failed sibling where a correct one stands: set teacher.sees=sibling")
+    return True
+
+
+def _wrong_answer(cfg: Config, references: str | None, asks: bool) -> bool:
+    """Whether the teacher sees another problem's ground truth. Raises ConfigError where nobody asks one, or it reads references."""
+    if cfg.teacher.sees != "wrong_answer":
+        return False
+    if references or not asks:
+        why = "has references written for its teacher" if references else "asks no teacher"
+        raise ConfigError(f"teacher.sees=wrong_answer: credit={cfg.credit} {why}; drop one of them")
     return True
 
 

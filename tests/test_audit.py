@@ -19,11 +19,12 @@ from gear_trainer import cli
 from gear_trainer.audit import file
 from gear_trainer.audit.rows import deviation_place
 from gear_trainer.audit.run import Subject, audit, problems_of
-from gear_trainer.audit.signals import Scorer, signals, teachers, wrong_messages
+from gear_trainer.audit.signals import Scorer, signals, teachers
 from gear_trainer.audit.values import CERTAIN, Estimate, Estimator, Track, estimate, states
 from gear_trainer.config import make_config
 from gear_trainer.errors import ConfigError, RunError
 from gear_trainer.hints.siblings import Siblings
+from gear_trainer.hints.wrong_answer import wrong_messages, wrongly_taught
 from gear_trainer.hints.writer import said
 from gear_trainer.rollout import Completion, Engine, Limits, Rollout, roll_out
 from gear_trainer.rollout.chat import Chat
@@ -361,11 +362,15 @@ def test_each_teacher_sees_what_it_should(chat):
 def test_a_wrong_hint_is_what_the_task_shows_for_another_problem():
     chains = make_task("chains", 0)
     first, second = chains.held_out(2)
-    (told,) = wrong_messages(first, second)
+    (told,) = wrong_messages(first, [second])
     assert first.messages[0]["content"] in told["content"] and second.answer in told["content"]
     assert told["content"].replace(second.answer, first.answer) == first.teacher_messages[0]["content"]
-    assert wrong_messages(first, first) is None
-    assert wrong_messages(first, replace(second, teacher_messages=user("a hint without the question"))) is None
+    assert wrong_messages(first, [first, second]) == [told] and wrong_messages(first, [first]) is None
+    assert wrong_messages(first, [replace(second, teacher_messages=user("a hint without the question"))]) is None
+    third, fourth = map(chains.train_problem, (3, 4))
+    shown = wrongly_taught(chains, 3)
+    assert fourth.answer in shown.teacher_messages[0]["content"] and third.answer not in shown.teacher_messages[0]["content"]
+    assert replace(shown, teacher_messages=third.teacher_messages) == third
 
 
 def test_signals_are_those_of_the_models_own_logits(chat, model, scorer):

@@ -419,3 +419,15 @@ def test_who_sees_a_sibling():
     assert references("credit=sc_grpo", "teacher.sees=ground_truth") is None and references("credit=sgcd") == "writer"
     with pytest.raises(ConfigError, match="teacher.sees=sibling: credit=sgcd has references written"):
         check(demo("teacher.sees=sibling"))
+
+
+def test_who_sees_a_wrong_answer():
+    def recipe(*overrides):
+        return resolve(load_config(DEMO, [*overrides, "teacher.sees=wrong_answer"]))
+
+    assert recipe("credit=gear").wrong_answer and recipe("credit=sc_grpo").references is None
+    assert recipe("credit=opsd").wrong_answer and not resolve(load_config(DEMO, ["credit=gear"])).wrong_answer
+    with pytest.raises(ConfigError, match="teacher.sees=wrong_answer: credit=grpo asks no teacher"):
+        recipe("credit=grpo")
+    with pytest.raises(ConfigError, match="teacher.sees=wrong_answer: credit=sgcd has references written"):
+        recipe("credit=sgcd")

@@ -11,6 +11,7 @@ from gear_kernels import TokenStats
 from gear_trainer.audit.file import TEACHER_COLUMNS
 from gear_trainer.config import Config
 from gear_trainer.hints.siblings import Siblings
+from gear_trainer.hints.wrong_answer import wrong_messages
 from gear_trainer.policy.batching import micro_batch, split_rows
 from gear_trainer.policy.forward import Forward
 from gear_trainer.policy.model import Policy
@@ -79,7 +80,7 @@ def teachers(chat: Chat, task: Task, group: list[Rollout], others: Sequence[Prob
     problem = group[0].problem
     siblings = [replace(r, reference=None) for r in group]
     Siblings(chat).write(siblings, ())
-    wrong = next((m for other in others if (m := wrong_messages(problem, other)) is not None), None) if task.shows_truth else None
+    wrong = wrong_messages(problem, others) if task.shows_truth else None
     wrong_ids = None if wrong is None else chat.prompt_ids(wrong, problem.tools, problem.tags)
     return {
         "truth": [r.teacher_prompt_ids if task.shows_truth else None for r in group],
@@ -87,18 +88,3 @@ def teachers(chat: Chat, task: Task, group: list[Rollout], others: Sequence[Prob
         "wrong": [wrong_ids] * len(group),
         "nothing": [r.prompt_ids for r in group],
     }
-
-
-def wrong_messages(problem: Problem, other: Problem) -> list[dict[str, str]] | None:
-    """The teacher's chat of another problem with this one's question in the place of that one's.
-
-    None where the answers are the same, or where the teacher's chat is not the student's with a hint around its last message.
-    """
-    if other.answer == problem.answer:
-        return None
-    *head, last = other.teacher_messages
-    asked, question = other.messages[-1]["content"], problem.messages[-1]["content"]
-    around = last["content"].split(asked)
-    if head != other.messages[:-1] or len(around) != 2:
-        return None
-    return [*problem.messages[:-1], {**last, "content": question.join(around)}]
