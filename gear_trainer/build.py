@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError, RunError
-from gear_trainer.policy.hub import check_model_path
+from gear_trainer.policy.hub import check_model_path, tiny_seed
 from gear_trainer.recipe import Recipe
 from gear_trainer.runs.interrupts import Interrupts
+from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 def resolve_model_path(cfg: Config, task: Task) -> str:
     """A local directory or hub name for `model.path`; builtin: models are made on first use and cached. Raises ConfigError."""
     spec = cfg.model.path
-    if spec == "builtin:tiny-qwen3":
+    if (seed := tiny_seed(spec, cfg.seed)) is not None:
         from gear_trainer.demo.warm_start import ensure_warm_start
 
-        return str(ensure_warm_start(task, cfg.seed, Path(cfg.cache_dir)))
+        own = task if seed == cfg.seed else make_task(cfg.task, seed, cfg.task_args)
+        return str(ensure_warm_start(own, seed, Path(cfg.cache_dir)))
     if spec == "builtin:smollm2":
         from gear_trainer.demo.smollm2 import ensure_smollm2
 

@@ -33,7 +33,8 @@ Schema = TypeVar("Schema", bound=Section)
 
 class ModelConfig(Section):
     path: str = Field(
-        description="HF directory or hub name; builtin:tiny-qwen3 (the task's warm-started demo model) or builtin:smollm2"
+        description="HF directory or hub name; builtin:tiny-qwen3 (the task's warm-started demo model, made of the "
+        "run's seed; builtin:tiny-qwen3@N: of seed N) or builtin:smollm2"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="of the parameters and of vLLM; masters are float32"

@@ -359,7 +359,7 @@ def _wrong_hint(cfg: Config, method: Any, references: str | None) -> bool:
 
 
 def _wrong_answer(cfg: Config, references: str | None, asks: bool) -> bool:
-    """Whether the teacher sees another problem's ground truth. Raises ConfigError where nobody asks one, or it reads references."""
+    """Whether the teacher sees another problem's ground truth. Raises ConfigError without a teacher or with references."""
     if cfg.teacher.sees != "wrong_answer":
         return False
     if references or not asks:

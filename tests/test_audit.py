@@ -24,8 +24,8 @@ from gear_trainer.audit.values import CERTAIN, Estimate, Estimator, Track, estim
 from gear_trainer.config import make_config
 from gear_trainer.errors import ConfigError, RunError
 from gear_trainer.hints.siblings import Siblings
-from gear_trainer.hints.wrong_answer import wrong_messages, wrongly_taught
 from gear_trainer.hints.writer import said
+from gear_trainer.hints.wrong_answer import wrong_messages, wrongly_taught
 from gear_trainer.rollout import Completion, Engine, Limits, Rollout, roll_out
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.tasks import make_task

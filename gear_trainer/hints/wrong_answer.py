@@ -1,4 +1,4 @@
-"""What the teacher would see of another problem: a control, for it knows nothing of this one's solution (METHOD.md, section 5)."""
+"""A teacher that sees what belongs to another problem: a control, for it knows nothing of this one's solution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRIES = 64  # problems looked at for one with another answer
 
 
 def wrong_messages(problem: Problem, others: Iterable[Problem]) -> list[dict[str, str]] | None:
-    """What the task shows for the first of the other problems that has another answer, around this one's question.
+    """The hint of the first of the other problems that has another answer, around this one's question.
 
     None where there is no such problem, or where the teacher's chat is not the student's with a hint around its last message.
     """

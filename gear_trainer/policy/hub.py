@@ -21,11 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def tiny_seed(spec: str, seed: int) -> int | None:
+    """The seed that `model.path`'s tiny demo model is made of: the run's, or N of builtin:tiny-qwen3@N; None of others."""
+    name, at, own = spec.partition("@")
+    if name != "builtin:tiny-qwen3" or (at and not own.isdecimal()):
+        return None
+    return int(own) if at else seed
+
+
 def check_model_path(spec: str, key: str = "model.path") -> None:
     """Fail early, before any engine: a directory without a model, or a hub name that cannot be had. key: that gives it."""
     if spec.startswith("builtin:") and key == "model.path":
-        if spec not in ("builtin:tiny-qwen3", "builtin:smollm2"):
-            raise ConfigError(f"{key}={spec}: known are builtin:tiny-qwen3 and builtin:smollm2")
+        if spec != "builtin:smollm2" and tiny_seed(spec, 0) is None:
+            raise ConfigError(f"{key}={spec}: known are builtin:tiny-qwen3, with @SEED behind it too, and builtin:smollm2")
         return
     path = Path(spec)
     if path.is_dir():

@@ -12,10 +12,10 @@ from gear_trainer.errors import ConfigError
 from gear_trainer.evaluation import check_sets
 from gear_trainer.hints import endpoint
 from gear_trainer.hints.siblings import Siblings
-from gear_trainer.hints.wrong_answer import wrongly_taught
 from gear_trainer.hints.writer import Writer, check_room, templates
+from gear_trainer.hints.wrong_answer import wrongly_taught
 from gear_trainer.policy import lora
-from gear_trainer.policy.hub import check_model_path, known_config, meta_model, model_sizes
+from gear_trainer.policy.hub import check_model_path, known_config, meta_model, model_sizes, tiny_seed
 from gear_trainer.policy.zero import deepspeed_config
 from gear_trainer.preflight.machine import check_machine, check_port
 from gear_trainer.recipe import Recipe, resolve
@@ -47,10 +47,10 @@ def check(cfg: Config, away: list[str] | None = None) -> tuple[Task, Recipe]:
         away.append(f"task={cfg.task}: {error}; the checks of its data and prompts are left out")
         task = cast(Task, task_class(cfg.task))
     check_sets(cfg, away)
-    if cfg.model.path == "builtin:tiny-qwen3":
+    if tiny_seed(cfg.model.path, cfg.seed) is not None:
         if not hasattr(task, "demonstrate"):
             raise ConfigError(
-                f"model.path=builtin:tiny-qwen3: task {cfg.task} has no demonstrations to warm it up with; use task=mathapi"
+                f"model.path={cfg.model.path}: task {cfg.task} has no demonstrations to warm it up with; use task=mathapi"
             )
         check_demonstrations(task)
     check_turns(cfg, recipe, task)

@@ -14,7 +14,7 @@ CLASS = "GorillaFileSystem"
 PARAMETERS = {"cat": ("file_name",), "rm": ("file_name",), "mv": ("source", "destination"), "touch": ("file_name",), "ls": ()}
 END = "the end"  # what the last files of both chains hold: a file that is made anew is not the same
 DONE = "done"
-RIGHT = 0.8  # how probably each turn of the policy is right that `chance` is of; success 0.74 with four steps and one spare turn
+RIGHT = 0.8  # how probably each turn of the policy is right that `chance` is of: 0.66 with four steps and one spare turn
 
 
 class Chain(NamedTuple):
@@ -40,7 +40,7 @@ class Chain(NamedTuple):
 class ChainEpisode(MultiTurnEpisode):
     """One rollout in a file system of its own, judged by BFCL's checks when a turn without a call ends it. One call a turn.
 
-    max_turns: after so many it is over. A turn's reward is what it changed in `chance`: they sum to the success less the first one.
+    max_turns: after so many it is over. A turn's reward is what it changed in `chance`; their sum is the success less the first.
     """
 
     def __init__(self, chain: Chain, max_turns: int):
@@ -63,12 +63,12 @@ class ChainEpisode(MultiTurnEpisode):
         return Reply(messages, len(calls), len(calls) - 1 + (not fine), self.chance() - before)
 
     def in_reach(self) -> bool:
-        """Whether the turns that are left suffice for the solution."""
+        """True where the turns that are left suffice for the solution."""
         needed = self.turns_needed()
         return needed is not None and needed <= self.left
 
     def chance(self) -> float:
-        """The chance of success of a policy each turn of which is right with probability RIGHT; the others cost it a turn, no more."""
+        """The chance of success of a policy that is right in each turn with probability RIGHT; a wrong one costs it a turn."""
         needed = self.turns_needed()
         if needed is None:
             return 0.0
