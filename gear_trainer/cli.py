@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gear_trainer.config import Config, load_config, make_config
+from gear_trainer.config import Config, load_config, make_config, near
 from gear_trainer.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def study(argv: list[str]) -> int:
     """Run a study: arms of a configuration with several seeds each, side by side, and one page of what they came to."""
     parser = argparse.ArgumentParser(prog="gear-trainer study", description=study.__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="YAML: a configuration, arms, seeds; see docs/studies.md")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="start the runs of these arms alone")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="check every arm, say what each run needs, start nothing")
     only.add_argument("--report-only", action="store_true", help="write the page of the runs that are there")
@@ -302,6 +303,8 @@ def _study(args: argparse.Namespace) -> int:
     from gear_trainer.runs.study import load_plan, standings, summary
 
     plan = load_plan(args.file)
+    if unknown := [arm for arm in args.arms or () if arm not in plan.study.arms]:
+        raise ConfigError(f"--arms {unknown[0]}: {args.file} has no such arm{near(unknown[0], plan.study.arms)}")
     code = 0
     if not args.report_only:
         _check_arms(args.file, plan)
@@ -310,7 +313,7 @@ def _study(args: argparse.Namespace) -> int:
         return 0
     if not args.report_only:
         with locked(plan):
-            code = Launches(plan, standings(plan)).run()
+            code = Launches(plan, [s for s in standings(plan) if s.cell.arm in (args.arms or plan.study.arms)]).run()
     print(write_study(plan))
     return code
 

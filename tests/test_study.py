@@ -128,6 +128,17 @@ def test_a_bad_file_gets_one_line(tmp_path, capsys, changed, message):
     assert cli.main(["study", str(file), "--report-only"]) == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_an_unknown_arm_is_refused(tmp_path, capsys):
+    assert cli.main(["study", str(write(tmp_path)), "--arms", "grpo", "gaer", "--dry-run"]) == 2
+    assert "has no such arm: did you mean 'gear'?" in capsys.readouterr().err
+
+
+def test_the_runs_of_some_arms_alone(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(launches.Launches, "run", lambda self: started.extend(s.cell.name for s in self.waiting) or 0)
+    assert cli.main(["study", str(write(tmp_path)), "--arms", "gear"]) == 0 and started == ["gear-3", "gear-4"]
+
+
 def test_an_unknown_method_is_refused_before_anything_starts(tmp_path, capsys):
     file = write(tmp_path, arms={"grpo": ["credit=grpo"], "x": ["credit=gaer"]})
     assert cli.main(["study", str(file)]) == 2
