@@ -147,9 +147,9 @@ def test_an_unknown_method_is_refused_before_anything_starts(tmp_path, capsys):
 
 def test_the_shipped_study_is_one(capsys):
     plan = load_plan(ROOT / "examples" / "credit_study" / "study.yaml")
-    from gear_trainer.recipe import resolve
+    from gear_trainer.preflight.checks import check
 
-    methods = {arm: resolve(plan.of(arm)[0].cfg).method for arm in plan.study.arms}
+    methods = {arm: check(plan.of(arm)[0].cfg)[1].method for arm in plan.study.arms}  # as `gear-trainer plan` checks them
     assert len(plan.study.seeds) >= 8 and plan.study.baseline == "grpo" and methods["tilt_1.0"].alpha == 1.0
 
 

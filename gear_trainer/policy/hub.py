@@ -112,7 +112,8 @@ def meta_model(path: str, dtype: str, attention: str) -> PreTrainedModel:
 
 
 def _shipped_sizes(spec: str) -> dict[str, Any] | None:
-    file = Path(__file__).parents[1] / "configs" / "models" / f"{re.sub('[/:]', '--', spec)}.yaml"
+    name = re.sub("[/:]", "--", spec.partition("@")[0] if spec.startswith("builtin:") else spec)
+    file = Path(__file__).parents[1] / "configs" / "models" / f"{name}.yaml"
     return parse_yaml(file.read_text()) if file.is_file() and not Path(spec).is_dir() else None
 
 
