@@ -139,8 +139,8 @@ def page(found: dict[str, Any]) -> str:
     return template("study").render(
         found=found,
         measures=MEASURES,
-        differences=draw_differences(found) if shown and len(found["arms"]) > 1 else None,
-        curves=draw_curves(found) if shown else None,
+        differences=_uri(draw_differences(found)) if shown and len(found["arms"]) > 1 else None,
+        curves=_uri(draw_curves(found)) if shown else None,
         unfinished=[run for run in runs if run["state"] not in ("finished", "failed")],
         failed=[run for run in runs if run["state"] == "failed"],
         phases=PHASES,
@@ -165,10 +165,11 @@ def _p_value(p: float | None) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def draw_curves(found: dict[str, Any]) -> str:
-    """A panel an arm: its runs thin, their mean thick with its band, the baseline's in grey. Returns an SVG's data URI."""
+def draw_curves(found: dict[str, Any]) -> bytes:
+    """A panel an arm that ran: its runs thin, their mean thick with its band, the baseline's in grey. Returns an SVG."""
     plt, base = pyplot(), found["arms"][found["baseline"]]
-    arms = {name: arm for name, arm in found["arms"].items() if name != found["baseline"]} or found["arms"]
+    ran = {name: arm for name, arm in found["arms"].items() if arm["curve"]}
+    arms = {name: arm for name, arm in ran.items() if name != found["baseline"]} or ran
     rows = -(-len(arms) // _COLUMNS)
     columns = min(_COLUMNS, len(arms))
     figure, axes = plt.subplots(
@@ -199,10 +200,10 @@ def _draw_curve(axis: Any, curve: list[dict[str, Any]], color: str) -> None:
         axis.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
 
 
-def draw_differences(found: dict[str, Any]) -> str:
-    """Each arm's difference to the baseline with its 95 % interval, a panel a measure. Returns an SVG's data URI."""
+def draw_differences(found: dict[str, Any]) -> bytes:
+    """Each arm's difference to the baseline with its 95 % interval, a panel a measure; arms that ran. Returns an SVG."""
     plt = pyplot()
-    arms = {name: arm["difference"] for name, arm in found["arms"].items() if arm["difference"] is not None}
+    arms = {name: arm["difference"] for name, arm in found["arms"].items() if arm["difference"] is not None and arm["curve"]}
     size = 9, max(1.8, 1.0 + 0.26 * len(arms))
     figure, axes = plt.subplots(1, len(MEASURES), figsize=size, sharey=True, constrained_layout=True)
     for axis, (measure, said) in zip(axes, MEASURES.items(), strict=True):
@@ -223,10 +224,14 @@ def draw_differences(found: dict[str, Any]) -> str:
     return _svg(plt, figure)
 
 
-def _svg(plt: Any, figure: Any) -> str:
-    """The figure as a data URI, the same bytes for the same figure."""
+def _svg(plt: Any, figure: Any) -> bytes:
+    """The figure, the same bytes for the same figure."""
     out = io.BytesIO()
     with plt.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     plt.close(figure)
-    return f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return out.getvalue()
+
+
+def _uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"

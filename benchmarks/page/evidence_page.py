@@ -1,0 +1,274 @@
+"""docs/evidence.md and its pictures from benchmarks/results: `python -m benchmarks.page.evidence_page [--check]`.
+
+No number on the page is written by hand. --check writes nothing and fails where the page is another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from gear_trainer.report.study import draw_curves, draw_differences
+
+from ..credit_truth.measures import MEASURES, NEAR
+from ..credit_truth.pictures import draw
+from ..harness.environment import PLOTS, RESULTS, ROOT
+from ..harness.tables import markdown_table
+
+PAGE = ROOT / "docs" / "evidence.md"
+FOLDER = RESULTS / "credit_truth"
+STUDY = RESULTS / "credit_study.json"
+SPIKES = ("precision", "recall")
+AGREEMENT = ("sign_centred", "spearman", "call_contrast", "alignment", "snr")
+TEACHERS = {
+    "truth": "the reference solution",
+    "sibling": "a successful rollout of the group",
+    "wrong": "another problem's solution",
+    "nothing": "nothing",
+}
+# the rows of GEAR beside its controls; all rows stand in the JSON
+SHOWN = (("gear", "truth"), ("random", "truth"), ("fixed", "truth"), ("tilt of gear", "truth"), ("oracle_same_sign", "-"))
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown lines of a table, with an empty one after it."""
+    return [*markdown_table(heads, rows), ""]
+
+
+def cell(figure: list[float | None], spec: str = ".2f") -> str:
+    """A figure with its 95 % interval; empty where there was nothing to measure."""
+    value, low, high = figure
+    if value is None:
+        return ""
+    return f"{value:{spec}}" if low is None or high is None else f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
+
+
+def figures_of(found: dict[str, Any], method: str, teacher: str) -> dict[str, list[float | None]] | None:
+    """The figures of a method under a teacher; None where the file has no such row."""
+    return next((row["figures"] for row in found["rows"] if (row["method"], row["teacher"]) == (method, teacher)), None)
+
+
+def subject(found: dict[str, Any]) -> str:
+    """The policy and the trajectories of an audited file, in words."""
+    about = found["about"]
+    task, step = about["task"], about["step"]
+    return f"`{task}`, {'the start' if not step else f'step {step}'}"
+
+
+# --- do spikes mark deviations? ---------------------------------------------------------------------------------------------
+
+
+def answer(found: dict[str, Any], teacher: str) -> str:
+    """One sentence: where GEAR's onsets stand under a teacher, beside segments at random places."""
+    own, random = figures_of(found, "gear", teacher), figures_of(found, "random", teacher)
+    if own is None or random is None or own["precision"][0] is None:
+        return f"A teacher that sees {TEACHERS[teacher]}: no onset in a trajectory that deviated."
+    apart = (own["precision"][1] or 0) > (random["precision"][2] or 1)
+    below = (own["precision"][2] or 1) < (random["precision"][1] or 0)
+    verdict = "more than" if apart else "less than" if below else "not told apart from"
+    return (
+        f"A teacher that sees {TEACHERS[teacher]}: {own['precision'][0]:.0%} of the onsets stand within {NEAR} tokens of the "
+        f"deviation, and {own['recall'][0]:.0%} of the deviations have one; {verdict} segments at random places "
+        f"({random['precision'][0]:.0%}, {random['recall'][0]:.0%})."
+    )
+
+
+def spikes(files: list[dict[str, Any]]) -> list[str]:
+    """Onsets against exact deviations: a table for all files and teachers, and the answer for each."""
+    rows, lines = [], []
+    for found in (f for f in files if f["deviated"]):
+        lines += [f"* {subject(found)}, {found['deviated']} trajectories that deviated:"]
+        for teacher in (t for t in TEACHERS if figures_of(found, "gear", t)):
+            lines += [f"    * {answer(found, teacher)}"]
+            for method in ("gear", "random", "fixed"):
+                own = figures_of(found, method, teacher)
+                if own is not None:
+                    rows.append([subject(found), TEACHERS[teacher], f"`{method}`", *(cell(own[name]) for name in SPIKES)])
+    return ["## Do spikes mark deviations?", "", *lines, "", *table(["policy", "the teacher sees", "segments", *SPIKES], rows)]
+
+
+# --- does the credit agree with the truth? ------------------------------------------------------------------------------------
+
+
+def agreement(found: dict[str, Any]) -> list[str]:
+    """Every method under the teacher that sees the truth, or none, on one file."""
+    rows = []
+    for row in found["rows"]:
+        if row["teacher"] in ("truth", "-"):
+            rows.append([f"`{row['method']}`", *(cell(row["figures"][name]) for name in AGREEMENT)])
+    head = f"### {subject(found)[0].upper()}{subject(found)[1:]}"
+    said = (
+        f"{found['trajectories']} trajectories, {found['teaching']} with an advantage; {found['decided_tokens']} of "
+        f"{found['policy_tokens']} policy tokens are decided, {found['decided_of_other_sign']:.0%} of these against the sign of "
+        f"the trajectory's advantage, which no weight can mend; M = {found['about']['M']} continuations a cut."
+    )
+    stem = f"plots/{picture(found).name}"
+    shown = [f"![all measures, methods and teachers]({stem}.figures.png)", ""]
+    return [head, "", said, "", *table(["method", *AGREEMENT], rows), *shown, *sweeps(found, stem)]
+
+
+def sweeps(found: dict[str, Any], stem: str) -> list[str]:
+    """The heat maps of GEAR's options."""
+    return [line for name in found["sweeps"] for line in (f"![GEAR's {name.replace('_', ' and ')}]({stem}.{name}.png)", "")]
+
+
+def picture(found: dict[str, Any]) -> Path:
+    """Where a file's pictures stand, without the measure's name and the ending."""
+    return PLOTS / f"truth_{Path(found['file']).stem}"
+
+
+# --- does it learn faster? --------------------------------------------------------------------------------------------------
+
+
+def learning(study: dict[str, Any]) -> list[str]:
+    """The study: differences to the baseline, paired by seed, and what they say."""
+    arms, base = study["arms"], study["baseline"]
+    ran = {name: arm for name, arm in arms.items() if arm["area"]["n"]}
+    rows = []
+    for name, arm in ran.items():
+        own = [f"`{name}`", str(arm["area"]["n"]), _mean(arm["area"]), _mean(arm["final"])]
+        more = [_mean(arm["difference"][m]) for m in ("area", "final")] if arm["difference"] else ["", ""]
+        holm = arm["difference"]["area"]["p_holm"] if arm["difference"] else None
+        cost = "" if arm["cost_ratio"] is None else f"{arm['cost_ratio']:.2f}"
+        rows.append([*own, *more, "" if holm is None else f"{holm:.3f}", cost])
+    heads = [
+        "arm",
+        "seeds",
+        "mean over the run",
+        "after the last step",
+        f"less `{base}`: mean",
+        "last",
+        "p (Holm), mean",
+        "seconds a step",
+    ]
+    left = [f"`{name}`" for name in arms if name not in ran]
+    return [
+        "## Does it learn faster?",
+        "",
+        f"{study['finished']} runs of {max(r['steps'] for arm in ran.values() for r in arm['runs'])} steps, held-out success; "
+        "differences are paired by seed, with Student's 95 % intervals.",
+        "",
+        *verdicts(ran, base),
+        "",
+        *table(heads, rows),
+        *([f"Not run yet: {', '.join(left)}.", ""] if left else []),
+        "![differences](plots/credit_study_differences.svg)",
+        "",
+        "![curves](plots/credit_study_curves.svg)",
+        "",
+    ]
+
+
+def verdicts(ran: dict[str, Any], base: str) -> list[str]:
+    """What the differences say, a null result included."""
+    told = {
+        name: arm["difference"]["area"] for name, arm in ran.items() if arm["difference"] and arm["difference"]["area"]["n"] > 1
+    }
+    sure = [f"`{name}` ({d['mean']:+.3f})" for name, d in told.items() if d["p_holm"] is not None and d["p_holm"] < 0.05]
+    lines = [
+        f"* Below 0.05 after Holm's correction over {len(told)} arms: {', '.join(sure)}."
+        if sure
+        else f"* **None of the {len(told)} arms differs from `{base}` at 0.05 after Holm's correction.**"
+    ]
+    if "oracle" in told:
+        d = told["oracle"]
+        can = (
+            "credit can matter here"
+            if d["low"] is not None and d["low"] > 0
+            else "these runs do not show that credit can matter here"
+        )
+        lines.append(f"* The oracle, told what each turn was worth: {_mean(d)} over the run; {can}.")
+    return lines
+
+
+def _mean(e: dict[str, Any]) -> str:
+    return cell([e["mean"], e["low"], e["high"]], ".3f")
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------
+
+
+ASKED = """# Does the credit find the mistake?
+
+Written by `python -m benchmarks.page.evidence_page` from the files of `benchmarks/results`: no number here was written by hand.
+
+GEAR's premise is that a spike of divergence, between the policy and itself shown the ground truth, marks where a trajectory
+went wrong, and that credit placed there teaches faster. Both can be measured where an environment is cheap: the chance of success
+after each token by [continuations](audit.md), the first token after which the solution is out of reach exactly. What the figures
+ask and what they are blind to: [the measures](credit_truth.md), [studies](studies.md).
+"""
+NOT_SHOWN = """## What this does not show
+
+* The models are tiny (0.74 M parameters, three layers) and trained on demonstrations that slip on purpose. Whether a large
+  model's spikes mark its mistakes is open; the commands below are the same for one.
+* One start for all seeds of the study: seeds differ in problems and sampling, not in the policy they begin from.
+* A weight multiplies a trajectory's advantage: a right step of a failed trajectory is still pushed down. The tables say how
+  often.
+* A file's gradient is that of a table policy, not of a network ([why](credit_truth.md#measures)).
+* The oracle's worth of a turn is that of a policy that is right in each turn with probability 0.8, by the exact state, not the
+  running policy's own.
+"""
+RERUN = """## Rerun
+
+```
+make evidence-fast                                                       # the tables on agreement, from the committed files: minutes
+gear-trainer audit --config gear_trainer/configs/chains_cpu.yaml world_size=1 audit.problems=24
+gear-trainer study examples/credit_study/study.yaml                      # every arm and seed
+gear-trainer study examples/credit_study/study.yaml --arms grpo gear_k1_1.0 oracle
+```
+
+For Qwen3-8B the same commands take another file: `gear-trainer audit --run runs/NAME --step 20` on a run of
+`gear_trainer/configs/qwen3_8b.yaml`, and a study whose `config` it is.
+"""
+
+
+def read() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The scored files that were audited, and the study where it is there."""
+    files = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(FOLDER.glob("*.parquet"))]
+    return files, json.loads(STUDY.read_text()) if STUDY.is_file() else None
+
+
+def text(files: list[dict[str, Any]], study: dict[str, Any] | None) -> str:
+    """The page."""
+    agree = ["## Does the credit agree with the truth?", "", *_legend(), ""]
+    lines = [*spikes(files), *agree, *(line for found in files for line in agreement(found))]
+    return "\n".join([ASKED, *lines, *(learning(study) if study else []), NOT_SHOWN, RERUN])
+
+
+def _legend() -> list[str]:
+    return [f"* `{name}`: {MEASURES[name].asks}" for name in AGREEMENT]
+
+
+def pictures(files: list[dict[str, Any]], study: dict[str, Any] | None) -> list[Path]:
+    """Draw all pictures; where they went."""
+    paths = [path for found in files for path in draw(found, picture(found))]
+    for name, made in (("differences", draw_differences), ("curves", draw_curves)) if study else ():
+        paths.append(PLOTS / f"credit_study_{name}.svg")
+        paths[-1].write_bytes(made(study))
+    return paths
+
+
+def check() -> list[str]:
+    """Lines in which the page is not what the files give."""
+    now = text(*read()).splitlines()
+    return list(difflib.unified_diff(PAGE.read_text().splitlines(), now, "docs/evidence.md", "from the files", lineterm=""))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page, or check it; 1 where it is another."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page.evidence_page", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where the page is not what the files give")
+    if parser.parse_args(arguments).check:
+        print(*(lines := check()), sep="\n", end="")
+        return bool(lines)
+    files, study = read()
+    PAGE.write_text(text(files, study))
+    print(*[PAGE, *pictures(files, study)], sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
