@@ -40,12 +40,19 @@ def moved(then: Any, now: Any, where: str = "") -> list[str]:
     """A line for each place at which two figures' plain data differ: numbers by more than TOLERANCE, all else at all."""
     if isinstance(then, dict) and isinstance(now, dict):
         return [line for key in {**then, **now} for line in moved(then.get(key), now.get(key), f"{where}/{key}")]
-    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        names = [f"{x['method']}, {x['teacher']}" if isinstance(x, dict) else str(i) for i, x in enumerate(now)]
-        return [line for a, b, name in zip(then, now, names, strict=True) for line in moved(a, b, f"{where}/{name}")]
+    if isinstance(then, list) and isinstance(now, list):
+        return moved(_named(then), _named(now), where)
     numbers = all(isinstance(x, (int, float)) for x in (then, now))
-    same = abs(then - now) <= TOLERANCE if numbers else then == now
-    return [] if same else [f"{where}: {then} then, {now} now"]
+    if abs(then - now) <= TOLERANCE if numbers else then == now:
+        return []
+    if isinstance(then or now, dict):  # a whole row
+        return [f"{where}: {'new' if then is None else 'gone'}"]
+    return [f"{where}: {then} then, {now} now"]
+
+
+def _named(items: list[Any]) -> dict[str, Any]:
+    """A list's items by name: a row of the table by its method and teacher, any other by its place."""
+    return {f"{x['method']}, {x['teacher']}" if isinstance(x, dict) else str(i): x for i, x in enumerate(items)}
 
 
 def check(folder: Path, found: Iterator[tuple[Path, dict[str, Any]]]) -> int:
