@@ -141,6 +141,8 @@ def study(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="gear-trainer study", description=study.__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="YAML: a configuration, arms, seeds; see docs/studies.md")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="start the runs of these arms alone")
+    add = "study.json of the same study, made in another place: its finished runs count, and do not start"
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="JSON", help=add)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="check every arm, say what each run needs, start nothing")
     only.add_argument("--report-only", action="store_true", help="write the page of the runs that are there")
@@ -298,7 +300,7 @@ def _runs(folders: list[Path]) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from gear_trainer.report.study import write_study
+    from gear_trainer.report.study import read_elsewhere, write_study
     from gear_trainer.runs.launches import Launches, locked
     from gear_trainer.runs.study import load_plan, standings, summary
 
@@ -308,13 +310,15 @@ def _study(args: argparse.Namespace) -> int:
     code = 0
     if not args.report_only:
         _check_arms(args.file, plan)
+    elsewhere = read_elsewhere(plan, args.add)
     if args.dry_run:
         print(summary(plan, standings(plan)))
         return 0
     if not args.report_only:
         with locked(plan):
-            code = Launches(plan, [s for s in standings(plan) if s.cell.arm in (args.arms or plan.study.arms)]).run()
-    print(write_study(plan))
+            chosen = [s for s in standings(plan) if s.cell.arm in (args.arms or plan.study.arms)]
+            code = Launches(plan, [s for s in chosen if (s.cell.arm, s.cell.seed) not in elsewhere]).run()
+    print(write_study(plan, elsewhere))
     return code
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -414,6 +415,28 @@ def test_figures_come_from_finished_runs_in_pairs(finished):
     assert difference["p_holm"] == difference["p"] and grpo["difference"] is None
     assert grpo["cost"]["hours"] == pytest.approx(20 / 3600) and grpo["cost"]["step"] == 6.0 and gear["cost_ratio"] == 1.0
     assert gear["runs"][2]["state"] == "failed" and gear["runs"][2]["area"] is None
+
+
+def test_runs_from_another_machine_count_and_do_not_start(finished, tmp_path, capsys, monkeypatch):
+    before = json.loads(json.dumps(figures(finished)))
+    file, config = tmp_path / "there.json", tmp_path / "study.yaml"
+    file.write_text(json.dumps(before))
+    shutil.rmtree(finished.study.folder)
+    started = []
+    monkeypatch.setattr(launches.Launches, "run", lambda self: started.extend(s.cell.name for s in self.waiting) or 0)
+    assert cli.main(["study", str(config), "--add", str(file)]) == 0
+    assert started == ["gear-2"] and "5 of 6 runs finished" in capsys.readouterr().out
+    after = json.loads((finished.study.folder / "study.json").read_text())
+    assert after["arms"]["grpo"] == before["arms"]["grpo"]
+    assert after["arms"]["gear"]["difference"] == before["arms"]["gear"]["difference"]
+
+    other = json.loads(file.read_text())
+    for changed, message in [
+        ({"settings": "x"}, "another configuration"), ({"arms": 3}, "no study.json of a study"),
+        ({"arms": {"gear": {"overrides": ["a=b"], "runs": []}}}, "other overrides: a=b"),
+    ]:  # fmt: skip
+        file.write_text(json.dumps(other | changed))
+        assert cli.main(["study", str(config), "--add", str(file)]) == 2 and message in capsys.readouterr().err
 
 
 def test_the_page_has_all_of_it_and_asks_no_other_host(finished):

@@ -214,10 +214,9 @@ NOT_SHOWN = """## What this does not show
 RERUN = """## Rerun
 
 ```
-make evidence-fast                                                       # the tables on agreement, from the committed files: minutes
-gear-trainer audit --config gear_trainer/configs/chains_cpu.yaml world_size=1 audit.problems=24
-gear-trainer study examples/credit_study/study.yaml                      # every arm and seed
-gear-trainer study examples/credit_study/study.yaml --arms grpo gear_k1_1.0 oracle
+make evidence-fast                                    # the figures of the committed files, anew: a minute
+gear-trainer audit --config gear_trainer/configs/chains_cpu.yaml world_size=1 audit.problems=16 audit.continuations=32
+gear-trainer study examples/credit_study/study.yaml   # every arm and seed; --arms grpo gear_k1_1.0 oracle: some
 ```
 
 For Qwen3-8B the same commands take another file: `gear-trainer audit --run runs/NAME --step 20` on a run of

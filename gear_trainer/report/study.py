@@ -6,12 +6,14 @@ Only finished runs are in the figures; the others are named with their state.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
+from pathlib import Path
 from typing import Any
 
-from gear_trainer.config import near
+from gear_trainer.config import near, read_yaml
 from gear_trainer.errors import ConfigError
 from gear_trainer.report.pages import template
 from gear_trainer.report.plots import pyplot
@@ -19,6 +21,7 @@ from gear_trainer.report.statistics import Difference, Estimate, area, band, est
 from gear_trainer.runs.files import read_metrics, write_whole
 from gear_trainer.runs.study import Plan, Standing, standings
 from gear_trainer.runs.trackers import flat
+from gear_trainer.user_code import said
 
 PAGE, FIGURES = "study.html", "study.json"
 MEASURES = {"area": "mean over the run (area under the curve)", "final": "after the last step"}
@@ -26,9 +29,15 @@ PHASES = ("rollout", "write", "wait", "score", "credit", "update", "push")  # of
 _COLUMNS = 4  # of panels
 
 
-def write_study(plan: Plan) -> str:
-    """Write the page and its figures into the study's folder. Returns the line that is printed. Raises ConfigError."""
-    found = figures(plan)
+Elsewhere = dict[tuple[str, int], dict[str, Any]]
+
+
+def write_study(plan: Plan, elsewhere: Elsewhere | None = None) -> str:
+    """Write the page and its figures into the study's folder. Returns the line that is printed. Raises ConfigError.
+
+    elsewhere: finished runs that were made in another place, by arm and seed, as `read_elsewhere` gives them.
+    """
+    found = figures(plan, elsewhere)
     folder = plan.study.folder
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / FIGURES, json.dumps(found, indent=1) + "\n")
@@ -39,13 +48,14 @@ def write_study(plan: Plan) -> str:
 # --- figures ----------------------------------------------------------------------------------------------------------------
 
 
-def figures(plan: Plan) -> dict[str, Any]:
+def figures(plan: Plan, elsewhere: Elsewhere | None = None) -> dict[str, Any]:
     """All that the page shows, by arm, as JSON takes it. Raises ConfigError where no finished run has the metric."""
     study = plan.study
     by_arm: dict[str, list[Standing]] = {arm: [] for arm in study.arms}
     for standing in standings(plan):
         by_arm[standing.cell.arm].append(standing)
-    runs = {arm: [_run(s, study.metric) for s in own] for arm, own in by_arm.items()}
+    others = elsewhere or {}
+    runs = {arm: [others.get((arm, s.cell.seed)) or _run(s, study.metric) for s in own] for arm, own in by_arm.items()}
     done = {arm: [run for run in own if run["state"] == "finished"] for arm, own in runs.items()}
     arms: dict[str, Any] = {}
     for arm, own in done.items():
@@ -66,11 +76,41 @@ def figures(plan: Plan) -> dict[str, Any]:
         "seeds": study.seeds,
         "side_by_side": study.side_by_side,
         "config": study.config,
+        "settings": _settings(plan),
         "overrides": study.overrides,
         "planned": len(plan.cells),
         "finished": sum(len(own) for own in done.values()),
         "arms": arms,
     }
+
+
+def _settings(plan: Plan) -> str:
+    """A hash of what all runs of a study are made with, but for the arms' own overrides."""
+    study = plan.study
+    parts = [read_yaml(plan.config), study.overrides, study.metric]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_elsewhere(plan: Plan, files: list[Path]) -> Elsewhere:
+    """The finished runs of other FIGURES of this study, by arm and seed; an earlier file's count where two have the same.
+
+    Raises ConfigError where a file cannot be read, or is of other settings.
+    """
+    found: Elsewhere = {}
+    for file in files:
+        try:
+            other = json.loads(file.read_text())
+            settings, arms = other["settings"], {a: (own["overrides"], own["runs"]) for a, own in other["arms"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"--add {file}: no {FIGURES} of a study ({said(error)})") from None
+        if settings != _settings(plan):
+            raise ConfigError(f"--add {file}: its runs have another configuration, other overrides or another metric")
+        for arm, (overrides, runs) in arms.items():
+            if overrides != plan.study.arms.get(arm, overrides):
+                raise ConfigError(f"--add {file}: its arm {arm} has other overrides: {' '.join(overrides)}")
+            for run in (run for run in runs if run["state"] == "finished"):
+                found.setdefault((arm, run["seed"]), run)
+    return found
 
 
 def _run(standing: Standing, metric: str) -> dict[str, Any]:
@@ -206,7 +246,7 @@ def draw_differences(found: dict[str, Any]) -> bytes:
     arms = {name: arm["difference"] for name, arm in found["arms"].items() if arm["difference"] is not None and arm["curve"]}
     size = 9, max(1.8, 1.0 + 0.26 * len(arms))
     figure, axes = plt.subplots(1, len(MEASURES), figsize=size, sharey=True, constrained_layout=True)
-    for axis, (measure, said) in zip(axes, MEASURES.items(), strict=True):
+    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for row, difference in enumerate(own[measure] for own in arms.values()):
             if difference["mean"] is None:
                 continue
@@ -216,7 +256,7 @@ def draw_differences(found: dict[str, Any]) -> bytes:
                 ends = [[difference["mean"] - difference["low"]], [difference["high"] - difference["mean"]]]
             axis.errorbar(difference["mean"], row, xerr=ends, fmt="o", ms=4, capsize=3, color="C0" if sure else "0.45")
         axis.axvline(0, color="black", lw=0.8)
-        axis.set_title(said, fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.25, axis="x")
     axes[0].set_yticks(range(len(arms)), list(arms), fontsize=8)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
