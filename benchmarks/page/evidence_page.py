@@ -163,7 +163,7 @@ def learning(study: dict[str, Any]) -> list[str]:
 
 
 def verdicts(ran: dict[str, Any], base: str) -> list[str]:
-    """What the differences say, a null result included."""
+    """The differences in words, a null result included."""
     told = {
         name: arm["difference"]["area"] for name, arm in ran.items() if arm["difference"] and arm["difference"]["area"]["n"] > 1
     }

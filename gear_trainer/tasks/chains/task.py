@@ -24,9 +24,11 @@ from gear_trainer.tasks.tool_calls import ToolCall, call_text, call_turn, functi
 
 MOST_STEPS = 6  # two names a step, and a folder's, out of NAMES
 ASKED = ("Read {start} and do what it says.", "Begin with {start} and follow the notes.", "Do what the note {start} leads to.")
-READ = ("read {right}, not {wrong}", "not {wrong}, read {right}")
-REMOVE = ("remove {right}, not {wrong}", "not {wrong}, remove {right}")
-MOVE = ("put {right} in {folder}, not {wrong}", "not {wrong}, put {right} in {folder}")
+# One form a note: told in either order, a model of 0.7 M parameters had not learnt after 600 steps which name is the right one, and
+# training stood still at 0.63.
+READ = "read {right}, not {wrong}"
+REMOVE = "remove {right}, not {wrong}"
+MOVE = "put {right} in {folder}, not {wrong}"
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,9 @@ def draw_chain(steps: int, rng: random.Random) -> Chain:
     notes: dict[str, str] = {}
     for at in range(steps - 1):
         said, pair = (last if at == steps - 2 else READ), (right[at + 1], wrong[at])
-        notes[right[at]] = rng.choice(said).format(right=pair[0], wrong=pair[1], folder=folder)
+        notes[right[at]] = said.format(right=pair[0], wrong=pair[1], folder=folder)
         if at:
-            notes[wrong[at - 1]] = rng.choice(said).format(right=pair[1], wrong=pair[0], folder=folder)
+            notes[wrong[at - 1]] = said.format(right=pair[1], wrong=pair[0], folder=folder)
     notes |= {right[-1]: END, wrong[-1]: END}
     order = rng.sample(sorted(notes), len(notes))
     gold = [ToolCall("cat", {"file_name": name}) for name in right[:-1]] + [_act(act, right[-1], folder)]
