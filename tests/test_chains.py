@@ -5,7 +5,9 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 
+from gear_kernels.methods import PolicyTokens
 from gear_trainer.tasks import TaskError, make_task
 from gear_trainer.tasks.base import Deviation, KnowsDeviation
 from gear_trainer.tasks.chains.deviation import _ways, deviation
@@ -180,3 +182,30 @@ def test_what_the_tools_refuse(removal):
 def test_bad_arguments(arguments, message):
     with pytest.raises(TaskError, match=message):
         make_task("chains", 0, arguments)
+
+
+def test_the_oracle_of_the_credit_study_is_the_true_advantage():
+    """Over a batch: R - V_0 in each rollout in all, 0 on average at the start, no gain where the solution is lost."""
+    from examples.credit_study.oracle import Oracle
+
+    task, rng = make_task("chains", 0, {"steps": 4, "spare": 2}), random.Random(0)
+    rewards, won, lost = [], [], []
+    for index in range(80):
+        problem = task.train_problem(index)
+        episode, turns = task.episode(problem), task.demonstrate(problem, "slips", rng)
+        rewards.append([episode.step(turn).reward for turn in turns])
+        won.append(episode.outcome("done").success)
+        lost.append(task.deviation(problem, turns))
+    turn_ids = [turn for own in rewards for turn in range(len(own)) for _ in range(2)]  # two tokens a turn
+    flat = torch.tensor([reward for own in rewards for reward in own for _ in range(2)])
+    lengths = torch.tensor([2 * len(own) for own in rewards])
+    sequence = torch.arange(len(rewards)).repeat_interleave(lengths)
+    none = torch.zeros_like(flat)
+    given = PolicyTokens(none, none, none, torch.tensor(turn_ids), sequence, lengths, turn_rewards=flat)
+    worth = [own[::2] for own in Oracle().apply(given).token_advantages.split(lengths.tolist())]
+    share = sum(won) / len(won)
+    assert 0.1 < share < 0.5
+    for own, success, where in zip(worth, won, lost, strict=True):
+        assert float(own.sum()) == pytest.approx(success - share, abs=1e-5)
+        assert where is None or (own[where.turn] <= 0 and not own[where.turn + 1 :].any())
+    assert float(torch.stack([own[0] for own in worth]).mean()) == pytest.approx(0, abs=1e-6)

@@ -24,8 +24,8 @@ from gear_trainer.tasks.tool_calls import ToolCall, call_text, call_turn, functi
 
 MOST_STEPS = 6  # two names a step, and a folder's, out of NAMES
 ASKED = ("Read {start} and do what it says.", "Begin with {start} and follow the notes.", "Do what the note {start} leads to.")
-# One form a note: told in either order, a model of 0.7 M parameters had not learnt after 600 steps which name is the right one, and
-# training stood still at 0.63.
+# One form a note: told in either order, a model of 0.7 M parameters had not learnt in 600 steps which name is the right one,
+# and training stood still at 0.63.
 READ = "read {right}, not {wrong}"
 REMOVE = "remove {right}, not {wrong}"
 MOVE = "put {right} in {folder}, not {wrong}"
