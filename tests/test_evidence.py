@@ -1,0 +1,54 @@
+"""The page of evidence is what the committed files give, and says what figures say, a null result included."""
+
+import copy
+import json
+
+import pytest
+
+from benchmarks.page import evidence_page
+from benchmarks.page.evidence_page import FOLDER, answer, spikes, verdicts
+
+
+@pytest.fixture(scope="module")
+def found():
+    """A scored file, of made-up trajectories."""
+    made = json.loads((FOLDER / "synthetic.json").read_text())
+    made["about"] |= {"M": 8}
+    return made
+
+
+def test_the_page_is_up_to_date():
+    assert evidence_page.check() == []
+
+
+def test_pictures_of_the_page_are_there():
+    files, study = evidence_page.read()
+    assert files, "audited files are committed"
+    for line in evidence_page.text(files, study).splitlines():
+        if line.startswith("!["):
+            assert (evidence_page.PAGE.parent / line.split("](")[1].rstrip(")")).is_file(), line
+
+
+def test_a_verdict_follows_the_intervals(found):
+    changed = copy.deepcopy(found)
+    rows = {(row["method"], row["teacher"]): row["figures"] for row in changed["rows"]}
+    rows["random", "truth"]["precision"] = [0.1, 0.05, 0.15]
+    for figure, verdict in (([0.9, 0.8, 0.95], "more than"), ([0.01, 0.0, 0.04], "less than"), ([0.12, 0.05, 0.2], "not told apart from")):
+        rows["gear", "truth"]["precision"] = figure
+        assert verdict in answer(changed, "truth") and f"{figure[0]:.0%} of the onsets" in answer(changed, "truth")
+    rows["gear", "truth"]["precision"] = [None] * 3
+    assert "no onset" in answer(changed, "truth")
+
+
+def arm(mean, low, high, p):
+    figure = {"mean": mean, "low": low, "high": high, "n": 8}
+    return {"difference": {"area": {**figure, "p_holm": p}}}
+
+
+def test_a_null_result_is_said():
+    ran = {"grpo": {"difference": None}, "gear": arm(0.01, -0.02, 0.04, 0.6), "oracle": arm(0.02, -0.01, 0.05, 0.3)}
+    lines = " ".join(verdicts(ran, "grpo"))
+    assert "None of the 2 arms differs from `grpo`" in lines and "do not show that credit can matter here" in lines
+    ran["oracle"] = arm(0.1, 0.06, 0.14, 0.001)
+    lines = " ".join(verdicts(ran, "grpo"))
+    assert "`oracle` (+0.100)" in lines and "credit can matter here" in lines and "None of" not in lines
