@@ -1,12 +1,10 @@
 """Rank script of test_teacher.py: teacher policies and distillation under ZeRO-3 against one process's plain models.
 
-torchrun --nproc_per_node 2 teacher_ranks.py FOLDER     reads FOLDER/a and FOLDER/b (untied models), writes FOLDER/result.json
+Its `main` is called with a folder: reads FOLDER/a and FOLDER/b (untied models), writes FOLDER/result.json
 """
 
 import faulthandler
 import json
-import os
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -284,8 +282,9 @@ def worst(values):
     return all(both) if isinstance(values, bool) else max(both) if isinstance(values, float) else both[0]
 
 
-def main(folder):
-    faulthandler.dump_traceback_later(1000, exit=True)  # a hang prints nothing by itself; tests import this file, so not above
+def main(argv):
+    (folder,) = map(Path, argv)
+    faulthandler.dump_traceback_later(1000, exit=True)  # a hang prints nothing by itself
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pure gloo; else a C++ op is compiled at the first use
     rollouts = make_rollouts()
     load = AutoModelForCausalLM.from_pretrained
@@ -303,9 +302,3 @@ def main(folder):
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(0)  # the threads of a dozen engines' groups sometimes abort an ordinary exit
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
