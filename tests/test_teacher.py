@@ -1,4 +1,4 @@
-"""Teachers, distillation losses, a KL term beside them under 2-rank DeepSpeed ZeRO-3, against plain models (one start for all)."""
+"""Teachers, distillation losses, a KL term beside them under 2-rank ZeRO-3, against plain models (one start of ranks for all)."""
 
 import json
 
