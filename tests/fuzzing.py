@@ -1,7 +1,7 @@
 """Seeds of the tests that draw their cases: pinned, so that CI repeats itself, or fresh by GEAR_FUZZ (`make fuzz`).
 
 GEAR_FUZZ=fresh draws a seed, GEAR_FUZZ=<number> repeats one; pytest's first lines print it. Then all cases are drawn, as every
-night; pinned, CI tries a quarter of those that cost most.
+night; pinned, CI tries a tenth of those that cost most.
 """
 
 import os
@@ -21,11 +21,11 @@ settings.load_profile("pinned" if SEED is None else "fresh")
 
 def often(count: int) -> int:
     """How many of `count` cases are tried."""
-    return count // 4 if SEED is None else count
+    return count // 10 if SEED is None else count
 
 
 def fuzz(check, cases, count):
-    """check(case) on `count` cases of a hypothesis strategy, or its quarter."""
+    """check(case) on `count` cases of a hypothesis strategy, or its tenth."""
     test = settings(max_examples=often(count))(given(cases)(check))
     (test if SEED is None else seed(int(SEED))(test))()
 

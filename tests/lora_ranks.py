@@ -11,7 +11,8 @@ import deepspeed.ops
 import teacher_ranks as plain
 import torch
 import torch.distributed as dist
-from teacher_ranks import SHARDED, WHOLE, worst
+from scripted_runs import SHARDED, WHOLE
+from teacher_ranks import worst
 from transformers import AutoModelForCausalLM
 
 from gear_trainer.policy import checkpoint, lora

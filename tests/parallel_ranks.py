@@ -1,12 +1,11 @@
 """Rank script of test_parallel.py: a vocabulary-parallel head on 2 gloo ranks against the whole head in one process.
 
-torchrun --nproc_per_node 2 parallel_ranks.py RESULT.json     rank 0 writes {case: {quantity: error}} and a few facts
+Its `main` is called with RESULT.json: rank 0 writes {case: {quantity: error}} and a few facts
 """
 
 import datetime
 import faulthandler
 import json
-import sys
 
 import torch
 import torch.distributed as dist
@@ -128,7 +127,8 @@ def compiled(group):
     return torch.equal(torch.compile(loss, fullgraph=True, backend="aot_eager")(student), loss(student))
 
 
-def main():
+def main(argv):
+    (path,) = argv
     faulthandler.dump_traceback_later(800, exit=True)  # a hang prints nothing by itself; the tests import this file, so not above
     dist.init_process_group("gloo")
     group = dist.group.WORLD
@@ -142,10 +142,6 @@ def main():
     results["compiled"] = compiled(group)
     results["lone refusal"] = lone_refusal()
     if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
+        with open(path, "w") as file:
             json.dump(results, file)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,6 @@ Its `main` is called with a folder that holds an untied model, FOLDER/a, and wit
 """
 
 import json
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -14,17 +13,10 @@ import teacher_ranks as plain
 import torch
 import torch.distributed as dist
 from lora_ranks import gathered_set
+from scripted_runs import RESHARDED
 
 from gear_trainer.policy import checkpoint, lora
 from gear_trainer.policy.gather import whole_state_dict
-
-SEVERAL = "deepspeed={zero_optimization: {sub_group_size: 9000, stage3_param_persistence_threshold: 100}}"  # parts of Adam
-EPS = "deepspeed.optimizer.params.eps=1.0e-3"  # its own 1e-8 would make a step of the rate of a gradient's rounding
-CASES = {
-    "teacher ema": ["credit=opsd+grpo", "teacher.weights=ema", "teacher.ema_rate=0.25", SEVERAL, EPS],
-    "lora, teacher ema": ["credit=opsd+grpo", "teacher.weights=ema", "teacher.ema_rate=0.25", SEVERAL, EPS, "lora.rank=4"],
-    "bfloat16": ["credit=grpo", "model.dtype=bfloat16", SEVERAL, EPS],
-}
 
 
 def config(folder, i, overrides):
@@ -95,14 +87,10 @@ def main(argv):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pure gloo; else a C++ op is compiled at the first use
     deepspeed.init_distributed("gloo")
     rollouts, result = plain.make_rollouts(), {}
-    for i, (name, overrides) in enumerate(CASES.items()):
+    for i, (name, overrides) in enumerate(RESHARDED.items()):
         cfg = config(folder, i, overrides)
         more = () if what == "whole" else (2 if what == "one" else 3,)
         result[name] = (whole if what == "whole" else goes_on)(cfg, rollouts, folder, f"r{i}", *more)
     if dist.get_rank() == 0:
         (folder / f"{what}.json").write_text(json.dumps(result))
     dist.barrier()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -7,15 +7,15 @@ core cost more than they bring.
 
 import os
 
-# The files that are begun first, longest first; one that is not here comes after these, in its place in the alphabet. Files that
-# launch runs take turns with others, because their first run makes the demo's warm start, which the next ones wait for.
+# The files that are begun first, by processor seconds, most first; one that is not here comes after these, in its place in the
+# alphabet. The first makes the demo's warm start, which others that launch runs would wait for: until then three run that do not.
 LONGEST = (
-    "test_end_to_end.py", "test_credit.py", "test_drills.py", "test_stats.py", "test_memory_plan.py", "test_math.py",
-    "test_performance_page.py", "test_integrations_trl.py", "test_methods.py", "test_teacher.py", "test_lora.py",
-    "test_vllm_server.py", "test_resharding.py", "test_oracle.py", "test_where_models_live.py", "test_two_hosts.py",
-    "test_head_zero3.py", "test_config.py", "test_gpu_report.py", "test_foreign_text.py", "test_gates.py",
-    "test_compile_report.py", "test_study.py", "test_extending.py", "test_compile.py", "test_warm_start.py", "test_head_fsdp.py",
-    "test_benchmarks.py", "test_step_beside_trl.py", "test_parallel.py",
+    "test_end_to_end.py", "test_stats.py", "test_credit.py", "test_benchmarks.py", "test_drills.py", "test_vllm_server.py",
+    "test_two_hosts.py", "test_lora.py", "test_agent_rollouts.py", "test_gpu_report.py", "test_compile.py",
+    "test_resharding.py", "test_config.py", "test_gates.py", "test_teacher.py", "test_performance_page.py",
+    "test_where_models_live.py", "test_extending.py", "test_foreign_text.py", "test_compile_report.py", "test_sandbox.py",
+    "test_integrations_trl.py", "test_math.py", "test_step_beside_trl.py", "test_warm_start.py", "test_oracle.py",
+    "test_methods.py", "test_study.py",
 )  # fmt: skip
 
 # `slow` as a whole, beside what is marked so: about the instruments (benchmarks, gates, compile tables) or about torch.compile.

@@ -1,12 +1,10 @@
 """Rank script of test_teacher.py: teacher policies and distillation under ZeRO-3 against one process's plain models.
 
-torchrun --nproc_per_node 2 teacher_ranks.py FOLDER     reads FOLDER/a and FOLDER/b (untied models), writes FOLDER/result.json
+Its `main` is called with a folder: reads FOLDER/a and FOLDER/b (untied models), writes FOLDER/result.json
 """
 
 import faulthandler
 import json
-import os
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -14,9 +12,9 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from scripted_runs import PACKED, SHARDED, TEMPERATURE, VOCAB, WHOLE, config
 from transformers import AutoModelForCausalLM
 
-from gear_trainer.config import load_config
 from gear_trainer.errors import ConfigError
 from gear_trainer.policy import checkpoint
 from gear_trainer.policy.frozen import frozen_model, shares_weights
@@ -30,12 +28,7 @@ from gear_trainer.train.experience import pack_with
 from gear_trainer.train.loop import Trainer
 from gear_trainer.train.schedule import schedule
 
-VOCAB, TEMPERATURE = 160, 0.8
-DEMO = Path(__file__).parents[1] / "gear_trainer" / "configs" / "mathapi_cpu.yaml"
 ADVANTAGES = [1.0, -1.0, 0.0, 0.0, 0.7, -0.7, 0.3, -0.3]  # rank 0 has a group that teaches and one that does not
-WHOLE = "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 100000}}"
-SHARDED = "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
-PACKED = "train.packing=true"
 
 GRADIENTS = {  # name: overrides; the teacher reads model b, but "rollout" is model a itself
     "opsd, own weights": ["credit=opsd", "teacher.weights=initial", PACKED, SHARDED],
@@ -71,13 +64,6 @@ def make_rollouts():
         r.sampler_logprobs, r.turn_ids, r.success, r.reference = [-3.0] * length, [0] * length, advantage > 0, "written"
         out.append(r)
     return out
-
-
-def config(folder, *overrides):
-    run = [f"output_dir={folder}", f"model.path={folder}/a", "rollout.prompts_per_step=4", "rollout.group_size=2"]
-    run += ["rollout.max_model_len=60", f"rollout.temperature={TEMPERATURE}", "train.tokens_per_micro_batch=60"]
-    run += ["train.gradient_clipping=0", "train.lr=0.01", "train.importance_cap=null"]
-    return load_config(DEMO, [*run, *overrides])
 
 
 def make_trainer(cfg, teacher_path, resharded=False):
@@ -284,8 +270,9 @@ def worst(values):
     return all(both) if isinstance(values, bool) else max(both) if isinstance(values, float) else both[0]
 
 
-def main(folder):
-    faulthandler.dump_traceback_later(1000, exit=True)  # a hang prints nothing by itself; tests import this file, so not above
+def main(argv):
+    (folder,) = map(Path, argv)
+    faulthandler.dump_traceback_later(1000, exit=True)  # a hang prints nothing by itself
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pure gloo; else a C++ op is compiled at the first use
     rollouts = make_rollouts()
     load = AutoModelForCausalLM.from_pretrained
@@ -303,9 +290,3 @@ def main(folder):
     if dist.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(0)  # the threads of a dozen engines' groups sometimes abort an ordinary exit
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

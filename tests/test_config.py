@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -232,9 +233,23 @@ def test_qwen3_8b_engine_configurations_build(qwen3_8b):
     assert made.zero_config.stage == 3 and made.bfloat16_config.enabled and made.gradient_clipping == 1.0
 
 
-def test_dry_run_prints_the_resolved_run(qwen3_8b):
-    done = _run("--config", CONFIGS / "qwen3_8b.yaml", "--dry-run", *qwen3_8b)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture
+def dry_run(capsys, monkeypatch):
+    """A dry run in this process, without the network: its code, what it printed and what it said of errors."""
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read off the environment long ago
+
+    def done(config, *arguments):
+        code = run.main(["--config", str(CONFIGS / config), "--dry-run", *map(str, arguments)])
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return done
+
+
+def test_dry_run_prints_the_resolved_run(qwen3_8b, dry_run):
+    done = dry_run("qwen3_8b.yaml", *qwen3_8b)
+    assert done.code == 0, done.err
     for wanted in (
         "128 x 8 = 1024 rollouts a step, 128 a rank",
         "8.19 B",
@@ -242,16 +257,25 @@ def test_dry_run_prints_the_resolved_run(qwen3_8b):
         "kl_threshold=0.1",
         "stage: 3",
     ):
-        assert wanted in done.stdout, wanted
+        assert wanted in done.out, wanted
 
 
-def test_errors_end_with_code_2_and_one_line(tmp_path):
+def test_the_dry_run_plans_for_a_card(dry_run):
+    done = dry_run("qwen3_8b.yaml", "--card", 80)
+    assert done.code == 0, done.err
+    assert "a card sold as 80 GB (78.8 GiB for programs)" in done.out and "8.19 B parameters" in done.out
+    done = dry_run("qwen3_8b.yaml", "--card", 80, "world_size=1")
+    assert done.code == 2 and done.err.count("\n") == 1 and "offload_optimizer={device: cpu}" in done.err
+    assert "vLLM: KV cache" in done.out, "the plan is printed before it is refused"
+
+
+def test_errors_end_with_code_2_and_one_line(tmp_path, dry_run):
     done = _run("--config", DEMO, "--dry-run", "train.stepz=1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'steps'" in done.stderr
     (tmp_path / "data.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n{broken\n')
     data = f"task_args={{path: {tmp_path}/data.jsonl, held_out_path: {tmp_path}/data.jsonl}}"
-    done = _run("--config", CONFIGS / "qwen3_8b.yaml", "--dry-run", data)
-    assert done.returncode == 2 and "data.jsonl" in done.stderr and "line 2" in done.stderr
+    done = dry_run("qwen3_8b.yaml", data)
+    assert done.code == 2 and "data.jsonl" in done.err and "line 2" in done.err
 
 
 def _run(*args, environment=None):
@@ -310,7 +334,7 @@ WITH_THE_TOOL = ["task_args.tool=python", "rollout.max_model_len=8192"]  # as th
 @pytest.mark.skipif(DATA is None, reason="GEAR_DATA names no folder with the sets that configs name")
 @pytest.mark.parametrize("more", [[], WITH_THE_TOOL], ids=["", "tool"])
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_config_is_dry_run_for_its_card(path, more, tmp_path, monkeypatch, capsys):
+def test_every_shipped_config_is_dry_run_for_its_card(path, more, tmp_path, monkeypatch, dry_run):
     """The memory plan fits, and the task is made where its data are on this machine."""
     if more and not path.stem.startswith("arpo"):
         pytest.skip("the tool is mathematics'")
@@ -318,12 +342,9 @@ def test_every_shipped_config_is_dry_run_for_its_card(path, more, tmp_path, monk
         pytest.skip("the package tau2 is not installed")
     (tmp_path / "data").symlink_to(DATA)
     monkeypatch.chdir(tmp_path)
-    for name, value in OFFLINE.items():
-        monkeypatch.setenv(name, value)
     given = [*NAMED_HERE.get(path.stem.split("_")[0], []), *more]
-    code = run.main(["--config", str(path), "--dry-run", "--card", str(CARDS.get(path.stem, 80)), *given])
-    said = capsys.readouterr()
-    assert code == 0, said.err
+    said = dry_run(path.name, "--card", CARDS.get(path.stem, 80), *given)
+    assert said.code == 0, said.err
     wanted = ["step geometry", "which is"] if "cpu" not in path.stem else ["step geometry"]
     assert all(text in said.out for text in wanted) and "warning: this" not in said.out
     left_out = [line for line in said.out.splitlines() if line.startswith("left out: ")]

@@ -1,6 +1,7 @@
 """The product's main job for real: DeepSpeed ZeRO-3 on two ranks, vLLM rollouts, tool calls, GEAR credit, kill and resume.
 
-The demo and Ctrl-C start as a user types them, the other runs without a launcher: see forked_ranks.py.
+Ctrl-C meets a run that was started as a user types it, as others are in test_drills.py and test_two_hosts.py. The rest have no
+launcher: see forked_ranks.py.
 """
 
 import os
@@ -27,9 +28,10 @@ STEPS = 24  # of the demo
 
 
 def _launch(name, out, *more):
+    """A run as a user types it."""
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
     command = [*deepspeed, "gear_trainer/run.py", "--config", DEMO, f"name={name}", f"output_dir={out}", *more]
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # as a user types it
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     log = (out / f"{name}.log").open("a")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -52,11 +54,9 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def demo(out):
+def demo(out, server):
     """The shipped demo, 24 of its 60 steps, evaluated before and after."""
-    process = _launch("demo", out, f"train.steps={STEPS}", f"eval.every={STEPS}")
-    assert process.wait(3200) == 0, (out / "demo.log").read_text()[-6000:]
-    return read_metrics(out / "demo" / "metrics.jsonl")
+    return _run(server, "demo", out, f"train.steps={STEPS}", f"eval.every={STEPS}")
 
 
 def test_demo_learns(demo):

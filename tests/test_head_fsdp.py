@@ -1,24 +1,16 @@
-"""A head whose parameters are DTensors, by FSDP2 or torch's tensor parallelism, on 2 gloo ranks (one torchrun for all cases)."""
+"""A head whose parameters are DTensors, by FSDP2 or torch's tensor parallelism, on 2 gloo ranks (one start for all cases)."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-RANKS = Path(__file__).with_name("fsdp_ranks.py")
-
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    path = tmp_path_factory.mktemp("fsdp") / "result.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(RANKS), str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads(path.read_text())
+def result(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    run = server.call(folder / "log", "fsdp_ranks:main", folder / "result.json", CUDA_VISIBLE_DEVICES="")
+    assert run.wait(900) == [0, 0], run.text()[-6000:]
+    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.mark.slow

@@ -1,10 +1,6 @@
-"""FusedHead: a drop-in nn.Linear, and exact gradients under 2-rank DeepSpeed ZeRO-3 (one torchrun for all cases)."""
+"""FusedHead: a drop-in nn.Linear, and exact gradients under 2-rank DeepSpeed ZeRO-3 (one start of ranks for all cases)."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,29 +8,17 @@ from torch import nn
 
 from gear_kernels import FusedHead, GearKernelsError, Head, linear_token_stats
 
-RANKS = Path(__file__).with_name("zero3_head_ranks.py")
 NAMES = [f"{tie}, {name}" for tie in ("untied", "tied") for name in ("one", "checkpointed", "head checkpointed", "uneven")]
 NAMES += [f"{tie}, uneven checkpointed" for tie in ("untied", "tied")]
 
 
 @pytest.fixture(scope="module")
-def zero3(tmp_path_factory):
+def zero3(server, tmp_path_factory):
     pytest.importorskip("deepspeed")
-    path = tmp_path_factory.mktemp("zero3") / "result.json"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(RANKS),
-        str(path),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads(path.read_text())
+    folder = tmp_path_factory.mktemp("zero3")
+    run = server.call(folder / "log", "zero3_head_ranks:main", folder / "result.json", CUDA_VISIBLE_DEVICES="")
+    assert run.wait(900) == [0, 0], run.text()[-6000:]
+    return json.loads((folder / "result.json").read_text())
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from oracle import Model, Scripted, train
-from oracle_ranks import CASES, TEMPERATURE, VOCAB, config
+from scripted_runs import ORACLE, TEMPERATURE, VOCAB, oracle_config
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def truth(world, ranks):
     folder, sizes, weights, steps = world
 
     def compute(case, *overrides, steps=steps):
-        return train(config(folder, case, *overrides), weights | ranks(case)["start"], sizes, steps)
+        return train(oracle_config(folder, case, *overrides), weights | ranks(case)["start"], sizes, steps)
 
     return compute
 
@@ -99,7 +99,7 @@ def relative(got, want, start=None):
     return (error / sum((w - start[name]).square().sum().item() for name, w in want.items())) ** 0.5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ORACLE)
 def test_a_run_of_two_ranks_is_the_one_in_float64(ranks, truth, case):
     got, want = ranks(case), truth(case)
     assert want.margin > 1e-4, "no comparison with a threshold is so close that float32 may decide it otherwise"
@@ -115,12 +115,12 @@ def test_a_run_of_two_ranks_is_the_one_in_float64(ranks, truth, case):
 
 def test_the_cases_are_what_they_say(ranks):
     """Clips that hold some tokens, a reference model that is left behind, rows without padding."""
-    steps = {case: ranks(case)["steps"] for case in CASES}
+    steps = {case: ranks(case)["steps"] for case in ORACLE}
     for case in ("gspo", "two updates"):
         assert all(0 < numbers["clip_fraction"] < 0.5 for numbers in steps[case]), case
     for case in ("gear, kl", "two updates", "lora"):
         assert steps[case][1]["reference_kl"] > 0.01, case
-    for case in CASES:
+    for case in ORACLE:
         padded = [numbers["padding_share"] > 0.05 for numbers in steps[case]]
         assert padded == [case in ("grpo", "gear, padded")] * 2, case
 

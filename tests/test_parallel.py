@@ -1,10 +1,6 @@
 """Vocabulary-parallel heads: 2 gloo ranks with a shard each against the whole head in one process."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +10,11 @@ from gear_kernels import parallel, reference
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    path = tmp_path_factory.mktemp("parallel") / "results.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
-    script = Path(__file__).with_name("parallel_ranks.py")
-    run = subprocess.run(
-        [*command, script, path], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(path.read_text())
+def results(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    run = server.call(folder / "log", "parallel_ranks:main", folder / "results.json", TORCHDYNAMO_DISABLE="0")
+    assert run.wait(900) == [0, 0], run.text()[-3000:]
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.parametrize("case", [*CASES, "mesh"])

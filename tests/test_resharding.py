@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from reshard_ranks import CASES
+from scripted_runs import RESHARDED
 
 from gear_trainer.errors import RunError
 from gear_trainer.policy import reshard
@@ -28,7 +28,7 @@ def result(server, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RESHARDED)
 @pytest.mark.parametrize("what, step", [("one", 2), ("back", 3)])
 def test_the_next_step_is_that_of_the_ranks_that_were_there(result, case, what, step):
     got = result[what][case]
@@ -45,7 +45,7 @@ def tolerance(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", RESHARDED)
 def test_nothing_is_left_of_what_was_written_anew(result, case):
     scripts = ["zero_to_fp32.py", "zero_to_torch.py"]  # DeepSpeed's, which it leaves beside every checkpoint
     assert result["back"][case]["left"] == ["latest", "step-2", "step-3", "step-4", *scripts]

@@ -1,15 +1,10 @@
-"""Teachers, distillation losses, a KL term beside them under 2-rank DeepSpeed ZeRO-3, against plain models (one torchrun)."""
+"""Teachers, distillation losses, a KL term beside them under 2-rank ZeRO-3, against plain models (one start of ranks for all)."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-RANKS = Path(__file__).with_name("teacher_ranks.py")
 OPSD = (
     "opsd, own weights",
     "opsd, own weights, persistent",
@@ -24,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def result(server, tmp_path_factory):
     pytest.importorskip("deepspeed")
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -34,12 +29,8 @@ def result(tmp_path_factory):
         torch.manual_seed(seed)
         config = Qwen3Config(vocab_size=160, head_dim=32, tie_word_embeddings=False, initializer_range=0.2, **sizes)
         Qwen3ForCausalLM(config).save_pretrained(folder / name)
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(RANKS), str(folder)], env=environment, capture_output=True, text=True, timeout=1100, cwd=RANKS.parents[1]
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run = server.call(folder / "log", "teacher_ranks:main", folder, CUDA_VISIBLE_DEVICES="")
+    assert run.wait(1100) == [0, 0], run.text()[-6000:]
     return json.loads((folder / "result.json").read_text())
 
 

@@ -1,11 +1,10 @@
 """Rank script of test_head_zero3.py: gradients through FusedHead under ZeRO-3 against one process's plain logits, many cases.
 
-torchrun --nproc_per_node 2 zero3_head_ranks.py RESULT.json     writes {case: {parameter: relative error}} and a few facts
+Its `main` is called with RESULT.json: rank 0 writes {case: {parameter: relative error}} and a few facts
 """
 
 import faulthandler
 import json
-import sys
 
 import deepspeed
 import deepspeed.ops
@@ -136,7 +135,8 @@ def outside_message(engine, weight):
     return "no error"
 
 
-def main(path):
+def main(argv):
+    (path,) = argv
     faulthandler.dump_traceback_later(800, exit=True)  # a hang prints nothing by itself
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pure gloo; else a C++ op is compiled at the first use
     want = {tied: plain_gradients(tiny_qwen3(tied)) for tied in (False, True)}  # before DeepSpeed replaces F.linear
@@ -153,7 +153,3 @@ def main(path):
             json.dump(result, file)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
