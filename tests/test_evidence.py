@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks.page import evidence_page
-from benchmarks.page.evidence_page import FOLDER, answer, spikes, verdicts
+from benchmarks.page.evidence_page import FOLDER, answer, verdicts
 
 
 @pytest.fixture(scope="module")
