@@ -33,7 +33,8 @@ def test_a_verdict_follows_the_intervals(found):
     changed = copy.deepcopy(found)
     rows = {(row["method"], row["teacher"]): row["figures"] for row in changed["rows"]}
     rows["random", "truth"]["precision"] = [0.1, 0.05, 0.15]
-    for figure, verdict in (([0.9, 0.8, 0.95], "more than"), ([0.01, 0.0, 0.04], "less than"), ([0.12, 0.05, 0.2], "not told apart from")):
+    cases = {"more than": [0.9, 0.8, 0.95], "less than": [0.01, 0.0, 0.04], "not told apart from": [0.12, 0.05, 0.2]}
+    for verdict, figure in cases.items():
         rows["gear", "truth"]["precision"] = figure
         assert verdict in answer(changed, "truth") and f"{figure[0]:.0%} of the onsets" in answer(changed, "truth")
     rows["gear", "truth"]["precision"] = [None] * 3
