@@ -1,0 +1,218 @@
+"""The sparse backward: what is left out, what stands in its place, and the bound on the error; plain torch of any floating dtype.
+
+Rows come in blocks of ROWS. A column whose probabilities are small throughout a block is left out of the block's products: the
+columns that are kept give dz, dH and dW as ever. Every statistic's dz sums to 0 over the vocabulary, so what the kept columns do
+not hold is the sum m of a row's left-out dz, known without a look at them; the tail gives dH that sum times one embedding of the
+block, the mean of the left-out ones. docs/mathematics.md derives the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .stats import STATE_NAMES, SUM_NAMES, Rows, _relative, gradient
+
+ROWS = 128  # of a block
+FARTHEST = 1e6  # nats of |log p - log q| that an importance counts at most
+ROUNDING = 8  # float32 spacings of a row's importance that its left-out mass is off by: log Z and the logits are rounded
+
+
+# --- importance of a column -----------------------------------------------------------------------------------------------
+
+
+def importance(student, teacher, rows: Rows, norm, teacher_norm, stats) -> torch.Tensor:
+    """Logits [n, c] -> u [n, c] = p (1 + |log p| + |log p/q|) + q, the second term for entropy, the third for reverse_kl; 0 in
+    ignored rows. |dz| is at most `row_factor` times it.
+
+    norm, teacher_norm: log sum e^(z / T) of each row [n], or less, which makes u larger: see `note_factor`. teacher, teacher_norm:
+    None where no gradient reads the teacher, and q is 0.
+    """
+    log_p = _log_prob(student, rows, norm)
+    p, factor, q = log_p.exp(), torch.ones_like(log_p), 0
+    if "entropy" in stats:
+        factor += log_p.abs()
+    if teacher is not None:
+        log_q = _log_prob(teacher, rows, teacher_norm)
+        q = log_q.exp()
+        if "reverse_kl" in stats:
+            factor += (log_p - log_q).abs().clamp_max(FARTHEST)
+    return torch.where(rows.keep()[:, None], torch.where(p == 0, 0, p * factor) + q, 0)
+
+
+def _log_prob(logits, rows: Rows, norm) -> torch.Tensor:
+    relative = _relative(logits, rows, norm.new_zeros(norm.shape))
+    norm = torch.where(norm.isfinite(), norm, 0)
+    log_p = (relative.x - norm.to(relative.x.dtype)[:, None]).masked_fill(relative.null, -torch.inf)
+    return log_p.clamp_min(-1e30)
+
+
+def note_factor(stats, short: torch.Tensor) -> torch.Tensor:
+    """What makes importances noted with norms that fall short an upper bound of the true ones, [n]; short: the largest of the
+    teacher's shortfalls [n], nats. One part in a hundred is for their float32 sums.
+    """
+    factor = torch.full_like(short, 1.0 + ("entropy" in stats) / math.e)
+    if "reverse_kl" in stats:
+        factor += 1 / math.e + short.clamp_min(0)
+    return 1.01 * factor
+
+
+def row_factor(rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], beta: float) -> torch.Tensor:
+    """The least number known of each row, [n], for which |dz_v| <= it times `importance` in every column but the target's."""
+    g = _usable(rows, state, grads)
+    total = torch.zeros_like(rows.inv_temperature)
+    if "logprobs" in g:
+        total += g["logprobs"].abs()
+    if "entropy" in g:
+        total += g["entropy"].abs() * state["entropy"].clamp_min(1)
+    if "reverse_kl" in g:
+        total += g["reverse_kl"].abs() * _finite(state["reverse_kl"]).clamp_min(1)
+    if "forward_kl" in g:
+        total += g["forward_kl"].abs()
+    if "jsd" in g:
+        own = (state["mixture_kl"] - math.log1p(-beta)).clamp_min(beta)
+        total += g["jsd"].abs() * (1 - beta) * own
+    return total * rows.inv_temperature
+
+
+def _usable(rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Row gradients as `stats.gradient` uses them: none of ignored rows and infinite outputs."""
+    keep = rows.keep()
+    finite = {name: keep & ~state[name].isinf() if name in state else keep for name in grads}
+    return {name: torch.where(finite[name], value, 0) for name, value in grads.items()}
+
+
+def _finite(value: torch.Tensor) -> torch.Tensor:
+    return torch.where(value.isinf(), 0, value)
+
+
+# --- which columns are kept -------------------------------------------------------------------------------------------------
+
+
+def kept_columns(noted: torch.Tensor, weights: torch.Tensor, budget: float) -> torch.Tensor:
+    """The columns that each block keeps, bool [blocks, c]: those above tau.
+
+    noted: importances summed over a block's rows [blocks, c].  weights: of a block [blocks].  budget: what the left-out
+    importances, weighted, may add up to over all blocks; tau is the largest eighth of an octave that holds it. NaN is kept.
+    """
+    values = (noted * weights[:, None]).float()
+    # float32 numbers from 0 up are ordered as their bits are: the upper eleven (after the sign) make 2048 bins
+    bins = (torch.where(values.isnan(), torch.inf, values).view(torch.int32) >> 20)
+    sums = torch.zeros(2048, dtype=torch.float64, device=values.device)
+    sums.index_add_(0, bins.flatten(), torch.where(values.isfinite(), values, torch.inf).double().flatten())
+    fits = sums.cumsum(0) <= budget
+    return bins >= fits.sum()
+
+
+# --- what the left-out columns add up to ------------------------------------------------------------------------------------
+
+
+class Mass(NamedTuple):
+    """Sums over some columns of a row, [n] float64 each: of p, of q, of -p log p, of p log p/q and of p log p/m."""
+
+    p: torch.Tensor
+    q: torch.Tensor
+    entropy: torch.Tensor
+    reverse_kl: torch.Tensor
+    mixture_kl: torch.Tensor
+
+    def add(self, other: Mass, rows: slice) -> None:
+        """Add sums over other columns of these rows, in place."""
+        for mine, more in zip(self, other, strict=True):
+            mine[rows] += more
+
+
+def kept_mass(sums: torch.Tensor, rows: Rows, state: dict[str, torch.Tensor], mixture: torch.Tensor) -> Mass:
+    """The mass of columns whose sums [n, 12] `sweep` made, under the probabilities of the whole vocabulary.
+
+    mixture: their share [n] of KL(student || mixture), as `mixture_sweep` gives it.
+    """
+    of, inv_t = dict(zip(SUM_NAMES, sums.unbind(-1), strict=True)), rows.inv_temperature.double()
+    shift = (of["max"] - state["max"].double()) * inv_t - state["log_z"].double()
+    other = (of["teacher_max"] - state["teacher_max"].double()) * inv_t - state["teacher_log_z"].double()
+    p, q = of["z"] * shift.exp(), of["teacher_z"] * other.exp()
+    entropy = -(shift.exp() * of["first"] + p * shift)
+    divergence = shift.exp() * of["cross"] + p * (shift - other)
+    seen = of["z"] != 0
+    return Mass(p, q, torch.where(seen, entropy, 0), torch.where(seen, divergence, 0), mixture.double())
+
+
+class Left(NamedTuple):
+    """What a row's left-out columns add up to, [n] float64 each: the sum of their dz, and a bound on the sum of |dz|."""
+
+    signed: torch.Tensor
+    most: torch.Tensor
+
+
+def left_out(kept: Mass, rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], beta: float) -> Left:
+    """The left-out dz of each row from the mass of its kept columns, because every statistic's terms sum to 0.
+
+    p log p/q + q - p is never negative, so the left-out |p log p/q| add up to KL_out + 2 q_out at most; |p log p/m| is at most
+    p log 1/(1 - beta) + beta q.
+    """
+    g = {name: value.double() for name, value in _usable(rows, state, grads).items()}
+    of = {name: state[name].double() for name in STATE_NAMES}
+    p = (1 - kept.p).clamp_min(0)
+    signed = most = torch.zeros_like(p)
+    if "logprobs" in g:
+        signed, most = signed - g["logprobs"] * p, most + g["logprobs"].abs() * p
+    if "entropy" in g:
+        own = (of["entropy"] - kept.entropy).clamp_min(0)
+        signed = signed + g["entropy"] * (own - of["entropy"] * p)
+        most = most + g["entropy"].abs() * (own + of["entropy"] * p)
+    if {"reverse_kl", "forward_kl", "jsd"} & g.keys():
+        q = (1 - kept.q).clamp_min(0)
+    if "reverse_kl" in g:
+        kl, used = _finite(of["reverse_kl"]), g["reverse_kl"] != 0
+        own = torch.where(used, kl - kept.reverse_kl, 0)
+        signed = signed + g["reverse_kl"] * (own - kl * p)
+        most = most + g["reverse_kl"].abs() * ((own + 2 * q).clamp_min(0) + kl * p)
+    if "forward_kl" in g:
+        signed, most = signed + g["forward_kl"] * (p - q), most + g["forward_kl"].abs() * (p + q)
+    if "jsd" in g:
+        scaled, kl = (1 - beta) * g["jsd"], of["mixture_kl"]
+        signed = signed + scaled * (kl - kept.mixture_kl - kl * p)
+        most = most + scaled.abs() * (p * (kl - math.log1p(-beta)) + beta * q)
+    inv_t = rows.inv_temperature.double()
+    return Left(signed * inv_t, most * inv_t)
+
+
+# --- the definition ---------------------------------------------------------------------------------------------------------
+
+
+class Sparse(NamedTuple):
+    """Sparse gradients of hidden states [N, D] and weight [V, D], and the columns that each block kept, bool [blocks, V]."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    kept: torch.Tensor
+
+
+def sparse_gradient(hidden, weight, student, teacher, rows: Rows, state, grads, beta: float, budget: float) -> Sparse:
+    """The sparse backward of logits that are all there: student, teacher [N, V] of `hidden` under `weight`, plain (no softcap).
+
+    state, grads: [N] each, by name, as in `gradient`. budget 0 leaves nothing out.
+    """
+    dz = gradient(student, teacher, rows, state, grads, 0, beta)
+    norms = [state[top] * rows.inv_temperature + state[log] for top, log in (("max", "log_z"), ("teacher_max", "teacher_log_z"))]
+    u = importance(student, teacher, rows, *norms, grads)
+    blocks = [slice(i, i + ROWS) for i in range(0, len(dz), ROWS)]
+    factor = row_factor(rows, state, grads, beta)
+    noted = torch.stack([u[block].sum(0) for block in blocks])
+    kept = kept_columns(noted, torch.stack([factor[block].square().mean().sqrt() for block in blocks]), budget)
+    d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+    for i, block in enumerate(blocks):
+        if rows.targets is not None:
+            kept[i, rows.targets[block][rows.keep()[block]]] = True
+        inside, outside = dz[block].masked_fill(~kept[i], 0), dz[block].masked_fill(kept[i], 0)
+        d_hidden[block] = inside @ weight + outside.sum(1, keepdim=True) * tail_embedding(noted[i], kept[i], weight)
+        d_weight += inside.T @ hidden[block]
+    return Sparse(d_hidden, d_weight, kept)
+
+
+def tail_embedding(noted: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The mean [D] of a block's left-out embeddings, weighted by their importance; 0 where nothing is left out."""
+    out = noted.masked_fill(kept, 0)
+    return (out / out.sum().clamp_min(torch.finfo(out.dtype).tiny)) @ weight
