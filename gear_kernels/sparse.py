@@ -25,6 +25,7 @@ TOLERANCE = 2.0**-9  # of a gradient's relative error: what rounding to bfloat16
 _HINTS = 64  # one column in so many is looked at before the forward pass, for a first idea of each row's log Z
 _MOST = 0.5  # share of columns from which on the exact backward is as fast
 _TRIES = 4
+_FIRST = 0.2  # of the first budget, by which most calls are done at the first try
 _SAFETY = 0.7  # of the budget that a next try is given, relative to what the last one says would do
 
 
@@ -215,7 +216,7 @@ class SparseBackward:
         rows, beta = self.call.task.rows, self.call.task.beta
         # of d loss / d (raw GEMM output): the softcap's slope is 1 at most
         self.scale = abs(1.0 if self.call.head.scale is None else self.call.head.scale)
-        self.factor = self.scale * sparse.row_factor(rows, self.named, self.row_grads, beta)
+        self.factor = sparse.row_factor(rows, self.named, self.row_grads, beta).times(self.scale)
 
     def run(self) -> list[torch.Tensor | None]:
         """The gradients, None where not needed, and a Report to who listens."""
@@ -240,18 +241,22 @@ class SparseBackward:
     # --- the choice ---
 
     def _first_budget(self) -> float:
-        """A guess at what the left-out importances may add up to: the tolerance times the sizes of the rows' gradients."""
-        sizes = torch.zeros_like(self.factor)
+        """A guess at what the left-out |dz| may add up to: a share of the tolerance times the sizes of the rows' gradients."""
+        sizes = torch.zeros_like(self.factor.plain)
         for name, g in self.row_grads.items():
-            of = self.named.get(name)
-            size = torch.ones_like(g) if of is None else -torch.expm1(of) if name == "logprobs" else of.clamp(0, 1)
-            sizes += torch.where(self.call.task.rows.keep(), g, 0).abs() * size.clamp_max(1)
-        return (self.tolerance * self.scale * (sizes * self.call.task.rows.inv_temperature)).sum().item()
+            of = self.named["mixture_kl" if name == "jsd" else name]
+            size = -torch.expm1(of) if name == "logprobs" else of.clamp(0, 1)
+            sizes += torch.where(self.call.task.rows.keep(), g, 0).abs() * size
+        return (_FIRST * self.tolerance * self.scale * (sizes * self.call.task.rows.inv_temperature)).sum().item()
+
+    @cached_property
+    def sizes(self) -> torch.Tensor:
+        """What the |dz| of each block add up to in each column, about: [blocks, c]."""
+        mean = (torch.stack([x.square().mean().sqrt() for x in part.split(sparse.ROWS)]) for part in self.factor)
+        return sparse.Factor(*mean).sums(self.noted)
 
     def _choose(self, budget: float) -> torch.Tensor:
-        weights = torch.stack([part.square().mean().sqrt() for part in self.factor.split(sparse.ROWS)])
-        kept = sparse.kept_columns(self.noted, weights, budget)
-        rows = self.call.task.rows
+        kept, rows = sparse.kept_columns(self.sizes, budget), self.call.task.rows
         if rows.targets is not None:
             block = torch.arange(self.call.rows, device=kept.device) // sparse.ROWS
             own = rows.keep()
@@ -262,7 +267,7 @@ class SparseBackward:
 
     def _attempt(self, kept: torch.Tensor) -> tuple[list[torch.Tensor | None], float]:
         """The gradients from these columns [blocks, c], and the bound on their relative error."""
-        call, left = self.call, self.noted.masked_fill(kept, 0)
+        call = self.call
         totals, index = self._totals(), [row.nonzero().flatten() for row in kept]
         for span in self._spans(totals.weight):
             sums = None if totals.weight is None else self._weight_sums(totals.weight, span)
@@ -274,12 +279,12 @@ class SparseBackward:
                 totals.weight[span] = sums if self.unit is None else sums.mul_(self.unit)
         call.operands.clear()
         unit = 1.0 if self.unit is None else self.unit
-        bounds = [] if totals.hidden is None else [self._add_tail(totals.hidden, totals.mass, left, kept)]
+        bounds = [] if totals.hidden is None else [self._add_tail(totals.hidden, totals.mass, kept)]
         if totals.weight is not None:
             lengths = torch.linalg.vector_norm(call.student, dim=1, dtype=call.wide)
-            bounds.append(_relative(self._left_error(lengths, left) * unit, totals.weight))
+            bounds.append(_relative(self._left_error(lengths, kept) * unit, totals.weight))
         if totals.bias is not None:
-            bounds.append(_relative(self._left_error(torch.ones_like(self.factor), left), totals.bias))
+            bounds.append(_relative(self._left_error(torch.ones_like(self.factor.plain), kept), totals.bias))
         for total in (totals.hidden, totals.bias):
             if total is not None and self.unit is not None:
                 total *= self.unit
@@ -338,18 +343,20 @@ class SparseBackward:
 
     # --- what is left out ---
 
-    def _add_tail(self, hidden: torch.Tensor, mass: sparse.Mass, left: torch.Tensor, kept: torch.Tensor) -> float:
+    def _add_tail(self, hidden: torch.Tensor, mass: sparse.Mass, kept: torch.Tensor) -> float:
         """Add the tail to the hidden states' gradient; the bound on its relative error. A softcap's slopes differ from column to
         column, so there the left-out sum is not known, and nothing is added.
         """
         call, block = self.call, torch.arange(self.call.rows, device=hidden.device) // sparse.ROWS
         gone = sparse.left_out(mass, call.task.rows, self.named, self.row_grads, call.task.beta)
-        most = self.scale * gone.most + sparse.ROUNDING * torch.finfo(self.state.dtype).eps * self.factor
-        most = torch.minimum(most, (self.factor * left.sum(1)[block]).double())
+        left = self.noted.masked_fill(kept, 0)
+        noted = self.factor.plain * left.sum(1)[block] + self.factor.entropy * sparse.entropy_sums(left).sum(1)[block]
+        rounding = sparse.ROUNDING * torch.finfo(self.state.dtype).eps * (self.factor.plain + self.factor.entropy)
+        most = torch.minimum(self.scale * gone.most + rounding, noted.double())
         centre, distance = self._spread
         reach = distance.expand_as(kept).masked_fill(kept, 0).amax(1)
         if call.head.softcap is None:
-            mean = self._mean_embeddings(left)
+            mean = self._mean_embeddings(self.sizes.masked_fill(kept, 0))
             reach = reach + torch.linalg.vector_norm(mean - centre, dim=1)
             signed = (gone.signed * (call.head.scale or 1.0)).clamp(-most, most)
             hidden += signed.to(hidden.dtype)[:, None] * mean[block]
@@ -378,10 +385,11 @@ class SparseBackward:
     def _head_pieces(self) -> Iterator[slice]:
         return pieces(slice(0, self.call.head.columns), widest(self.call, sparse.ROWS))
 
-    def _left_error(self, lengths: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    def _left_error(self, lengths: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """A bound on the norm of the left-out columns' gradient; lengths [N]: of what each row multiplies its dz with."""
-        largest = torch.stack([part.amax() for part in (self.factor * lengths).split(sparse.ROWS)])
-        return torch.linalg.vector_norm((left * largest[:, None]).sum(0))
+        parts = self.factor.times(lengths)
+        most = sparse.Factor(*(torch.stack([x.amax() for x in part.split(sparse.ROWS)]) for part in parts))
+        return torch.linalg.vector_norm(most.sums(self.noted).masked_fill(kept, 0).sum(0))
 
 
 def _relative(error: torch.Tensor, gradient: torch.Tensor) -> float:

@@ -83,7 +83,7 @@ class Native(Backend):
 
     def note(self, student, teacher, task, norms, first_row, noted):
         """See Backend.note."""
-        _call("note", student, teacher, task, *norms, first_row, "entropy" in task.stats, "reverse_kl" in task.stats, noted)
+        _call("note", student, teacher, task, *norms, first_row, "reverse_kl" in task.stats, noted)
 
     def gradient(self, student, teacher, task, state, grads, dz):
         """See Backend.gradient."""

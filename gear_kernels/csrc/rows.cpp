@@ -524,16 +524,15 @@ void note_row(const Problem& p, int64_t row, int64_t col, int n, float* sums) {
   const float* t = kTeacher ? load_block(p.teacher, row, col, n, t_buffer) : nullptr;
   const float factor = p.inv_temperature[row] * kLog2e, s_norm = p.notes.norm[row] * kLog2e;
   const float t_norm = kTeacher ? p.notes.teacher_norm[row] * kLog2e : 0;
-  const float entropy = p.notes.entropy ? kLn2 : 0, divergence = p.notes.divergence ? 1.0f : 0;
+  const float divergence = p.notes.divergence ? 1.0f : 0;
   for (int i = 0; i < n; i += W) {
     const vf x = at_least(load(s + i) * factor - s_norm, kLowest);
-    vf weight = 1.0f + entropy * magnitude(x), other{};
+    vf u = exp2_lanes(x);
     if (kTeacher) {
       const vf y = at_least(load(t + i) * factor - t_norm, kLowest);
-      weight += divergence * at_most(kLn2 * magnitude(x - y), kFarthestNoted);
-      other = exp2_lanes(y);
+      u += u * divergence * at_most(kLn2 * magnitude(x - y), kFarthestNoted) + exp2_lanes(y);
     }
-    store(sums + i, load(sums + i) + exp2_lanes(x) * weight + other);
+    store(sums + i, load(sums + i) + u);
   }
 }
 

@@ -19,14 +19,14 @@ enum Sum { GEAR_SUMS(GEAR_ENUMERATOR) kSums };
 enum Value { GEAR_VALUES(GEAR_ENUMERATOR) kValues };
 enum State { GEAR_STATE(GEAR_ENUMERATOR) kState };
 
-// What the sparse backward notes of a tile: sums over blocks of kNoteRows rows of p (1 + |log p| + |log p/q|) + q, one a column.
+// What the sparse backward notes of a tile: sums over blocks of kNoteRows rows of p (1 + |log p/q|) + q, one a column.
 constexpr int kNoteRows = 128;  // reference.sparse.ROWS
 struct Notes {
   float* sums = nullptr;             // [blocks, columns] of the blocks that the tile lies in; blocks are `stride` apart
   int64_t stride = 0;
   int64_t first_row = 0;             // the tile's first row within its first block
   const float *norm = nullptr, *teacher_norm = nullptr;  // [rows]: log sum e^(z / T), or less
-  bool entropy = false, divergence = false;              // whether the second and the third term count
+  bool divergence = false;  // whether the middle term counts
 };
 
 // A tile of logits (or, for finish, only its rows) and the tables that the function called reads or writes.

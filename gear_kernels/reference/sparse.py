@@ -24,22 +24,20 @@ ROUNDING = 8  # float32 spacings of a row's importance that its left-out mass is
 
 
 def importance(student, teacher, rows: Rows, norm, teacher_norm, stats) -> torch.Tensor:
-    """Logits [n, c] -> u [n, c] = p (1 + |log p| + |log p/q|) + q, the second term for entropy, the third for reverse_kl; 0 in
-    ignored rows. |dz| is at most `row_factor` times it.
+    """Logits [n, c] -> u [n, c] = p (1 + |log p/q|) + q, the middle term for reverse_kl; 0 in ignored rows. `row_factor` has the
+    bound on |dz| that follows.
 
     norm, teacher_norm: log sum e^(z / T) of each row [n], or less, which makes u larger: see `note_factor`. teacher, teacher_norm:
     None where no gradient reads the teacher, and q is 0.
     """
     log_p = _log_prob(student, rows, norm)
-    p, factor, q = log_p.exp(), torch.ones_like(log_p), 0
-    if "entropy" in stats:
-        factor += log_p.abs()
+    u = log_p.exp()
     if teacher is not None:
         log_q = _log_prob(teacher, rows, teacher_norm)
-        q = log_q.exp()
         if "reverse_kl" in stats:
-            factor += (log_p - log_q).abs().clamp_max(FARTHEST)
-    return torch.where(rows.keep()[:, None], torch.where(p == 0, 0, p * factor) + q, 0)
+            u = torch.where(u == 0, 0, u * (1 + (log_p - log_q).abs().clamp_max(FARTHEST)))
+        u = u + log_q.exp()
+    return torch.where(rows.keep()[:, None], u, 0)
 
 
 def _log_prob(logits, rows: Rows, norm) -> torch.Tensor:
@@ -53,28 +51,51 @@ def note_factor(stats, short: torch.Tensor) -> torch.Tensor:
     """What makes importances noted with norms that fall short an upper bound of the true ones, [n]; short: the largest of the
     teacher's shortfalls [n], nats. One part in a hundred is for their float32 sums.
     """
-    factor = torch.full_like(short, 1.0 + ("entropy" in stats) / math.e)
+    factor = torch.ones_like(short)
     if "reverse_kl" in stats:
         factor += 1 / math.e + short.clamp_min(0)
     return 1.01 * factor
 
 
-def row_factor(rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], beta: float) -> torch.Tensor:
-    """The least number known of each row, [n], for which |dz_v| <= it times `importance` in every column but the target's."""
+class Factor(NamedTuple):
+    """Of each row, [n]: |dz_v| <= plain u_v + entropy p_v |log p_v| in every column but the target's."""
+
+    plain: torch.Tensor
+    entropy: torch.Tensor
+
+    def times(self, by: torch.Tensor | float) -> Factor:
+        """Both parts, multiplied."""
+        return Factor(self.plain * by, self.entropy * by)
+
+    def sums(self, noted: torch.Tensor) -> torch.Tensor:
+        """A bound on a block's sums of |dz| [blocks, c], of factors [blocks] that hold for all rows of a block."""
+        return self.plain[:, None] * noted + self.entropy[:, None] * entropy_sums(noted)
+
+
+def entropy_sums(noted: torch.Tensor) -> torch.Tensor:
+    """The most that p |log p| adds up to over a block's rows where p adds up to `noted` at most: x log(ROWS / x), as it is
+    concave, and its largest value from ROWS / e on.
+    """
+    x = noted.clamp(max=ROWS / math.e)
+    return torch.where(x > 0, x * (math.log(ROWS) - torch.log(x)), x)
+
+
+def row_factor(rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], beta: float) -> Factor:
+    """The factors of the rows, from their row gradients."""
     g = _usable(rows, state, grads)
-    total = torch.zeros_like(rows.inv_temperature)
+    plain, entropy = torch.zeros_like(rows.inv_temperature), torch.zeros_like(rows.inv_temperature)
     if "logprobs" in g:
-        total += g["logprobs"].abs()
+        plain += g["logprobs"].abs()
     if "entropy" in g:
-        total += g["entropy"].abs() * state["entropy"].clamp_min(1)
+        entropy += g["entropy"].abs()
+        plain += entropy * state["entropy"]
     if "reverse_kl" in g:
-        total += g["reverse_kl"].abs() * _finite(state["reverse_kl"]).clamp_min(1)
+        plain += g["reverse_kl"].abs() * _finite(state["reverse_kl"]).clamp_min(1)
     if "forward_kl" in g:
-        total += g["forward_kl"].abs()
+        plain += g["forward_kl"].abs()
     if "jsd" in g:
-        own = (state["mixture_kl"] - math.log1p(-beta)).clamp_min(beta)
-        total += g["jsd"].abs() * (1 - beta) * own
-    return total * rows.inv_temperature
+        plain += g["jsd"].abs() * (1 - beta) * (state["mixture_kl"] - math.log1p(-beta)).clamp_min(beta)
+    return Factor(plain, entropy).times(rows.inv_temperature)
 
 
 def _usable(rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,19 +112,18 @@ def _finite(value: torch.Tensor) -> torch.Tensor:
 # --- which columns are kept -------------------------------------------------------------------------------------------------
 
 
-def kept_columns(noted: torch.Tensor, weights: torch.Tensor, budget: float) -> torch.Tensor:
-    """The columns that each block keeps, bool [blocks, c]: those above tau.
+def kept_columns(sizes: torch.Tensor, budget: float) -> torch.Tensor:
+    """The columns that each block keeps, bool [blocks, c]: those whose size is tau or more.
 
-    noted: importances summed over a block's rows [blocks, c].  weights: of a block [blocks].  budget: what the left-out
-    importances, weighted, may add up to over all blocks; tau is the largest eighth of an octave that holds it. NaN is kept.
+    sizes: what the |dz| of a block's rows add up to at most [blocks, c].  budget: the most that the left-out ones may add up to;
+    tau is the largest eighth of an octave that holds it. NaN is kept.
     """
-    values = (noted * weights[:, None]).float()
-    # float32 numbers from 0 up are ordered as their bits are: the upper eleven (after the sign) make 2048 bins
-    bins = (torch.where(values.isnan(), torch.inf, values).view(torch.int32) >> 20)
+    values = sizes.float()
+    # float32 numbers from 0 up are ordered as their bits are: the upper ones make 2048 bins
+    bins = torch.where(values.isnan(), torch.inf, values).view(torch.int32) >> 20
     sums = torch.zeros(2048, dtype=torch.float64, device=values.device)
     sums.index_add_(0, bins.flatten(), torch.where(values.isfinite(), values, torch.inf).double().flatten())
-    fits = sums.cumsum(0) <= budget
-    return bins >= fits.sum()
+    return bins >= (sums.cumsum(0) <= budget).sum()
 
 
 # --- what the left-out columns add up to ------------------------------------------------------------------------------------
@@ -200,19 +220,20 @@ def sparse_gradient(hidden, weight, student, teacher, rows: Rows, state, grads, 
     u = importance(student, teacher, rows, *norms, grads)
     blocks = [slice(i, i + ROWS) for i in range(0, len(dz), ROWS)]
     factor = row_factor(rows, state, grads, beta)
-    noted = torch.stack([u[block].sum(0) for block in blocks])
-    kept = kept_columns(noted, torch.stack([factor[block].square().mean().sqrt() for block in blocks]), budget)
+    mean = Factor(*(torch.stack([part[block].square().mean().sqrt() for block in blocks]) for part in factor))
+    sizes = mean.sums(torch.stack([u[block].sum(0) for block in blocks]))
+    kept = kept_columns(sizes, budget)
     d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
     for i, block in enumerate(blocks):
         if rows.targets is not None:
             kept[i, rows.targets[block][rows.keep()[block]]] = True
         inside, outside = dz[block].masked_fill(~kept[i], 0), dz[block].masked_fill(kept[i], 0)
-        d_hidden[block] = inside @ weight + outside.sum(1, keepdim=True) * tail_embedding(noted[i], kept[i], weight)
+        d_hidden[block] = inside @ weight + outside.sum(1, keepdim=True) * tail_embedding(sizes[i], kept[i], weight)
         d_weight += inside.T @ hidden[block]
     return Sparse(d_hidden, d_weight, kept)
 
 
-def tail_embedding(noted: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The mean [D] of a block's left-out embeddings, weighted by their importance; 0 where nothing is left out."""
-    out = noted.masked_fill(kept, 0)
+def tail_embedding(sizes: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The mean [D] of a block's left-out embeddings, weighted by their sizes; 0 where nothing is left out."""
+    out = sizes.masked_fill(kept, 0)
     return (out / out.sum().clamp_min(torch.finfo(out.dtype).tiny)) @ weight
