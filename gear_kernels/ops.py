@@ -171,7 +171,7 @@ _TENSORS = 8  # of a LinearCall
 
 @torch.library.custom_op("gear_kernels::linear_token_stats", mutates_args=(), schema=f"({_LINEAR}) -> (Tensor, Tensor, Tensor)")
 def linear_token_stats(*arguments):
-    """Statistics of hidden states [N, D]: values [7, N], state [N, 9], and the sparse backward's notes, [0, 0] for an exact one."""
+    """Statistics of hidden states [N, D]: values [7, N], state [N, 9], the sparse backward's notes ([0, 0] for an exact one)."""
     call = LinearCall(*arguments)
     call = call._replace(teacher=_used_teacher(call.teacher, call.stats))
     check_values(call.targets, call.inv_temperature, call.vocabulary, call.ignore_index, sharded=bool(call.group))

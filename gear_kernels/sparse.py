@@ -2,8 +2,8 @@
 columns that matter.
 
 What is left out, what takes its place and the bound on the error are reference/sparse.py's. `Notes` walks along with a forward
-pass; `SparseBackward` chooses columns, measures what the choice can be off by, and chooses again until the tolerance is kept. Where
-that would take most columns, and where it takes too many tries, the exact backward runs: the tolerance is kept in any case.
+pass; `SparseBackward` chooses columns, measures what the choice can be off by, and chooses again until the tolerance is kept.
+Where that would take most columns, or too many tries, the exact backward runs: the tolerance is kept in any case.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import TileTask
+from .backends import TileTask, finished
 from .reference import sparse
 from .reference.stats import BY_NAME, STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, merge, needs_teacher
 from .tiling import Linear, Pair, pieces, through_head
 
 TOLERANCE = 2.0**-9  # of a gradient's relative error: what rounding to bfloat16 may do to a number
 _HINTS = 64  # one column in so many is looked at before the forward pass, for a first idea of each row's log Z
+_SAMPLED = 16  # rows that tell which columns to look at, where targets do not
 _MOST = 0.5  # share of columns from which on the exact backward is as fast
 _TRIES = 4
 _FIRST = 0.2  # of the first budget, by which most calls are done at the first try
@@ -30,8 +31,8 @@ _SAFETY = 0.7  # of the budget that a next try is given, relative to what the la
 
 
 class Report(NamedTuple):
-    """What a backward pass did. bound: no gradient's relative error is larger, but for rounding; 0 where it was exact.  kept: the
-    share of columns in the products.  tries: choices of columns that were multiplied.
+    """A backward pass, as it was done. bound: no gradient's relative error is larger, but for rounding; 0 where it was exact.
+    kept: the share of columns in the products.  tries: choices of columns that were multiplied.
     """
 
     bound: float
@@ -125,21 +126,38 @@ class Notes:
         self.teacher = needs_teacher(self.stats)
         self.table = torch.zeros(shape(call.rows, call.head.columns), dtype=call.wide, device=call.student.device)
         self.floor = call.student.new_full((2, call.rows), -torch.inf, dtype=torch.float64)
-        if call.task.rows.targets is not None and call.rows:
-            self._look_ahead(call.task.rows.targets)
+        if call.rows:
+            self._look_ahead("logprobs" in self.stats)
         self.least = torch.full_like(self.floor[1], torch.inf)  # of the norms that the teacher's logits were noted with
 
-    def _look_ahead(self, targets: torch.Tensor) -> None:
-        columns = self.call.head.columns
-        counts = torch.bincount(targets[self.call.task.rows.keep()], minlength=columns)[:columns]
-        index = counts.topk(columns // _HINTS).indices
-        for rows in _blocks(self.call.rows):
-            own = targets[rows][self.call.task.rows.part(rows).keep()]
-            for piece in torch.cat([index, own[own < columns]]).unique().split(widest(self.call, sparse.ROWS)):
-                found = gather(self.call, rows, piece, self.stats, self.teacher)
-                so_far = _log_sums(_sums(self.call, found)[None], found.task.rows)
+    def _look_ahead(self, own_targets: bool) -> None:
+        """A floor of each row's log Z, from the columns that have most of the mass, those of its block's targets among them."""
+        call, columns, kept = self.call, self.call.head.columns, self.call.task.rows.keep()
+        mass = self._target_counts(kept) if own_targets else self._sampled_mass(kept)
+        index = mass.topk(columns // _HINTS).indices
+        for rows in _blocks(call.rows):
+            targets = call.task.rows.targets
+            own = targets[rows][kept[rows]] if own_targets and targets is not None else index[:0]
+            for piece in _parts(torch.cat([index, own]).unique(), widest(call, sparse.ROWS)):
+                found = gather(call, rows, piece, self.stats, self.teacher)
+                so_far = _log_sums(_sums(call, found)[None], found.task.rows)
                 self.floor[:, rows] = torch.logaddexp(self.floor[:, rows], so_far)
-        self.call.operands.clear()
+        call.operands.clear()
+
+    def _target_counts(self, kept: torch.Tensor) -> torch.Tensor:
+        targets = self.call.task.rows.targets
+        assert targets is not None
+        return torch.bincount(targets[kept], minlength=self.call.head.columns)
+
+    def _sampled_mass(self, kept: torch.Tensor) -> torch.Tensor:
+        """What the student gives each column, over a few rows."""
+        call, rows = self.call, kept.nonzero().flatten()
+        hidden = call.student[rows[:: max(1, len(rows) // _SAMPLED)]]
+        z = torch.empty((len(hidden), call.head.columns), dtype=call.wide, device=hidden.device)
+        for piece in pieces(slice(0, call.head.columns), widest(call, len(hidden))):
+            call.operands.clear()
+            z[:, piece] = finished(call.logits(hidden, None, piece)[0])
+        return torch.softmax(z, -1).sum(0)
 
     def add(self, rows: slice, columns: slice, pair: Pair, task: TileTask, sums: torch.Tensor) -> None:
         """Note a tile, whose sums [K, n, 12] it is part of by now."""
@@ -168,6 +186,10 @@ def _blocks(rows: int) -> list[slice]:
     return [slice(i, min(i + sparse.ROWS, rows)) for i in range(0, rows, sparse.ROWS)]
 
 
+def _parts(index: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    return index.split(size) if len(index) else ()
+
+
 def _log_sums(sums: torch.Tensor, rows: Rows) -> torch.Tensor:
     """log sum e^(z / T) of student and teacher over the columns of `sums` [K, n, 12], or less where these are split: [2, n]."""
     of = dict(zip(SUM_NAMES, sums.unbind(-1), strict=True))
@@ -188,7 +210,7 @@ def widest(call: Linear, rows: int) -> int:
 
 @dataclass
 class Totals:
-    """What an attempt sums up: gradients, None where not needed, and the mass of each row's kept columns."""
+    """The sums of an attempt: gradients, None where not needed, and the mass of each row's kept columns."""
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
@@ -198,7 +220,7 @@ class Totals:
 
 @dataclass
 class SparseBackward:
-    """A backward pass. state [N, 9], grads [N, 7], noted [blocks, columns]: of the forward; needed: hidden states, weight, bias."""
+    """A backward pass. state [N, 9], noted [blocks, columns]: the forward's; grads [N, 7]; needed: of hidden, weight and bias."""
 
     call: Linear
     state: torch.Tensor
@@ -251,7 +273,7 @@ class SparseBackward:
 
     @cached_property
     def sizes(self) -> torch.Tensor:
-        """What the |dz| of each block add up to in each column, about: [blocks, c]."""
+        """The sums of |dz| of each block in each column, about: [blocks, c]."""
         mean = (torch.stack([x.square().mean().sqrt() for x in part.split(sparse.ROWS)]) for part in self.factor)
         return sparse.Factor(*mean).sums(self.noted)
 
@@ -273,7 +295,7 @@ class SparseBackward:
             sums = None if totals.weight is None else self._weight_sums(totals.weight, span)
             for rows, columns in zip(self.blocks, index, strict=True):
                 inside = columns[(columns >= span.start) & (columns < span.stop)]
-                for piece in inside.split(widest(call, sparse.ROWS)):
+                for piece in _parts(inside, widest(call, sparse.ROWS)):
                     self._multiply(rows, piece, totals, sums, span.start)
             if sums is not None and totals.weight is not None and sums.dtype != totals.weight.dtype:
                 totals.weight[span] = sums if self.unit is None else sums.mul_(self.unit)
@@ -302,7 +324,7 @@ class SparseBackward:
         )
 
     def _spans(self, weight: torch.Tensor | None) -> list[slice]:
-        """All columns at once, or so many that their weight's sums take a quarter of the workspace where they are wider than it."""
+        """All columns at once, or where their sums are wider than the weight, as many as fit a quarter of the workspace."""
         whole = slice(0, self.call.head.columns)
         if weight is None or weight.dtype == self.call.wide:
             return [whole]

@@ -61,7 +61,7 @@ def on_gpu(device: torch.device) -> bool:
 
 
 Pair = tuple[Tile, Tile | None]  # of the student and the teacher
-Note = Callable[[slice, slice, Pair, TileTask, torch.Tensor], None]  # a tile's rows and columns, logits, task, and sums [K, n, 12]
+Note = Callable[[slice, slice, Pair, TileTask, torch.Tensor], None]  # a tile's rows and columns, logits, task, sums [K, n, 12]
 
 
 class HeadPart(NamedTuple):
@@ -413,7 +413,7 @@ def pieces(whole: slice, size: int) -> Iterator[slice]:
 
 
 def through_head(head: HeadPart, z: torch.Tensor, dz: torch.Tensor) -> None:
-    """d loss / d z -> d loss / d (h W' + bias), in place; z, the capped logits, is used up."""
+    """Turn d loss / d z into d loss / d (h W' + bias), in place; z, the capped logits, is used up."""
     if head.softcap is not None:
         dz *= z.div_(head.softcap).square_().neg_().add_(1)  # 1 - tanh^2
     if head.scale is not None:

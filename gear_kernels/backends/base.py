@@ -70,7 +70,7 @@ class Backend:
         norms: of student and teacher [n], in the logits' dtype, see `sparse.importance`.  first_row: the tile's first row within
         its first block.  task.stats: those that a gradient comes through.
         """
-        own, other = _finished(student), None if teacher is None else _finished(teacher)
+        own, other = finished(student), None if teacher is None else finished(teacher)
         found = sparse.importance(own, other, task.rows, *norms, task.stats)
         block = torch.arange(first_row, first_row + len(found), device=found.device) // sparse.ROWS
         noted.index_add_(0, block, found.to(noted.dtype))
@@ -94,8 +94,8 @@ class Backend:
         raise NotImplementedError
 
 
-def _finished(tile: Tile) -> torch.Tensor:
-    """The logits of a tile, with what a back end with `fused_head` is given unfinished."""
+def finished(tile: Tile) -> torch.Tensor:
+    """The logits of a tile, bias, scale and softcap applied where a back end with `fused_head` was to do it."""
     z = tile.z if tile.bias is None else tile.z + tile.bias
     z = z if tile.scale is None else z * tile.scale
     return z if tile.softcap is None else tile.softcap * torch.tanh(z / tile.softcap)

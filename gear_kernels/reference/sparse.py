@@ -27,8 +27,8 @@ def importance(student, teacher, rows: Rows, norm, teacher_norm, stats) -> torch
     """Logits [n, c] -> u [n, c] = p (1 + |log p/q|) + q, the middle term for reverse_kl; 0 in ignored rows. `row_factor` has the
     bound on |dz| that follows.
 
-    norm, teacher_norm: log sum e^(z / T) of each row [n], or less, which makes u larger: see `note_factor`. teacher, teacher_norm:
-    None where no gradient reads the teacher, and q is 0.
+    norm, teacher_norm: log sum e^(z / T) of each row [n], or less, which makes u larger: see `note_factor`. Where no gradient
+    reads the teacher, teacher and teacher_norm are None, and q is 0.
     """
     log_p = _log_prob(student, rows, norm)
     u = log_p.exp()
@@ -48,8 +48,8 @@ def _log_prob(logits, rows: Rows, norm) -> torch.Tensor:
 
 
 def note_factor(stats, short: torch.Tensor) -> torch.Tensor:
-    """What makes importances noted with norms that fall short an upper bound of the true ones, [n]; short: the largest of the
-    teacher's shortfalls [n], nats. One part in a hundred is for their float32 sums.
+    """The factor [n] that makes importances noted with norms that fall short an upper bound of the true ones. short: the most that
+    the teacher's norm fell short by [n], nats. One part in a hundred is for their float32 sums.
     """
     factor = torch.ones_like(short)
     if "reverse_kl" in stats:
@@ -58,7 +58,7 @@ def note_factor(stats, short: torch.Tensor) -> torch.Tensor:
 
 
 class Factor(NamedTuple):
-    """Of each row, [n]: |dz_v| <= plain u_v + entropy p_v |log p_v| in every column but the target's."""
+    """The factors of each row, [n]: |dz_v| <= plain u_v + entropy p_v |log p_v| in every column but the target's."""
 
     plain: torch.Tensor
     entropy: torch.Tensor
@@ -160,7 +160,7 @@ def kept_mass(sums: torch.Tensor, rows: Rows, state: dict[str, torch.Tensor], mi
 
 
 class Left(NamedTuple):
-    """What a row's left-out columns add up to, [n] float64 each: the sum of their dz, and a bound on the sum of |dz|."""
+    """The sums of a row's left-out columns, [n] float64 each: of their dz, and a bound on that of |dz|."""
 
     signed: torch.Tensor
     most: torch.Tensor
