@@ -243,7 +243,7 @@ class SparseBackward:
     def run(self) -> list[torch.Tensor | None]:
         """The gradients, None where not needed, and a Report to who listens."""
         found, report = self._search()
-        for one in _listening:
+        for one in _listening if self.blocks else ():
             one.append(report)
         return self.call.backward(self.state, self.grads, self.needed) if found is None else found
 

@@ -48,8 +48,8 @@ def _log_prob(logits, rows: Rows, norm) -> torch.Tensor:
 
 
 def note_factor(stats, short: torch.Tensor) -> torch.Tensor:
-    """The factor [n] that makes importances noted with norms that fall short an upper bound of the true ones. short: the most that
-    the teacher's norm fell short by [n], nats. One part in a hundred is for their float32 sums.
+    """The factor [n] that makes importances noted with norms that fall short an upper bound of the true ones. short: the most
+    that the teacher's norm fell short by [n], nats. One part in a hundred is for their float32 sums.
     """
     factor = torch.ones_like(short)
     if "reverse_kl" in stats:
