@@ -84,6 +84,18 @@ def test_truth(backend, stats):
         assert report.tries and report.bound > 0 and report.kept < 0.5  # it was sparse
 
 
+def test_a_back_end_that_applies_the_head_itself():
+    """The triton back end, in its interpreter: bias, scale and softcap are left to it, and notes are taken of what it sees."""
+    case, bias = make(30, 260, 6), torch.linspace(-1, 1, 260)
+    for options in ({"scale": 1.2}, {"scale": 1.2, "softcap": 25.0}):
+        want, _ = backprop(case, ("logprobs", "reverse_kl"), bias=bias, dtype=torch.float64, **options)
+        with gear_kernels.backend("triton"):
+            got, reports = backprop(
+                case, ("logprobs", "reverse_kl"), bias=bias, backward="sparse", backward_tolerance=0.05, **options
+            )
+        assert assert_kept(got, want, reports, 0.05).kept < 0.5
+
+
 def test_bfloat16_adds_no_error_of_its_own():
     case = make(dtype=torch.bfloat16)
     want, _ = backprop(case, ("logprobs", "reverse_kl"), dtype=torch.float64)

@@ -159,8 +159,8 @@ def sparse(found: dict) -> list[str]:
     text = (
         f"`python -m benchmarks.reports.sparse_backward`: {origin(found)}. The backward of log-probs of {found['rows']} tokens "
         f"of GSM8K under SmolLM2-135M ({shape}) at temperatures {temperatures}, targets sampled from the model, against float64. "
-        "The bound is what the call proved of both gradients; the last columns are what rounding d loss / d logits to bfloat16 does, "
-        "which every bfloat16 backward does at least."
+        "The bound is what the call proved of both gradients; the last columns are what rounding d loss / d logits to bfloat16 "
+        "does, which every bfloat16 backward does at least."
     )
     rows = []
     for one in found["curves"]:

@@ -71,9 +71,10 @@ class Backend:
         its first block.  task.stats: those that a gradient comes through.
         """
         own, other = finished(student), None if teacher is None else finished(teacher)
-        found = sparse.importance(own, other, task.rows, *norms, task.stats)
-        block = torch.arange(first_row, first_row + len(found), device=found.device) // sparse.ROWS
-        noted.index_add_(0, block, found.to(noted.dtype))
+        found = sparse.importance(own, other, task.rows, *norms, task.stats).to(noted.dtype)
+        starts = range(-first_row, len(found), sparse.ROWS)
+        for block, start in zip(noted, starts, strict=True):
+            block += found[max(start, 0) : start + sparse.ROWS].sum(0)
 
     def gradient(
         self, student: Tile, teacher: Tile | None, task: TileTask, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor
