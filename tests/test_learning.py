@@ -182,7 +182,8 @@ def test_a_sparse_head_says_what_it_kept(alone, monkeypatch):
         def report(loss, given=given, own=own, sparse_one=backward == "sparse"):
             own(loss)
             for listening in sparse._listening if sparse_one else ():
-                listening.append(sparse.Report(kept := next(given), kept / 1000, 1))
+                kept = next(given)
+                listening.append(sparse.Report(bound=kept / 1000, kept=kept, tries=1))
 
         monkeypatch.setattr(trainer.engine, "backward", report)
         trainer.learn(1, made, passes, sums := Sums())

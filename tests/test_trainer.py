@@ -115,7 +115,7 @@ def test_the_heads_backward_may_be_sparse():
     torch.manual_seed(0)
     lm, grads, kept = _tiny(False, 70).eval(), [], []
     with torch.no_grad():
-        lm.lm_head.weight.mul_(40)
+        lm.lm_head.weight.mul_(150)
     batch = micro_batch([_rollout(4, 24, (7, 8, 9, 10), [1] * 4)], [0], teacher=False)
     for backward in ("exact", "sparse"):
         policy = Policy(lm, backward)

@@ -173,7 +173,7 @@ def sparse(found: dict) -> list[str]:
     return lines + (_sparse_times(found["times"]) if "times" in found else ["Times of it have not been measured yet.", ""])
 
 
-_SHOWN = (2.0**-5, 2.0**-7, 2.0**-9, 2.0**-11)  # tolerances in the table; the picture has all
+_SHOWN = (2.0**-5, 2.0**-7, 2.0**-9)  # tolerances in the table; the picture has all
 
 
 def _sparse_times(times: dict) -> list[str]:
