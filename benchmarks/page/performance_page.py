@@ -524,7 +524,8 @@ def main(arguments: list[str] | None = None) -> int:
     PAGE.write_text(page())
     README.write_text(readme(README.read_text()))
     drawn = draw(_read(RESULTS, FILE), PLOTS) + draw_demo(_read(RESULTS, demo.FILE), PLOTS)
-    drawn += draw_sparse(_read(RESULTS, sparse_backward.FILE), PLOTS)
+    for path in RESULTS.glob(sparse_backward.FILE):
+        drawn += draw_sparse(json.loads(path.read_text()), PLOTS)
     names = ", ".join(path.name for path in drawn)
     print(f"wrote {PAGE.relative_to(ROOT)}, its pictures ({names}) and the figures of {README.name}")
     return 0
