@@ -132,26 +132,21 @@ class Notes:
 
     def _look_ahead(self, own_targets: bool) -> None:
         """A floor of each row's log Z, from the columns that have most of the mass, those of its block's targets among them."""
-        call, columns, kept = self.call, self.call.head.columns, self.call.task.rows.keep()
-        mass = self._target_counts(kept) if own_targets else self._sampled_mass(kept)
+        call, columns = self.call, self.call.head.columns
+        every = slice(0, call.rows)
+        mass = torch.bincount(_own_targets(call, every), minlength=columns) if own_targets else self._sampled_mass()
         index = mass.topk(columns // _HINTS).indices
         for rows in _blocks(call.rows):
-            targets = call.task.rows.targets
-            own = targets[rows][kept[rows]] if own_targets and targets is not None else index[:0]
+            own = _own_targets(call, rows) if own_targets else index[:0]
             for piece in _parts(torch.cat([index, own]).unique(), widest(call, sparse.ROWS)):
                 found = gather(call, rows, piece, self.stats, self.teacher)
                 so_far = _log_sums(_sums(call, found)[None], found.task.rows)
                 self.floor[:, rows] = torch.logaddexp(self.floor[:, rows], so_far)
         call.operands.clear()
 
-    def _target_counts(self, kept: torch.Tensor) -> torch.Tensor:
-        targets = self.call.task.rows.targets
-        assert targets is not None
-        return torch.bincount(targets[kept], minlength=self.call.head.columns)
-
-    def _sampled_mass(self, kept: torch.Tensor) -> torch.Tensor:
+    def _sampled_mass(self) -> torch.Tensor:
         """What the student gives each column, over a few rows."""
-        call, rows = self.call, kept.nonzero().flatten()
+        call, rows = self.call, self.call.task.rows.keep().nonzero().flatten()
         hidden = call.student[rows[:: max(1, len(rows) // _SAMPLED)]]
         z = torch.empty((len(hidden), call.head.columns), dtype=call.wide, device=hidden.device)
         for piece in pieces(slice(0, call.head.columns), widest(call, len(hidden))):
@@ -180,6 +175,13 @@ class Notes:
         factor = sparse.note_factor(self.stats, short)
         self.table *= torch.stack([block.amax() for block in factor.split(sparse.ROWS)])[:, None] if len(factor) else 1
         return self.table
+
+
+def _own_targets(call: Linear, rows: slice) -> torch.Tensor:
+    """The targets of these rows that are not ignored; those out of range, whose rows are NaN on a GPU, moved into it."""
+    part = call.task.rows.part(rows)
+    assert part.targets is not None
+    return part.targets[part.keep()].clamp(0, call.head.columns - 1)
 
 
 def _blocks(rows: int) -> list[slice]:
@@ -278,11 +280,10 @@ class SparseBackward:
         return sparse.Factor(*mean).sums(self.noted)
 
     def _choose(self, budget: float) -> torch.Tensor:
-        kept, rows = sparse.kept_columns(self.sizes, budget), self.call.task.rows
-        if rows.targets is not None:
-            block = torch.arange(self.call.rows, device=kept.device) // sparse.ROWS
-            own = rows.keep()
-            kept[block[own], rows.targets[own]] = True
+        kept = sparse.kept_columns(self.sizes, budget)
+        if self.call.task.rows.targets is not None:
+            for own, rows in zip(kept, self.blocks, strict=True):
+                own[_own_targets(self.call, rows)] = True
         return kept
 
     # --- the products ---
