@@ -11,6 +11,7 @@ from torch import nn
 from . import model_head
 from .errors import bad_input
 from .reference.stats import BY_NAME
+from .sparse import TOLERANCE
 from .stats import DEFAULT_STATS, Head, TokenStats, linear_token_stats
 
 
@@ -72,6 +73,8 @@ class FusedHead(nn.Linear):
         stats: Sequence[str] | None = None,
         jsd_beta: float = 0.5,
         workspace_bytes: int | None = None,
+        backward: str = "exact",
+        backward_tolerance: float = TOLERANCE,
     ) -> torch.Tensor | TokenStats:
         """From hidden [..., D] to logits [..., V] without targets and stats (scale and softcap are left to the model, as before);
         otherwise TokenStats of shape [...], see `linear_token_stats`.
@@ -98,6 +101,8 @@ class FusedHead(nn.Linear):
             stats=stats,
             jsd_beta=jsd_beta,
             workspace_bytes=workspace_bytes,
+            backward=backward,
+            backward_tolerance=backward_tolerance,
         )
         # Fields are views of one tensor: written in place they would lose the hook by which FSDP2 gathers the weight in backward
         return TokenStats(*(None if field is None else field.clone() for field in out))

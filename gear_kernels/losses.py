@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .errors import bad_input
+from .sparse import TOLERANCE
 from .stats import Head, linear_token_stats
 
 _LOG_RATIO_LIMIT, _K3_LIMIT = 20.0, 10.0  # nats; e^20 is 4.9e8
@@ -264,13 +265,16 @@ def distillation_loss(
     teacher_head: Head | torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
     workspace_bytes: int | None = None,
+    backward: str = "exact",
+    backward_tolerance: float = TOLERANCE,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss sum of token_weights * a divergence of student and teacher over the whole vocabulary, from hidden states [..., D].
 
     beta: 1 is reverse KL(S || T), 0 forward KL(T || S), between the generalised Jensen-Shannon divergence beta KL(T || M) +
     (1 - beta) KL(S || M) with M = beta T + (1 - beta) S (GKD, arXiv 2306.13649; OPSD). As in TRL the two ends are the KLs
     themselves, not the limits of the formula between them, which vanish; no factor temperature^2. head, teacher_head,
-    temperature, workspace_bytes: as in `linear_token_stats`; head may also be a FusedHead, then called as a module (ZeRO-3).
+    temperature, workspace_bytes, backward, backward_tolerance: as in `linear_token_stats`; head may also be a FusedHead, then
+    called as a module (ZeRO-3).
     token_weights: [...], see `aggregation_weights`. Differentiated in student_hidden and the student's head alone.
 
     Returns the loss and the detached mean over tokens of weight other than 0, `divergence` (nats). Raises GearKernelsError on
@@ -282,7 +286,7 @@ def distillation_loss(
         raise bad_input(given, f"one weight per row, {tuple(student_hidden.shape[:-1])}", "align token by token")
     targets = torch.where(token_weights != 0, 0, -100)  # no log-prob is asked for: they only mark the rows to skip
     call = {"temperature": temperature, "stats": (name,), "jsd_beta": jsd_beta, "workspace_bytes": workspace_bytes}
-    call["teacher_head"] = teacher_head
+    call |= {"teacher_head": teacher_head, "backward": backward, "backward_tolerance": backward_tolerance}
     if isinstance(head, nn.Module):
         out = head(student_hidden, targets, teacher_hidden, **call)
     else:

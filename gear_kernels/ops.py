@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import parallel, tiling
+from . import parallel, sparse, tiling
 from .backends import BACKENDS, TileTask, on_device, wide
 from .errors import bad_input
 from .reference.stats import BY_NAME, STAT_NAMES, STATE_NAMES, needs_teacher
@@ -54,6 +54,7 @@ class LinearCall(NamedTuple):
     teacher_softcap: float | None = None
     teacher_scale: float | None = None
     group: str = ""  # of the ranks that share the vocabulary; "" for none
+    tolerance: float = 0.0  # of the sparse backward; 0: the backward is exact
 
     @property
     def vocabulary(self) -> int:
@@ -163,43 +164,54 @@ token_stats.register_autograd(_logits_gradient, setup_context=_save_logits)
 _LINEAR = (
     "Tensor student, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? targets, Tensor inv_temperature, str[] stats, str backend, int workspace_bytes, int ignore_index, float jsd_beta, "
-    "float? softcap, float? scale, int? valid_vocab, float? teacher_softcap, float? teacher_scale, str group"
+    "float? softcap, float? scale, int? valid_vocab, float? teacher_softcap, float? teacher_scale, str group, float tolerance"
 )
 _TENSORS = 8  # of a LinearCall
 
 
-@torch.library.custom_op("gear_kernels::linear_token_stats", mutates_args=(), schema=f"({_LINEAR}) -> (Tensor, Tensor)")
+@torch.library.custom_op("gear_kernels::linear_token_stats", mutates_args=(), schema=f"({_LINEAR}) -> (Tensor, Tensor, Tensor)")
 def linear_token_stats(*arguments):
-    """Statistics of hidden states [N, D]: values [7, N], state [N, 9]."""
+    """Statistics of hidden states [N, D]: values [7, N], state [N, 9], the sparse backward's notes ([0, 0] for an exact one)."""
     call = LinearCall(*arguments)
     call = call._replace(teacher=_used_teacher(call.teacher, call.stats))
     check_values(call.targets, call.inv_temperature, call.vocabulary, call.ignore_index, sharded=bool(call.group))
     # autocast would round the tiles' GEMMs to bfloat16
     with on_device(call.student.device), torch.autocast(call.student.device.type, enabled=False):
-        return tiled(call).forward()
+        body = tiled(call)
+        if not call.tolerance:
+            return *body.forward(), call.student.new_empty((0, 0), dtype=body.wide)
+        notes = sparse.Notes(body)
+        values, state = body.forward(notes.add)
+        return values, state, notes.finished(state)
 
 
 @linear_token_stats.register_fake
-def _(student, *_):
-    return _tables(student)
+def _(*arguments):
+    call = LinearCall(*arguments)
+    noted = sparse.shape(call.student.shape[0], call.valid_vocab or call.weight.shape[0]) if call.tolerance else (0, 0)
+    return *_tables(call.student), call.student.new_empty(noted, dtype=wide(call.student.dtype))
 
 
 @torch.library.custom_op(
     "gear_kernels::linear_token_stats_backward",
     mutates_args=(),
-    schema=f"({_LINEAR}, Tensor state, Tensor grads, bool[] needed) -> Tensor[]",
+    schema=f"({_LINEAR}, Tensor state, Tensor noted, Tensor grads, bool[] needed) -> Tensor[]",
 )
 def linear_token_stats_backward(*arguments):
     """Gradients of student, weight and bias from grads [7, N]; size 0 where not needed."""
-    *given, state, grads, needed = arguments
+    *given, state, noted, grads, needed = arguments
+    call, table = LinearCall(*given).through(), grads.T.contiguous()
     with on_device(state.device), torch.autocast(state.device.type, enabled=False):
-        out = tiled(LinearCall(*given).through()).backward(state, grads.T.contiguous(), needed)
+        if call.tolerance:
+            out = sparse.SparseBackward(tiled(call), state, table, needed, noted, call.tolerance).run()
+        else:
+            out = tiled(call).backward(state, table, needed)
     return [state.new_empty(0) if gradient is None else gradient for gradient in out]
 
 
 @linear_token_stats_backward.register_fake
 def _(student, weight, bias, *rest):
-    *_, state, _, needed = rest
+    *_, state, _, _, needed = rest
     return [torch.empty_like(t) if need else state.new_empty(0) for t, need in zip((student, weight, bias), needed, strict=True)]
 
 
@@ -218,19 +230,19 @@ def tiled(call: LinearCall) -> tiling.Linear:
 
 def _save_linear(ctx, inputs, output):
     # Parameters are saved as themselves: under ZeRO-3 the head module's hooks have gathered them again by the backward.
-    ctx.save_for_backward(*inputs[:_TENSORS], output[1])
+    ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
     ctx.constants = inputs[_TENSORS:]
 
 
-def _linear_gradient(ctx, grads, _):
-    *tensors, state = ctx.saved_tensors
+def _linear_gradient(ctx, grads, *_):
+    *tensors, state, noted = ctx.saved_tensors
     call = LinearCall(*tensors, *ctx.constants)
     weights = {"head.weight": call.weight, "head.bias": call.bias, "teacher_head.weight": call.teacher_weight}
     for name, tensor in weights.items():
         if tensor is not None:
             check_gathered(f"{name} in backward", tensor)
     needed = [bool(need) for need in ctx.needs_input_grad[:3]]
-    out = linear_token_stats_backward(*call, state, grads, needed)
+    out = linear_token_stats_backward(*call, state, noted, grads, needed)
     return *[g if need else None for g, need in zip(out, needed, strict=True)], *[None] * (len(call) - 3)
 
 

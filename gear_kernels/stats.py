@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import backends, model_head, ops, parallel, tiling
-from .errors import bad_input
+from . import backends, model_head, ops, parallel, sparse, tiling
+from .errors import bad_input, check_choice, check_number
 from .reference.stats import BY_NAME, STAT_NAMES, TokenStats
 
 DEFAULT_STATS = ("logprobs", "entropy", "reverse_kl")
@@ -116,6 +116,8 @@ def linear_token_stats(
     stats: Sequence[str] = DEFAULT_STATS,
     jsd_beta: float = 0.5,
     workspace_bytes: int | None = None,
+    backward: str = "exact",
+    backward_tolerance: float = sparse.TOLERANCE,
 ) -> TokenStats:
     """Statistics of hidden states [N, D] (or [..., D]) under a head, without ever holding [N, V] logits.
 
@@ -131,7 +133,14 @@ def linear_token_stats(
     1e-4 nats. On CUDA, and with bfloat16 on processors with AVX512-BF16, the backward's GEMMs read dz rounded to the inputs'
     dtype; elsewhere all of it is float32. Gradients of hidden states, weight and bias are summed in float32 and rounded once
     to their dtype. A weight that needs no gradient costs none. Tiles are recomputed in backward, so a ZeRO-3 partitioned
-    weight must be gathered there too: use FusedHead. Forward-mode tangents (jvp) are refused. Reentrant checkpointing
+    weight must be gathered there too: use FusedHead.
+
+    backward: "exact", or "sparse": columns that hardly matter to a block of rows are left out of the backward's products, as many
+    as keep every gradient's relative error (Frobenius norm) within backward_tolerance, above 0 and below 1, beside rounding; 2^-9
+    by default, what rounding dz to bfloat16 costs. Pays where policies are sure of themselves (entropies below 1 nat); flat
+    distributions get the exact backward. Not with a vocabulary shard. `sparse.reports()` collects the bounds that were kept. It
+    holds one number a column for every 128 rows from forward to backward, and looks at values: on a GPU it waits for the device.
+    Forward-mode tangents (jvp) are refused. Reentrant checkpointing
     (use_reentrant=True) returns a plain tuple in the fields' order: TokenStats(*out).
 
     Raises GearKernelsError as `token_stats`, on partitioned (size-0) or DTensor weights, and on a vocabulary shard without group.
@@ -147,8 +156,10 @@ def linear_token_stats(
         stats=stats,
         jsd_beta=jsd_beta,
         workspace_bytes=workspace_bytes,
+        backward=backward,
+        backward_tolerance=backward_tolerance,
     )
-    values, _ = ops.linear_token_stats(*call)
+    values, _, _ = ops.linear_token_stats(*call)
     return _pack(values, tuple(call.stats), student_hidden.shape[:-1])
 
 
@@ -164,6 +175,8 @@ def linear_call(
     stats: Sequence[str] = DEFAULT_STATS,
     jsd_beta: float = 0.5,
     workspace_bytes: int | None = None,
+    backward: str = "exact",
+    backward_tolerance: float = sparse.TOLERANCE,
 ) -> ops.LinearCall:
     """The operator's checked call that `linear_token_stats` makes of its arguments, for who runs its backward on his own.
 
@@ -178,8 +191,9 @@ def linear_call(
     _check_no_tangents({"student_hidden": student_hidden, "head.weight": head.weight, "head.bias": head.bias})
     targets, inverse = _rows(student_hidden, student_hidden.shape[:-1], targets, temperature)
     rows = (student_hidden, teacher_hidden, targets, inverse)
-    beta = _checked_beta(jsd_beta)
-    return _linear_call(rows, head, own, names, workspace_bytes, ignore_index=int(ignore_index), jsd_beta=beta)
+    constants = {"ignore_index": int(ignore_index), "jsd_beta": _checked_beta(jsd_beta)}
+    constants["tolerance"] = _checked_tolerance(backward, backward_tolerance, head, student_hidden)
+    return _linear_call(rows, head, own, names, workspace_bytes, **constants)
 
 
 def _linear_call(rows, head: Head, own: Head | None, names, workspace_bytes: int | None, **constants) -> ops.LinearCall:
@@ -391,6 +405,20 @@ def _checked_beta(beta: float) -> float:
         mend = "use stats=('forward_kl',) for 0 and ('reverse_kl',) for 1"
         raise bad_input(f"jsd_beta is {beta!r}", "a number between 0 and 1, both excluded", mend)
     return float(beta)
+
+
+def _checked_tolerance(backward: str, tolerance: float, head: Head, hidden: torch.Tensor) -> float:
+    """The operator's tolerance: 0, an exact backward, also where there will be none."""
+    check_choice("backward", backward, ("exact", "sparse"))
+    check_number("backward_tolerance", tolerance, lambda value: 0 < value < 1, "between 0 and 1, both excluded")
+    if backward == "exact":
+        return 0.0
+    if head.group is not None:
+        given = 'backward="sparse" with a vocabulary shard'
+        raise bad_input(given, "the whole head on each rank", 'use backward="exact" with Head(group=...)')
+    leaves = (hidden, head.weight, head.bias)
+    differentiates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    return float(tolerance) if differentiates else 0.0
 
 
 def _number(value: float | None) -> float | None:

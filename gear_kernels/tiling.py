@@ -7,7 +7,7 @@ that the float32 sums of the hidden states' gradient are read and written once p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Generic, NamedTuple, TypeVarTuple, cast
@@ -61,6 +61,7 @@ def on_gpu(device: torch.device) -> bool:
 
 
 Pair = tuple[Tile, Tile | None]  # of the student and the teacher
+Note = Callable[[slice, slice, Pair, TileTask, torch.Tensor], None]  # a tile's rows and columns, logits, task, sums [K, n, 12]
 
 
 class HeadPart(NamedTuple):
@@ -118,11 +119,11 @@ class Linear:
 
     def widest(self, head: HeadPart) -> int:
         """Columns of a head that a GEMM may take at a time: all, unless they must be copied into a wider dtype first."""
-        if not self._widens(head.weight):
+        if not self.widens(head.weight):
             return head.columns
         return max(_NARROWEST, self.workspace // 4 // (head.weight.shape[1] * self.wide.itemsize))
 
-    def _widens(self, weight: torch.Tensor) -> bool:
+    def widens(self, weight: torch.Tensor) -> bool:
         return weight.dtype != self.wide and not self.multiplies(weight.dtype)
 
     def multiplies(self, dtype: torch.dtype) -> bool:
@@ -168,10 +169,10 @@ class Linear:
     def walk(self, rows: slice, columns: slice, shape: tuple[int, int]) -> Iterator[tuple[slice, slice, Pair, TileTask]]:
         """Each tile of a range: its rows, its columns, both heads' logits (until the next one is made) and its task."""
         task, parts = self.task, []
-        for part in _blocks(rows, shape[0]):
+        for part in pieces(rows, shape[0]):
             student, teacher, targets, inv_temperature = self.cut[part]
             parts.append((part, student, teacher, Rows(targets, inv_temperature, task.rows.ignore_index)))
-        for block in _blocks(columns, shape[1]):
+        for block in pieces(columns, shape[1]):
             self.operands.clear()
             first = task.first + block.start
             for part, student, teacher, own in parts:
@@ -209,7 +210,7 @@ class Linear:
         """A head's block as the GEMM reads it [D, c], and its bias; for all rows of the block, where no other head's is widened
         into the same memory.
         """
-        if self._widens(head.weight):
+        if self.widens(head.weight):
             self.operands.clear()
         bias = None if head.bias is None else head.bias[columns]
         return self.operands.setdefault(head is self.head, (self.wide_weight(head.weight, columns).T, bias))
@@ -217,7 +218,7 @@ class Linear:
     def wide_weight(self, weight: torch.Tensor, columns: slice) -> torch.Tensor:
         """The head's block as the GEMM reads it."""
         block = weight[columns]
-        if not self._widens(weight):
+        if not self.widens(weight):
             return block
         return self.buffer("weight", *block.shape, dtype=self.wide).copy_(block)
 
@@ -239,14 +240,16 @@ class Linear:
 
     # --- forward ---
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The forward pass: values [7, N] and state [N, 9]."""
+    def forward(self, note: Note | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The forward pass: values [7, N] and state [N, 9]. note: called on each tile when it is summed, with the sums so far."""
         rows, columns = self.tile_shape()
         splits = self.tiles.splits(rows, columns)
         sums = self.student.new_zeros((splits, len(self.student), len(SUM_NAMES)), dtype=torch.float64)
         cut, whole = _Cut(sums, dim=1), (slice(0, len(self.student)), slice(0, self.head.columns))
-        for part, _, pair, task in self.walk(*whole, (rows, columns)):
+        for part, block, pair, task in self.walk(*whole, (rows, columns)):
             self.tiles.sweep(*pair, task, *cut[part])
+            if note is not None:
+                note(part, block, pair, task, *cut[part])
         if self.group:
             sums = parallel.gather_sums(sums, len(self.head.weight), self.group)
         values, state = self.tiles.finish(sums, self.task)
@@ -278,14 +281,14 @@ class Linear:
             torch.empty_like(head.weight) if weight else None,
             torch.zeros_like(head.bias, dtype=self.wide) if bias and head.bias is not None else None,
         )
-        grads, unit = self._scaled(grads)
+        grads, unit = self.scaled(grads)
         per_row, shape = _Cut(state, grads), self.tile_shape()
         rows = self.part_rows(shape)
         summed = out.weight is not None and self._sums_weight(out.weight, rows)
-        for span in _blocks(slice(0, head.columns), self.span(rows, shape[1], summed)):
+        for span in pieces(slice(0, head.columns), self.span(rows, shape[1], summed)):
             own = summed or (weight and self._splits_sums(span))
             block = None if out.weight is None else self._weight_sums(span) if own else out.weight[span]
-            for part in _blocks(slice(0, len(self.student)), rows):
+            for part in pieces(slice(0, len(self.student)), rows):
                 dz = self._dz(part, span, shape, per_row)
                 self._add(out, block, dz, part, span)
             if own and out.weight is not None and block is not None:
@@ -302,7 +305,7 @@ class Linear:
         like = (self.student, head.weight, head.bias)
         return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
 
-    def _scaled(self, grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scaled(self, grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Row gradients as dz is made from, and what sums of dz are to be multiplied by: None, nothing, unless dz is float16.
 
         A mean over a batch makes gradients of 1e-7 a row, and float16 ends at 6e-8: columns of a probability below 0.1 would get
@@ -343,7 +346,7 @@ class Linear:
             target = self._window(dz, rows.start - part.start, rows.stop - part.start, block.start - span.start, block)
             self.tiles.gradient(student, teacher, task, *per_row[rows], target)
             if not self.tiles.fused_head:
-                _through_head(self.head, student.z, target)
+                through_head(self.head, student.z, target)
         return dz
 
     def _window(self, dz: torch.Tensor, top: int, bottom: int, left: int, columns: slice) -> torch.Tensor:
@@ -358,7 +361,7 @@ class Linear:
         if out.bias is not None:
             out.bias[span] += dz.sum(0, dtype=self.wide)
         if out.hidden is not None:
-            for piece in _blocks(span, self.widest(self.head)):
+            for piece in pieces(span, self.widest(self.head)):
                 own = dz[:, piece.start - span.start : piece.stop - span.start]
                 self.product(own, self.wide_weight(self.head.weight, piece), out.hidden[part], add=True)
         if block is not None:
@@ -404,12 +407,13 @@ class _Cut(Generic[*Cuts]):
         return part
 
 
-def _blocks(whole: slice, size: int) -> Iterator[slice]:
+def pieces(whole: slice, size: int) -> Iterator[slice]:
+    """The slices of a range, `size` long but for the last."""
     return (slice(i, min(i + size, whole.stop)) for i in range(whole.start, whole.stop, max(size, 1)))
 
 
-def _through_head(head: HeadPart, z: torch.Tensor, dz: torch.Tensor) -> None:
-    """d loss / d z -> d loss / d (h W' + bias), in place; z, the capped logits, is used up."""
+def through_head(head: HeadPart, z: torch.Tensor, dz: torch.Tensor) -> None:
+    """Turn d loss / d z into d loss / d (h W' + bias), in place; z, the capped logits, is used up."""
     if head.softcap is not None:
         dz *= z.div_(head.softcap).square_().neg_().add_(1)  # 1 - tanh^2
     if head.scale is not None:

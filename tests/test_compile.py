@@ -39,7 +39,8 @@ def test_opcheck(backend):
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     constants = ops.LinearCall(*[None] * 8, ALL, backend, 10**5, -100, 0.3, 5.0, 1.2, 290, None, 0.5)[8:]
     for tail in ((teacher_hidden, None, None), (torch.randn(6, 5), torch.randn(300, 5), torch.randn(300))):
-        calls.append((linear, (*leaves, *tail, targets.clamp_max(289), inverse, *constants)))
+        for tolerance in (0.0, 0.1):
+            calls.append((linear, (*leaves, *tail, targets.clamp_max(289), inverse, *constants[:-1], tolerance)))
     for operator, arguments in calls:
         assert set(torch.library.opcheck(operator.default, arguments).values()) == {"SUCCESS"}
 

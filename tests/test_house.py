@@ -25,6 +25,7 @@ FLOORS = {
         ("methods",),
         ("backends", "triton"),
         ("tiling",),
+        ("sparse",),
         ("ops",),
         ("model_head",),
         ("stats",),

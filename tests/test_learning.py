@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.gates import figures as gates
-from gear_kernels import TokenStats
+from gear_kernels import TokenStats, sparse
 from gear_trainer.config import load_config
 from gear_trainer.recipe import resolve
 from gear_trainer.rollout import Rollout
@@ -168,6 +168,29 @@ def test_what_a_step_learns_does_not_depend_on_how_it_is_cut(alone):
     for name in ("loss", "entropy", "mean_weight_positive", "teacher_gain_success", "policy_tokens"):
         assert sums[name] == pytest.approx(wide_sums[name], rel=1e-6), name
     assert [x is None for x in rows["teacher_logprobs"]] == [a == 0 for a in ADVANTAGES]
+
+
+def test_a_sparse_head_says_what_it_kept(alone, monkeypatch):
+    """The mean share over micro-batches, and the largest bound; without it there are no such names."""
+    found = {}
+    for backward in ("exact", "sparse"):
+        trainer, made, passes = learner(torch.device("cpu"), f"train.head_backward={backward}")
+        trainer.engine.__class__ = ByToken
+        given = iter((0.25, 0.75) * 20)
+        own = trainer.engine.backward
+
+        def report(loss, given=given, own=own, sparse_one=backward == "sparse"):
+            own(loss)
+            for listening in sparse._listening if sparse_one else ():
+                kept = next(given)
+                listening.append(sparse.Report(bound=kept / 1000, kept=kept, tries=1))
+
+        monkeypatch.setattr(trainer.engine, "backward", report)
+        trainer.learn(1, made, passes, sums := Sums())
+        found[backward] = sums.read(torch.device("cpu"))
+        assert trainer.engine.backwards > 1
+    assert found["sparse"].keys() - found["exact"].keys() == {"head_kept", "head_bound"}
+    assert 0.25 < found["sparse"]["head_kept"] < 0.75 and found["sparse"]["head_bound"] == 0.00075
 
 
 class ByToken(Engine):

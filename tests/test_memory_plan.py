@@ -129,6 +129,8 @@ def test_more_ranks_more_tokens_and_a_second_model_change_their_rows_alone():
     wide = planned("qwen3_8b", 80, "train.tokens_per_micro_batch=32768")[2].phases
     assert wide["update"]["activations kept"] == pytest.approx(2 * base["update"]["activations kept"], rel=0.01)
     assert wide["update"]["gradients"] == base["update"]["gradients"]
+    sparse = planned("qwen3_8b", 80, "train.head_backward=sparse")[2].phases
+    assert {name: rows for name, rows in sparse.items() if rows != base[name]}.keys() <= {"update"}
     ema = planned("qwen3_8b", 80, "teacher.weights=ema")[2].phases
     assert ema["step"]["teacher's weights"] == QWEN3["8B"] * 6 / 8 and "teacher's weights" not in base["step"]
     scored = planned("qwen3_8b", 80, "teacher.weights=ema", "deepspeed.zero_optimization={stage3_prefetch_bucket_size: 0}")[2]

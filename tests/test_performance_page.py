@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.harness.environment import RESULTS
 from benchmarks.harness.peers import EAGER, OURS
 from benchmarks.page import performance_page, plots
-from benchmarks.reports import demo, projections, scaling
+from benchmarks.reports import demo, projections, scaling, sparse_backward
 from gear_kernels import tiling
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +111,23 @@ def test_a_step_by_hand():
 def test_the_committed_models_are_these():
     committed = json.loads((RESULTS / scaling.FILE).read_text())
     assert committed["model"] == json.loads(json.dumps(projections.everything())) and not committed["quick"]
+
+
+# --- the sparse backward -------------------------------------------------------------------------------------------------------
+
+
+def test_quick_sparse_report_is_told_and_drawn(tmp_path):
+    """Every error lies under its bound, but for float32; times stay where only errors are measured anew."""
+    found = sparse_backward.run(tmp_path, sparse_backward.QUICK, tmp_path, errors_only=False, compiled=False)
+    for point in found["curves"][0]["points"]:
+        assert max(point["errors"]) <= point["bound"] + 1e-4 and point["bound"] <= point["tolerance"]
+    names = [row["name"] for row in found["times"]["races"][0]["rows"]]
+    assert names == [sparse_backward.EXACT, sparse_backward.SPARSE, "eager torch"]
+    again = sparse_backward.run(tmp_path, sparse_backward.QUICK, tmp_path, errors_only=True, compiled=False)
+    assert again["times"] == found["times"]
+    text = "\n".join(performance_page.sparse(again))
+    assert all(name in text for name in names) and "(plots/sparse_backward.png)" in text
+    assert [path.name for path in plots.draw_sparse(again, tmp_path)] == ["sparse_backward.png"]
 
 
 # --- scaling -------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gear_kernels import sparse
 from gear_trainer.config import load_config
 from gear_trainer.demo.qwen3_tokenizer import subset_tokenizer
 from gear_trainer.errors import ConfigError
@@ -107,6 +108,25 @@ def test_T4_scoring_does_not_pad_students_to_the_teachers_width(alone):
         assert logprobs.tolist() == pytest.approx(_alone(policy.lm, r.prompt_ids, r.ids), abs=1e-5)
         if teacher is not None:
             assert teacher.tolist() == pytest.approx(_alone(policy.lm, r.teacher_prompt_ids, r.ids), abs=1e-5)
+
+
+def test_the_heads_backward_may_be_sparse():
+    """The same gradients of all weights within the tolerance, where the policy is sure enough for columns to be left out."""
+    torch.manual_seed(0)
+    lm, grads, kept = _tiny(False, 70).eval(), [], []
+    with torch.no_grad():
+        lm.lm_head.weight.mul_(150)
+    batch = micro_batch([_rollout(4, 24, (7, 8, 9, 10), [1] * 4)], [0], teacher=False)
+    for backward in ("exact", "sparse"):
+        policy = Policy(lm, backward)
+        with sparse.reports() as reports:
+            policy(batch, 1.0, ("logprobs",)).logprobs.sum().backward()
+        kept += [report.kept for report in reports]
+        grads.append([p.grad.clone() for p in policy.parameters()])
+        policy.zero_grad()
+    assert len(kept) == 1 and 0 < kept[0] < 0.5
+    for name, exact, other in zip(dict(policy.named_parameters()), *grads, strict=True):
+        assert (exact - other).norm() <= 4 * sparse.TOLERANCE * exact.norm(), name
 
 
 def credit_of(overrides, rollouts, advantages, sums=None):

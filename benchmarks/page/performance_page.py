@@ -17,10 +17,10 @@ from ..harness.cases import HEAD_SHAPE, PASSES
 from ..harness.environment import PLOTS, RESULTS, ROOT
 from ..harness.peers import EAGER, OURS
 from ..harness.tables import markdown_table
-from ..reports import demo, step_beside_trl
+from ..reports import demo, sparse_backward, step_beside_trl
 from ..reports.credit import LOOP, TYPICAL
 from ..reports.scaling import AXES, FILE, GEMMS, series
-from .plots import draw, draw_demo
+from .plots import draw, draw_demo, draw_sparse
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
@@ -147,6 +147,46 @@ def slower(report: dict) -> list[str]:
 def _answer(row: dict) -> list[str]:
     errors = [float(row["errors"][name]) for name in row["gives"]]
     return [", ".join(row["gives"]), f"{max(errors):.1e}" + (", **wrong**" if row["wrong"] else "")]
+
+
+# --- the sparse backward -------------------------------------------------------------------------------------------------------
+
+
+def sparse(found: dict) -> list[str]:
+    """Errors beside the bound that was proved, and beside bfloat16's; times where they were measured."""
+    temperatures = ", ".join(str(one["temperature"]) for one in found["curves"])
+    shape = f"V, D = {', '.join(map(str, found['shape']))}"
+    text = (
+        f"`python -m benchmarks.reports.sparse_backward`: {origin(found)}. The backward of log-probs of {found['rows']} tokens "
+        f"of GSM8K under SmolLM2-135M ({shape}) at temperatures {temperatures}, targets sampled from the model, against float64. "
+        "The bound is what the call proved of both gradients; the last columns are what rounding d loss / d logits to bfloat16 "
+        "does, which every bfloat16 backward does at least."
+    )
+    rows = []
+    for one in found["curves"]:
+        for p in (p for p in one["points"] if p["tolerance"] in _SHOWN):
+            cells = [f"{one['entropy']:.2f} nats", f"{p['tolerance']:.1e}", f"{p['bound']:.1e}", f"{p['kept']:.1%}"]
+            rows.append([*cells, *(f"{x:.1e}" for x in (*p["errors"], *one["rounded"]))])
+    heads = ["entropy", "tolerance", "bound", "columns kept", "dH error", "dW error", "bfloat16: dH", "bfloat16: dW"]
+    lines = ["## The sparse backward", "", text, "", *table(heads, rows)]
+    lines += picture("sparse_backward", "Errors and share of columns against the tolerance")
+    return lines + (_sparse_times(found["times"]) if "times" in found else ["Times of it have not been measured yet.", ""])
+
+
+_SHOWN = (2.0**-5, 2.0**-7, 2.0**-9)  # tolerances in the table; the picture has all
+
+
+def _sparse_times(times: dict) -> list[str]:
+    rows = []
+    for one in times["races"]:
+        exact = next(r for r in one["rows"] if r["name"] == sparse_backward.EXACT)["timing"]["median_ms"]
+        case = f"{one['name']}, N, V, D = {', '.join(map(str, one['shape']))}, {one['entropy']:.2f} nats, {one['kept']:.1%} kept"
+        for row in one["rows"]:
+            ms = row["timing"]["median_ms"]
+            rows.append([case, row["name"], f"{ms:.0f}", f"{exact / ms:.2f}x", *(f"{e:.1e}" for e in row["errors"])])
+    where = f"float32 ({origin(times)}). {load_note([times['other_load']])}"
+    text = f"Log-probs forward and backward, {where} Errors: to our exact one."
+    return [text, "", *table(["", "", "ms", "exact / it", "dH error", "dW error"], rows)]
 
 
 # --- credit --------------------------------------------------------------------------------------------------------------------
@@ -422,7 +462,16 @@ def page(results: Path = RESULTS) -> str:
     loads = load_note([s["other_load"] for s in cpu["sections"]])
     lines = [*HEAD.splitlines(), "", "## The operators on a CPU", ""]
     lines += [f"`python -m benchmarks.reports.cpu`: {origin(cpu)}. {loads}{_table_link('cpu_report.md')}", ""]
-    lines += logits(cpu) + hidden(cpu) + slower(cpu) + credit(scan) + growth(found) + ranks(found) + step(runs, found["model"])
+    lines += (
+        logits(cpu)
+        + hidden(cpu)
+        + slower(cpu)
+        + sparse(_read(results, sparse_backward.FILE))
+        + credit(scan)
+        + growth(found)
+        + ranks(found)
+        + step(runs, found["model"])
+    )
     lines += beside_trl(_read(results, step_beside_trl.FILE))
     return "\n".join([*lines, *gpus(reports, compiled)]).rstrip() + "\n"
 
@@ -475,6 +524,8 @@ def main(arguments: list[str] | None = None) -> int:
     PAGE.write_text(page())
     README.write_text(readme(README.read_text()))
     drawn = draw(_read(RESULTS, FILE), PLOTS) + draw_demo(_read(RESULTS, demo.FILE), PLOTS)
+    for path in RESULTS.glob(sparse_backward.FILE):
+        drawn += draw_sparse(json.loads(path.read_text()), PLOTS)
     names = ", ".join(path.name for path in drawn)
     print(f"wrote {PAGE.relative_to(ROOT)}, its pictures ({names}) and the figures of {README.name}")
     return 0

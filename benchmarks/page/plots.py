@@ -1,4 +1,4 @@
-"""The pictures of docs/plots, drawn from scaling.json and demo.json alone."""
+"""The pictures of docs/plots, drawn from scaling.json, demo.json and sparse_backward.json alone."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def draw(found: dict, folder: Path) -> list[Path]:
 def draw_demo(found: dict, folder: Path) -> list[Path]:
     """The demo's curves and the seconds of its steps; where they went."""
     return _save({"demo": _curves, "step_phases": _step}, found, folder)
+
+
+def draw_sparse(found: dict, folder: Path) -> list[Path]:
+    """The sparse backward's errors and share of columns; where the picture went."""
+    return _save({"sparse_backward": _sparse}, found, folder)
 
 
 def _save(drawn: dict, found: dict, folder: Path) -> list[Path]:
@@ -160,3 +165,21 @@ def _bars(axis, seconds: dict[str, dict[str, float]]) -> None:
     for i, total in enumerate(starts.values()):
         axis.text(total, i, f" {total:.3g} s", va="center", fontsize=9)
     axis.set_xlim(0, 1.14 * max(starts.values()))
+
+
+def _sparse(found: dict):
+    """Against the tolerance: the bound, the errors beside what rounding to bfloat16 does, and the columns in the products."""
+    figure, axes = _pyplot().subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    for color, one in zip(("C0", "C1", "C2"), found["curves"], strict=False):
+        points = [p for p in one["points"] if p["bound"] > 0]
+        at, label = [p["tolerance"] for p in points], f"{one['entropy']:.2f} nats"
+        for axis, which in zip(axes, (0, 1), strict=False):
+            axis.plot(at, [p["errors"][which] for p in points], "o-", color=color, markersize=4, label=label)
+            axis.plot(at, [p["bound"] for p in points], ":", color=color)
+            axis.axhline(one["rounded"][which], color=color, linestyle="--", linewidth=0.8)
+        axes[2].plot([p["tolerance"] for p in one["points"]], [p["kept"] for p in one["points"]], "o-", color=color, markersize=4)
+    for axis, what in zip(axes, ("error of dH", "error of dW", "share of columns in the products"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="tolerance", title=what)
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=9, title="dotted: proved bound\ndashed: dz in bfloat16")
+    return figure

@@ -17,9 +17,22 @@ from ..errors import bad_input
 from ..parallel import constant_when_traced
 from ..records import Tile, TileTask
 from . import native, reference, triton
-from .base import Backend, on_device, wide
+from .base import Backend, finished, on_device, wide
 
-__all__ = ["BACKENDS", "ENVIRONMENT", "Backend", "Tile", "TileTask", "backend", "choose", "on_device", "show", "version", "wide"]
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT",
+    "Backend",
+    "Tile",
+    "TileTask",
+    "backend",
+    "choose",
+    "finished",
+    "on_device",
+    "show",
+    "version",
+    "wide",
+]
 
 ENVIRONMENT = "GEAR_KERNELS_BACKEND"
 BACKENDS = {one.name: one for one in (reference.Reference(), triton.Triton(), native.Native())}

@@ -10,6 +10,7 @@ import contextlib
 import torch
 
 from ..records import Credit, Pack, Tile, TileTask
+from ..reference import sparse
 from ..rules import Rule
 
 HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +55,27 @@ class Backend:
         """Adds the tile's share of both divergences to the mixture to `shares` [K, n, 2] float64."""
         raise NotImplementedError
 
+    def note(
+        self,
+        student: Tile,
+        teacher: Tile | None,
+        task: TileTask,
+        norms: tuple[torch.Tensor, torch.Tensor | None],
+        first_row: int,
+        noted: torch.Tensor,
+    ) -> None:
+        """Adds the tile's importances, summed over blocks of sparse.ROWS rows, to `noted` [blocks, c]: what the sparse backward
+        chooses columns by. Here in torch, on any device.
+
+        norms: of student and teacher [n], in the logits' dtype, see `sparse.importance`.  first_row: the tile's first row within
+        its first block.  task.stats: those that a gradient comes through.
+        """
+        own, other = finished(student), None if teacher is None else finished(teacher)
+        found = sparse.importance(own, other, task.rows, *norms, task.stats).to(noted.dtype)
+        starts = range(-first_row, len(found), sparse.ROWS)
+        for block, start in zip(noted, starts, strict=True):
+            block += found[max(start, 0) : start + sparse.ROWS].sum(0)
+
     def gradient(
         self, student: Tile, teacher: Tile | None, task: TileTask, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor
     ) -> None:
@@ -71,6 +93,13 @@ class Backend:
     def scan(self, pack: Pack, rule: Rule) -> Credit:
         """The rule over each sequence of the pack. Raises on NaN where looking at values waits for nothing."""
         raise NotImplementedError
+
+
+def finished(tile: Tile) -> torch.Tensor:
+    """The logits of a tile, bias, scale and softcap applied where a back end with `fused_head` was to do it."""
+    z = tile.z if tile.bias is None else tile.z + tile.bias
+    z = z if tile.scale is None else z * tile.scale
+    return z if tile.softcap is None else tile.softcap * torch.tanh(z / tile.softcap)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

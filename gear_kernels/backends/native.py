@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..records import Credit, Pack, Tile, TileTask, check_advantages, nan_at
-from ..reference import credit, stats
+from ..reference import credit, sparse, stats
 from ..rules import NORMALIZERS, RULES, SCAN_SEGMENTERS, Rule, lower
 from .base import Backend, empty_credit, left_to_reference
 
@@ -21,6 +21,7 @@ TABLES = {
     "normalizers": NORMALIZERS,
     "segmenters": SCAN_SEGMENTERS,
     "tallies": credit.TALLIES,
+    "note_rows": (str(sparse.ROWS),),
 }
 MEND = "install a wheel that has it, or from source with a C++ compiler: docs/install.md"
 
@@ -79,6 +80,10 @@ class Native(Backend):
     def mixture(self, student, teacher, task, state, shares):
         """See Backend.mixture."""
         _call("mixture", student, teacher, task, state, task.beta, shares)
+
+    def note(self, student, teacher, task, norms, first_row, noted):
+        """See Backend.note."""
+        _call("note", student, teacher, task, *norms, first_row, "reverse_kl" in task.stats, noted)
 
     def gradient(self, student, teacher, task, state, grads, dz):
         """See Backend.gradient."""

@@ -152,6 +152,25 @@ void gradient(const Logits& student, const std::optional<Logits>& teacher, const
   run(named(isa).gradient, p, threads);
 }
 
+// sums [blocks, columns]: of the blocks that the tile's rows lie in, the first of which begins first_row rows before the tile.
+void note(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets, int64_t ignore_index,
+          const Vector& inv_temperature, int64_t first, const Vector& norm, const std::optional<Vector>& teacher_norm,
+          int64_t first_row, bool divergence, nb::ndarray<float, nb::ndim<2>, nb::device::cpu> sums, int threads,
+          const std::string& isa) {
+  Problem p = problem(student, teacher, targets, ignore_index, inv_temperature, first);
+  require((int64_t)norm.shape(0) == p.rows && p.has_teacher == teacher_norm.has_value(), "norm shape");
+  require(!teacher_norm || (int64_t)teacher_norm->shape(0) == p.rows, "teacher_norm shape");
+  const int64_t blocks = (first_row + p.rows + kNoteRows - 1) / kNoteRows;
+  require((int64_t)sums.shape(0) == blocks && (int64_t)sums.shape(1) == p.columns, "sums shape");
+  require(p.columns < 2 || sums.stride(1) == 1, "sums must have unit stride within a block");
+  p.notes = {sums.data(), sums.stride(0), first_row, norm.data(), teacher_norm ? teacher_norm->data() : nullptr, divergence};
+  const Isa f = named(isa);
+  const int64_t chunks = (p.columns + f.note_columns - 1) / f.note_columns;
+  nb::gil_scoped_release nogil;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t i = 0; i < blocks * chunks; ++i) f.note(p, i / chunks, i % chunks * f.note_columns);
+}
+
 // ---- product of bfloat16 matrices -------------------------------------------------------------------------------------
 
 bool has_product() {
@@ -233,7 +252,8 @@ std::pair<int64_t, int64_t> credit_scan(std::optional<Column<const T>> signal, s
 std::map<std::string, std::vector<std::string>> tables() {
   return {{"sums", {GEAR_SUMS(GEAR_NAME)}}, {"values", {GEAR_VALUES(GEAR_NAME)}}, {"state", {GEAR_STATE(GEAR_NAME)}},
           {"rules", {GEAR_RULES(GEAR_NAME)}}, {"normalizers", {GEAR_NORMALIZERS(GEAR_NAME)}},
-          {"segmenters", {GEAR_SEGMENTERS(GEAR_NAME)}}, {"tallies", {GEAR_TALLIES(GEAR_NAME)}}};
+          {"segmenters", {GEAR_SEGMENTERS(GEAR_NAME)}}, {"tallies", {GEAR_TALLIES(GEAR_NAME)}},
+          {"note_rows", {std::to_string(kNoteRows)}}};
 }
 
 }  // namespace
@@ -256,6 +276,9 @@ NB_MODULE(_native, m) {
         nb::arg("state"), nb::arg("beta"), nb::arg("shares"), threads, isa);
   m.def("gradient", &gradient, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature,
         first, nb::arg("state"), nb::arg("beta"), nb::arg("grads"), nb::arg("dz"), threads, isa);
+  m.def("note", &note, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature, first,
+        nb::arg("norm"), nb::arg("teacher_norm").none(), nb::arg("first_row"), nb::arg("divergence"),
+        nb::arg("sums"), threads, isa);
   m.def("has_product", &has_product);
   m.def("product", &product, nb::arg("a"), nb::arg("b"), nb::arg("out"), nb::arg("add"), threads);
   nb::class_<ScanOptions>(m, "ScanOptions")

@@ -510,12 +510,49 @@ void backward_row(const Problem& p, int64_t row, int) {
     zero_row(p, row);  // nothing to pass: the logits are not read
 }
 
+// ---- notes for the sparse backward ----------------------------------------------------------------------------------
+
+constexpr float kFarthestNoted = 1e6f;  // nats of |log p - log q|, as in reference/sparse.py
+
+inline vf magnitude(vf a) { return pick_larger(a, -a); }
+
+// The norms are at least the sums over this tile, so p and q are 1 at most.
+template <bool kTeacher>
+void note_row(const Problem& p, int64_t row, int64_t col, int n, float* sums) {
+  alignas(64) float s_buffer[kBlock], t_buffer[kBlock];
+  const float* s = load_block(p.student, row, col, n, s_buffer);
+  const float* t = kTeacher ? load_block(p.teacher, row, col, n, t_buffer) : nullptr;
+  const float factor = p.inv_temperature[row] * kLog2e, s_norm = p.notes.norm[row] * kLog2e;
+  const float t_norm = kTeacher ? p.notes.teacher_norm[row] * kLog2e : 0;
+  const float divergence = p.notes.divergence ? 1.0f : 0;
+  for (int i = 0; i < n; i += W) {
+    const vf x = at_least(load(s + i) * factor - s_norm, kLowest);
+    vf u = exp2_lanes(x);
+    if (kTeacher) {
+      const vf y = at_least(load(t + i) * factor - t_norm, kLowest);
+      u += u * divergence * at_most(kLn2 * magnitude(x - y), kFarthestNoted) + exp2_lanes(y);
+    }
+    store(sums + i, load(sums + i) + u);
+  }
+}
+
+void note_block(const Problem& p, int64_t block, int64_t col) {
+  alignas(64) float sums[kBlock] = {};
+  const int n = (int)(p.columns - col < kBlock ? p.columns - col : kBlock);
+  const int64_t from = block * kNoteRows - p.notes.first_row, begin = from > 0 ? from : 0;
+  const int64_t end = from + kNoteRows < p.rows ? from + kNoteRows : p.rows;
+  for (int64_t row = begin; row < end; ++row)
+    if (!ignored(p, row)) p.has_teacher ? note_row<true>(p, row, col, n, sums) : note_row<false>(p, row, col, n, sums);
+  float* to = p.notes.sums + block * p.notes.stride + col;
+  for (int i = 0; i < n; ++i) to[i] += sums[i];
+}
+
 }  // namespace
 
 #define GEAR_JOIN_(a, b) a##b
 #define GEAR_JOIN(a, b) GEAR_JOIN_(a, b)
 #define GEAR_TEXT_(a) #a
 #define GEAR_TEXT(a) GEAR_TEXT_(a)
-Isa GEAR_JOIN(GEAR_ISA, _isa)() { return {GEAR_TEXT(GEAR_ISA), sweep_row, finish_row, mixture_row, backward_row}; }
+Isa GEAR_JOIN(GEAR_ISA, _isa)() { return {GEAR_TEXT(GEAR_ISA), sweep_row, finish_row, mixture_row, backward_row, note_block, kBlock}; }
 
 }  // namespace gear

@@ -19,6 +19,16 @@ enum Sum { GEAR_SUMS(GEAR_ENUMERATOR) kSums };
 enum Value { GEAR_VALUES(GEAR_ENUMERATOR) kValues };
 enum State { GEAR_STATE(GEAR_ENUMERATOR) kState };
 
+// What the sparse backward notes of a tile: sums over blocks of kNoteRows rows of p (1 + |log p/q|) + q, one a column.
+constexpr int kNoteRows = 128;  // reference.sparse.ROWS
+struct Notes {
+  float* sums = nullptr;             // [blocks, columns] of the blocks that the tile lies in; blocks are `stride` apart
+  int64_t stride = 0;
+  int64_t first_row = 0;             // the tile's first row within its first block
+  const float *norm = nullptr, *teacher_norm = nullptr;  // [rows]: log sum e^(z / T), or less
+  bool divergence = false;  // whether the middle term counts
+};
+
 // A tile of logits (or, for finish, only its rows) and the tables that the function called reads or writes.
 struct Problem {
   Matrix student, teacher;
@@ -38,12 +48,15 @@ struct Problem {
   const float* grads = nullptr;      // [rows, kValues]
   float beta = 0.5f;                 // the teacher's part of the mixture
   Matrix dz;                         // [rows, columns]
+  Notes notes;
 };
 
 using RowFunction = void (*)(const Problem&, int64_t row, int split);
 struct Isa {
   const char* name;
   RowFunction sweep, finish, mixture, gradient;
+  void (*note)(const Problem&, int64_t block, int64_t column);  // note_columns of them, from this one on
+  int64_t note_columns;
 };
 
 Isa baseline_isa();

@@ -24,9 +24,10 @@ class Policy(nn.Module):
     head is gathered only around its own use and gradients are exact. Never call the backbone outside `engine(...)`.
     """
 
-    def __init__(self, lm: PreTrainedModel):
+    def __init__(self, lm: PreTrainedModel, head_backward: str = "exact"):
+        """head_backward: see `train.head_backward`."""
         super().__init__()
-        self.lm = lm
+        self.lm, self.head_backward = lm, head_backward
         FusedHead.from_model(lm)
 
     def forward(
@@ -47,6 +48,7 @@ class Policy(nn.Module):
         student, taught = self._hidden(batch, adapters or {})
         taught, own_head = teacher or (taught, None)
         options = {"teacher_head": own_head, "temperature": temperature, "stats": stats, "jsd_beta": jsd_beta}
+        options["backward"] = self.head_backward
         return cast(Any, self.lm.get_output_embeddings())(student, batch.targets, taught, **options)
 
     def _hidden(self, batch: MicroBatch, adapters: Adapters) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -67,7 +67,7 @@ def build_engine(cfg: Config, model_path: str, beside: tuple[str, ...] = (), res
     if cfg.model.gradient_checkpointing:
         checkpoint_layers(lm)
     engine, *_ = deepspeed.initialize(
-        model=Policy(lm),
+        model=Policy(lm, cfg.train.head_backward),
         config=config,
         model_parameters=[p for p in lm.parameters() if p.requires_grad],  # pyright: ignore[reportArgumentType]  (annotated as one module)
     )

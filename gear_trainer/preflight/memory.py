@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gear_kernels import tiling
+from gear_kernels import sparse, tiling
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
 from gear_trainer.policy import lora
@@ -441,7 +441,7 @@ class _Rank:
         rows = 2 if distillation and distillation.full else 1
         held["activations kept"] = self.passes.kept
         # hidden states and their gradient, which is summed in float32
-        held["fused head"] = states * (self.item * (rows + 1) + 4) + self._operator()
+        held["fused head"] = states * (self.item * (rows + 1) + 4) + self._operator() + self._notes()
         held["head's gradient"] = self.s.head * self.item * self.head_trains
         teacher = self._frozen_head("teacher") if rows == 2 else 0.0
         return held | {"whole weights": self._whole(self.s.head) + teacher}
@@ -484,6 +484,11 @@ class _Rank:
     def _operator(self) -> float:
         """The fused operator's tiles and sums: never the logits."""
         return tiling.limits(torch.device("cuda" if self.card.gpu else "cpu")).workspace + SUMS * self.tokens
+
+    def _notes(self) -> float:
+        """The sparse backward's: a number for each column and block of rows, and as many for what it chooses them by."""
+        rows, columns = sparse.shape(self.tokens, self.s.vocabulary)
+        return 3 * 4.0 * rows * columns * (self.cfg.train.head_backward == "sparse")
 
     def _frozen_head(self, *names: str) -> float:
         """A frozen model's head, whole while it scores; two of them never are at a time."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from gear_kernels import TokenStats
+from gear_kernels import TokenStats, sparse
 from gear_kernels.losses import cispo_loss, entropy_loss, gspo_loss, importance_weights, policy_gradient_loss
 from gear_trainer.config import Config
 from gear_trainer.policy.batching import MicroBatch, on_device
@@ -42,13 +42,17 @@ class Updater:
     def __call__(self, step: int, experience: Experience, passes: list[Pass], sums: Sums) -> None:
         """`updates_per_step` optimizer steps, each over whole groups, normalised by the global count of its trajectories.
 
-        Collective. Adds the loss, its parts, grad_norm and updates_skipped, a total: all ranks skip together.
+        Collective. Adds the loss, its parts, grad_norm, and updates_skipped, a total: all ranks skip together; of a sparse head
+        the share of columns that were kept, and the largest bound on the error.
         """
         recipe = self.recipe.at(step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, step)
         sums.declare(*LOGGED, "grad_norm", *(("divergence",) if self.recipe.distillation else ()))
         sums.declare(*(("reference_kl",) if recipe.kl else ()), *(("importance_masked",) if self._masks else ()))
+        if self.cfg.train.head_backward == "sparse":
+            sums.declare("head_kept")
+            sums.peak("head_bound", 0.0)
         sums.mean("updates_skipped", sum(self._step(recipe, part, experience, sums) for part in passes), 1)
 
     @property
@@ -67,7 +71,11 @@ class Updater:
             loss, parts = self._loss(recipe, out, inputs)
             # DeepSpeed averages over ranks; the weights already are global means. A loss that is not finite makes every gradient
             # NaN, also where a clip would have stopped it: DeepSpeed then skips the step, on all ranks alike.
-            self.engine.backward(loss * world * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
+            with sparse.reports() as heads:
+                self.engine.backward(loss * world * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
+            for report in heads:
+                sums.mean("head_kept", report.kept, 1)
+                sums.peak("head_bound", report.bound)
             for name, value in parts.items():
                 sums.mean(name, value.double() * inputs.counted, inputs.counted)
             total = total + loss.detach().double() * world
