@@ -23,7 +23,7 @@ from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.files import RunFiles, next_free, read_metrics
 from gear_trainer.runs.metrics import MEASURED, Phases, Sums
-from gear_trainer.runs.records import Records
+from gear_trainer.runs.records import SCHEMA, Records, read_records
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Message, Problem
 from gear_trainer.train.advantages import group_advantages
@@ -261,13 +261,13 @@ def test_metrics_file_is_cut_at_the_resumed_step(tmp_path):
     files = RunFiles(cfg, 0)
     for step in range(1, 5):
         files.metrics({"step": step, "reward_mean": step / 10, "seconds": {"rollout": 1.0}})
-        files.records(step, '{"a": 1}\n')
+        files.records(step, SCHEMA.empty_table())
     with files.metrics_path.open("a") as file:
         file.write('{"step": 5, "rew')  # a kill in mid-write
     assert [m["step"] for m in read_metrics(files.metrics_path)] == [1, 2, 3, 4]
     resumed = RunFiles(cfg, 2)
     assert [m["step"] for m in read_metrics(resumed.metrics_path)] == [1, 2]
-    assert sorted(p.name for p in (cfg.run_dir / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00002.jsonl"]
+    assert sorted(p.name for p in (cfg.run_dir / "rollouts").iterdir()) == ["step-00001.parquet", "step-00002.parquet"]
 
 
 class Quiet(Scripted):
@@ -279,7 +279,7 @@ class Quiet(Scripted):
 
 
 def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_path, monkeypatch, capsys):
-    """Of 160 rollouts 128 are kept, as lines that rank 0 only writes; a token's text is looked up once, not where it stands."""
+    """Of 160 rollouts 128 are kept, as rows that rank 0 only writes; a token's text is looked up once, not where it stands."""
     chat, task = chat
     shape = ["world_size=1", "rollout.prompts_per_step=20", "eval.every=0", "max_logprob_gap=1000", f"output_dir={tmp_path}"]
     cfg = load_config(DEMO, shape)
@@ -293,11 +293,10 @@ def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_p
     monkeypatch.setattr(dist, "gather_object", lambda mine, *more: gathered.append(mine) or gather(mine, *more))
     monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, **more: pieces.append(len(ids)) or decode(ids, **more))
     values = trainer.step(1)
-    lines = (cfg.run_dir / "rollouts" / "step-00001.jsonl").read_text()
-    rows = [json.loads(line) for line in lines.splitlines()]
+    rows = read_records(cfg.run_dir, 1)
     assert [(r["group"], r["sample"]) for r in rows] == [(g, k) for g in range(16) for k in range(8)], "whole groups"
     assert all("".join(r["tokens"]) == r["response"] for r in rows)
-    assert gathered == [lines], "made where the rollouts are"
+    assert [table.to_pylist() for table in gathered] == [rows], "made where the rollouts are"
     assert pieces.count(1) <= len({t for r in rows for t in r["ids"]}) < len(rows[0]["ids"])
     assert values["seconds"]["records"] > 0 and values["seconds"]["step"] >= values["seconds"]["records"]
     watched(values, capsys, watch)
