@@ -1,4 +1,7 @@
-"""The rollouts that a run keeps: what is stored comes back exactly, the same rollouts are the same bytes, files of before are read."""
+"""The rollouts that a run keeps: what is stored comes back exactly, the same rollouts are the same bytes.
+
+Files of before are read too.
+"""
 
 import json
 import math
@@ -72,7 +75,8 @@ def test_text_that_is_no_unicode_is_kept_as_its_escape(tmp_path):
     table, files = rows(tmp_path, made, chat)
     files.records(1, table)
     first, _ = read_records(tmp_path / "run", 1)
-    assert first["tokens"][:2] == ["\\ud800", "\x00\u202eb"] and first["reference"] == "\\udfff" and first["failures"] == ["\\ud83d"]
+    assert first["tokens"][:2] == ["\\ud800", "\x00\u202eb"]
+    assert first["reference"] == "\\udfff" and first["failures"] == ["\\ud83d"]
 
 
 BEFORE = {
