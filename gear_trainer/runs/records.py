@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
@@ -58,6 +60,7 @@ _TOKENS = {  # over `ids`; but for the first four null on tool replies. Floats w
     "segment": pa.int32(),
     "anchors": pa.int64(),
 }
+_TOGETHER = 32  # rows that lie together in the file: who wants a group reads no more than these
 LISTS = (*_TOKENS, *(name for name in COLUMNS if name not in _TOKENS))
 SCHEMA = pa.schema([*_ROW.items(), *((name, pa.list_(_TOKENS.get(name, pa.float32()))) for name in LISTS)])
 
@@ -160,25 +163,37 @@ def recorded_steps(run_dir: Path) -> list[int]:
 def to_bytes(rows: pa.Table) -> bytes:
     """The file of these rows: Parquet, the same bytes for the same rows."""
     out = pa.BufferOutputStream()
-    pq.write_table(rows, out, compression="zstd")
+    pq.write_table(rows, out, compression="zstd", row_group_size=_TOGETHER)
     return out.getvalue().to_pybytes()
 
 
-def read_table(run_dir: Path, step: int, columns: list[str] | None = None) -> pa.Table:
-    """The rollouts that a run kept of a step, ordered by rank: a row each, by SCHEMA or these columns of it.
+def read_table(run_dir: Path, step: int, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> pa.Table:
+    """The rollouts that a run kept of a step, ordered by rank: a row each, by SCHEMA or these columns of it, of all groups or these.
 
     What a run of before did not keep is null. Raises FileNotFoundError where the run kept none.
     """
-    path = records_path(run_dir, step)
-    names = columns or SCHEMA.names
+    path, names = records_path(run_dir, step), list(columns or SCHEMA.names)
+    read = [*names, *({"group"} - set(names))]
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return pa.Table.from_pylist([_of_before(row) for row in rows], schema=SCHEMA).select(names)
-    table = pq.ParquetFile(path).read(columns=names)
-    for name in names:  # of a file that an earlier version wrote
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+        table = pa.Table.from_pylist([_of_before(row) for row in rows], schema=SCHEMA)
+    else:
+        file = pq.ParquetFile(path)
+        table = file.read(columns=read) if groups is None else file.read_row_groups(_parts(file, groups), columns=read)
+        for name in names:  # of a file that an earlier version wrote
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    if groups is not None:
+        table = table.filter(pc.is_in(table["group"], pa.array(groups, pa.int32())))
     return table.select(names)
+
+
+def _parts(file: pq.ParquetFile, groups: Sequence[int]) -> list[int]:
+    """The file's row groups that may hold one of these groups of rollouts."""
+    place = file.schema_arrow.names.index("group")
+    assert all(not pa.types.is_nested(field.type) for field in list(file.schema_arrow)[:place])  # so it is the column's place too
+    bounds = [file.metadata.row_group(i).column(place).statistics for i in range(file.num_row_groups)]
+    return [i for i, own in enumerate(bounds) if own is None or any(own.min <= group <= own.max for group in groups)]
 
 
 def read_records(run_dir: Path, step: int) -> list[dict[str, Any]]:
