@@ -126,7 +126,7 @@ def report(argv: list[str]) -> int:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--together", type=Path, metavar="FILE.html", help="one page of all: curves overlaid, problems compared")
     only.add_argument(
-        "--serve", nargs="?", type=int, const=0, metavar="PORT", help="serve the page on 127.0.0.1, following the runs"
+        "--serve", nargs="?", type=int, const=0, metavar="PORT", help="serve the page on 127.0.0.1; it follows runs"
     )
     only.add_argument("--text", action="store_true", help="on the terminal")
     only.add_argument("--compare", type=Path, metavar="FILE.png", help="held-out success of all runs, one colour a method")

@@ -85,9 +85,10 @@ def row(rng, step, group, sample, hostile):
     if not taught_at_all:
         over |= dict.fromkeys(("teacher_logprobs", "raw_signal", "teacher_entropy", "forward_kl"))
     return {
-        "problem": f"{'sums' if group % 2 else 'words'}/{step}-{group}", "group": group, "sample": sample, "reward": float(success),
+        "problem": f"{'sums' if group % 2 else 'words'}/{step}-{group}", "group": group, "sample": sample,
         "success": success, "advantage": (1 if success else -1) * (0.5 + sample / 10) if taught_at_all else 0.0,
-        "end": rng.choice(["done", "done", "turns"]), "calls": 1, "errors": 0, "truncated": False, "failures": [], "dropped": False,
+        "reward": float(success), "end": rng.choice(["done", "done", "turns"]),
+        "calls": 1, "errors": 0, "truncated": False, "failures": [], "dropped": False,
         "texts_escaped": 0, "replies_cut": 0, "prompt": f"question {group} <b>bold</b>\x1b[1m", "response": "".join(tokens),
         "answer": "42", "reference": None, "prompt_ids": [1], "ids": [known[t] for t in tokens], "tokens": tokens, "mask": mask,
         "turn": turn, "sampler_logprobs": over["logprobs"], "versions": [1 if m else None for m in mask], **over,
@@ -140,15 +141,10 @@ def make_audit(folder, seed=5):
         made = {name: r[name] for name in names} | {"step": 20, "v0": 0.5, "value_samples": 64, "deviation": -2}
         made |= {name: [v if v is not None else float("nan") for v in r[name]] for name in ("logprobs", "entropy")}
         v, value = 0.5, []
-        for i, m in enumerate(r["mask"]):
-            v = (
-                float(r["success"])
-                if i == len(r["mask"]) - 1
-                else min(1.0, max(0.0, v + rng.choice([0, 0, 0.125, -0.125])))
-                if m
-                else v
-            )
+        for m in r["mask"]:
+            v = min(1.0, max(0.0, v + rng.choice([0, 0, 0.125, -0.125]))) if m else v
             value.append(v if m else float("nan"))
+        value[-1] = float(r["success"])
         made["value"] = value
         for teacher in audit_file.TEACHERS:
             for column in audit_file.TEACHER_COLUMNS:

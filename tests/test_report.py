@@ -1,4 +1,4 @@
-"""What a report is made of, without a browser: the numbers that the page is given, warnings, the page's shell, server and twin."""
+"""What a report is made of, without a browser: the numbers that the page is given, warnings, the page's shell, server, twin."""
 
 import gzip
 import html
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
     return made
 
 
-# --- what the page is given -----------------------------------------------------------------------------------------------------
+# --- what the page is given ---------------------------------------------------------------------------------------------------
 
 
 def test_every_number_of_a_run_is_in_its_series(runs):
@@ -139,7 +139,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, folder, said):
         payload.manifest([tmp_path / folder])
 
 
-# --- warnings ---------------------------------------------------------------------------------------------------------------------
+# --- warnings -----------------------------------------------------------------------------------------------------------------
 
 
 def steady(**changed):
@@ -190,7 +190,7 @@ def test_a_teacher_that_falls_silent_mid_trace_is_found():
     assert "50%" in found.found and found.metric == "mean_signal"
 
 
-# --- the page's shell ---------------------------------------------------------------------------------------------------------------
+# --- the page's shell ---------------------------------------------------------------------------------------------------------
 
 
 def test_no_text_of_a_model_stands_in_the_page(runs, tmp_path):
@@ -223,7 +223,7 @@ def test_the_command_writes_pages_of_one_and_of_several(runs, tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2 and "no run there" in capsys.readouterr().err
 
 
-# --- the terminal --------------------------------------------------------------------------------------------------------------------
+# --- the terminal -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_twin_shows_numbers_warnings_and_a_rollout_that_no_terminal_obeys(runs, tmp_path):
@@ -249,7 +249,7 @@ def test_a_sparkline_is_as_wide_as_it_may():
     assert set(terminal.sparkline([2.0] * 5)) == {"▄"}
 
 
-# --- the server ----------------------------------------------------------------------------------------------------------------------
+# --- the server ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -283,11 +283,14 @@ def test_a_served_run_gives_its_rows_and_groups(runs, served):
     assert unpacked(get(served, "/data/pack?run=0&key=audit%2Fmodel&groups=1")[1])[0]["rows"][0]["group"] == 1
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/etc/passwd", "/data/pack?run=9&key=1", "/data/pack?run=-1&key=1", "/data/pack?run=0&key=99&groups=1", "/data/rows?run=0",
-     "/data/rows?run=0&key=..%2F..%2Fx", "/data/rows?run=0&key=audit%2F..", "/data/pack?run=0&key=1&groups=x", "/data/none?run=0&key=1"],
+NOWHERE = (
+    "/etc/passwd", "/data/pack?run=9&key=1", "/data/pack?run=-1&key=1", "/data/pack?run=0&key=99&groups=1", "/data/rows?run=0",
+    "/data/rows?run=0&key=..%2F..%2Fx", "/data/rows?run=0&key=audit%2F..", "/data/pack?run=0&key=1&groups=x",
+    "/data/none?run=0&key=1",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NOWHERE)
 def test_what_is_not_there_is_not_found(served, path):
     assert get(served, path)[0] == 404
 

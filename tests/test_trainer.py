@@ -18,7 +18,6 @@ from gear_trainer.policy.forward import Forward
 from gear_trainer.policy.gather import buckets, gathered_weights, tied_head
 from gear_trainer.policy.model import Policy
 from gear_trainer.recipe import resolve
-from gear_trainer.report.build import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.files import RunFiles, next_free, read_metrics
@@ -371,26 +370,6 @@ def test_phases_add_up():
         with phases("score"):
             pass
     assert list(phases.split()) == ["score"] and phases.split() == {}
-
-
-def test_report_escapes_model_text_and_marks_credit(tmp_path):
-    (tmp_path / "rollouts").mkdir()
-    (tmp_path / "config.json").write_text("{}")
-    rows = [{"step": 0, "held_out_success": 0.2}]
-    rows += [{"step": s, "success": s / 5, "held_out_success": s / 4, "seconds": {"rollout": 1.0}} for s in range(1, 4)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    record = {
-        "problem": "p", "group": 0, "sample": 0, "success": True, "advantage": 1.0, "answer": "1",
-        "calls": 1, "errors": 0, "prompt": "q", "ids": [1, 2, 3], "tokens": ["<script>", "b", "c"], "mask": [1, 0, 1],
-        "weight": [1.1, None, 0.9], "segment": [-1, None, 0],
-        "signal": [0.0, None, 1.0], "entropy": [0.1, None, 0.2], "logprobs": [-0.1, None, -0.2], "teacher_logprobs": None,
-    }  # fmt: skip
-    (tmp_path / "rollouts" / "step-00003.jsonl").write_text(json.dumps(record) + "\n")
-    line = write_report(tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "0.200 before, 0.750 after 3 steps (+0.550)" in line
-    assert "&lt;script&gt;" in page and "<script>" not in page and 'class="on"' in page
-    assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
 def test_D1_a_kill_in_the_first_save_leaves_a_checkpoint_or_none(tmp_path):

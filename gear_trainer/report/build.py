@@ -1,7 +1,7 @@
-"""Runs as one page that asks for nothing: curves, rollouts coloured by token credit, warnings; and their held-out curves as a figure.
+"""Runs as one page that asks for nothing: curves, rollouts coloured by token credit, warnings; and held-out curves as a figure.
 
-`python -m gear_trainer report runs/NAME` writes `report.html` into the run's folder; with `--together FILE.html` several runs are one
-page. `python -m gear_trainer report --compare FILE.png runs/A runs/B ...` draws held-out success of several runs, one colour a method.
+`python -m gear_trainer report runs/NAME` writes `report.html` into the run's folder; with `--together FILE.html` several runs are
+one page. `python -m gear_trainer report --compare FILE.png runs/A runs/B ...` draws their held-out success, one colour a method.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a run's numbers warn of, each with its reason and how to mend it.
 
-A rule looks at the mean of a number over the run's last quarter (`late`), where it says so against the first quarter (`early`). Its
-limits are rules of thumb, ours: a warning says where to look.
+A rule looks at the mean of a number over the run's last quarter (`late`), where it says so against the first quarter (`early`).
+Its limits are rules of thumb, ours: a warning says where to look.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def silent_tails(rollouts: pa.Table) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-# --- rules: a warning, or None --------------------------------------------------------------------------------------------------
+# --- rules: a warning, or None ------------------------------------------------------------------------------------------------
 
 
 def _above(name: str, limit: float, said: str, reason: str, mend: str) -> Callable[[Numbers], Warning | None]:

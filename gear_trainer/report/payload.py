@@ -1,7 +1,7 @@
 """What a page is given: runs as one JSON object (`manifest`), and the rollouts of a step as packed columns (`pack`).
 
-A pack is binary, gzipped: a little-endian uint32, the length of a JSON header; the header; then its columns, each of them a block of
-four byte planes (all lowest bytes first, which compresses better) or, where it is of bytes, as it is. page/data.js reads it.
+A pack is binary, gzipped: a little-endian uint32, the length of a JSON header; the header; then its columns, each of them a block
+of four byte planes (all lowest bytes first, which compresses better) or, where it is of bytes, as it is. page/data.js reads it.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def rows(folder: Path, key: int | str) -> list[dict[str, Any]]:
 
 
 def scalars(table: pa.Table) -> list[dict[str, Any]]:
-    """Each rollout without its tokens, but for `length`, how many the policy said. What is not finite is None: JSON cannot say it."""
+    """Each rollout without its tokens, but for `length`, how many the policy said. None: not finite, which JSON cannot say."""
     found = table.select([name for name in SCALARS if name in table.column_names]).to_pylist()
     for row, mask in zip(found, table.column("mask").to_pylist(), strict=True):
         row["length"] = sum(mask)
@@ -250,14 +250,14 @@ def _planes(column: np.ndarray) -> bytes:
     return column.astype(column.dtype.newbyteorder("<")).view(np.uint8).reshape(-1, 4).T.tobytes()
 
 
-# --- the sample that a page of its own carries ----------------------------------------------------------------------------------
+# --- the sample that a page of its own carries --------------------------------------------------------------------------------
 
 
 def sample(folders: Sequence[Path], shown: dict[str, Any], budget: int) -> dict[str, bytes]:
     """Packs for a page that asks nobody: by `RUN/KEY`, as many as fit the budget (bytes).
 
-    Runs take turns: each gives its audits, its last step, its first, then those that halve the widest gap. A step that does not fit
-    whole gives its first groups with an advantage. What is left out is stated in `shown` (each run's `sample`).
+    Runs take turns: each gives its audits, its last step, its first, then those that halve the widest gap. A run's first that
+    does not fit whole gives its first groups with an advantage. What there is is stated in `shown` (each run's `sample`).
     """
     found: dict[str, bytes] = {}
     orders = [_order(run["recorded"]) for run in shown["runs"]]

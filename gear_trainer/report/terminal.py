@@ -1,4 +1,4 @@
-"""A run's report for the terminal: its state, its numbers with a sparkline each, its warnings, and a rollout coloured by weight."""
+"""A run's report for the terminal: its state, its numbers with a sparkline each, its warnings, a rollout coloured by weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -35,9 +34,8 @@ def show(folders: Sequence[Path], out: Console) -> None:
         if run["series"]:
             out.print(_numbers(run["series"]))
         for warning in run["warnings"]:
-            out.print(
-                f"[bold red]{escape(warning['found'])}[/]\n  {escape(warning['reason'])}\n  Mend: {escape(warning['mend'])}"
-            )
+            out.print(Text(warning["found"], style="bold red"))
+            out.print(Text(f"  {warning['reason']}\n  Mend: {warning['mend']}"))
         steps = [key for key in run["recorded"] if isinstance(key, int)]
         if steps and (rollout := _telling(read_records(folder, steps[-1]))):
             out.print(_rollout(rollout, steps[-1]))

@@ -168,7 +168,7 @@ def to_bytes(rows: pa.Table) -> bytes:
 
 
 def read_table(run_dir: Path, step: int, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> pa.Table:
-    """The rollouts that a run kept of a step, ordered by rank: a row each, by SCHEMA or these columns of it, of all groups or these.
+    """The rollouts that a run kept of a step, ordered by rank: a row each, by SCHEMA or some of its columns, all groups or some.
 
     What a run of before did not keep is null. Raises FileNotFoundError where the run kept none.
     """

@@ -21,7 +21,7 @@ const drawn = [];
 export function panelsOf(manifest) {
   const runs = manifest.runs.filter((run) => Object.keys(run.series).length);
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.series)))];
-  const together = (name) => runs.length === 1 && FAMILIES.find((family) => name.startsWith(`${family}/`));
+  const together = (name) => (runs.length === 1 ? FAMILIES.find((family) => name.startsWith(`${family}/`)) : undefined);
   const found = new Map();
   for (const name of names) {
     const title = together(name) ?? name;
@@ -85,7 +85,7 @@ function draw(panel, place, said, log) {
   const chart = new uPlot({
     width: Math.max(place.clientWidth, 160), height: 170, legend: { show: false }, series,
     bands: bands.map((line, i) => ({ series: [first + 2 * i, first + 2 * i + 1], fill: `${line.color}2e` })),
-    scales: { x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { distr: log ? 3 : 1 } },
+    scales: { x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { distr: log ? 3 : 1, ...(log ? {} : { range: room }) } },
     axes: [{ ...axis, size: 26, incrs: WHOLE }, { ...axis, size: 52, values: (_, all) => all.map((v) => (v === null ? "" : number(v, 4))) }],
     cursor: { sync: { key: "step", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 } },
     hooks: { setCursor: [(u) => say(u, panel, said)] },
@@ -124,14 +124,32 @@ function panelElement(panel, log) {
 
 const rangeOf = (chart) => (chart?.scales.x.min === null || !chart ? null : [chart.scales.x.min, chart.scales.x.max]);
 
+/** The heights that a panel spans: a little more than its values, and half of a value around one that stands alone. */
+function room(_, low, high) {
+  return low === high ? [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2] : uPlot.rangeNum(low, high, 0.1, true);
+}
+
+/** Whether nothing moves in a panel: all of its lines are one number at all of their steps. */
+function constant(panel) {
+  const values = panel.lines.flatMap((line) => line.points.map(([, value]) => value));
+  return values.length > panel.lines.length && values.every((value) => value === values[0]);
+}
+
+/** What did not move, in a line rather than as panels. */
+function still(panels) {
+  if (!panels.length) return null;
+  return el("p", { class: "quiet constants" }, "Constant: ", panels.flatMap((panel, i) => [i ? " \u00b7 " : "",
+    el("span", { "data-panel": panel.title }, `${panel.title.replaceAll("_", " ")} `, el("b", {}, number(panel.lines[0].points[0][1])))]));
+}
+
 /** The charts that are drawn: {panel, chart}. */
 export const charts = () => drawn;
 
-/** Draw all panels anew in the section. */
+/** Draw all panels anew in the section; what is returned starts them, once the section is in the page. */
 export function showCurves(section, manifest) {
   drawn.splice(0).forEach(({ chart }) => chart.destroy());
   const log = state("log") === "1", panels = panelsOf(manifest);
-  const made = panels.map((panel) => [panel.group, panelElement(panel, log)]);
+  const made = panels.filter((panel) => !constant(panel)).map((panel) => [panel.group, panelElement(panel, log)]);
   const groups = [...new Set(panels.map((panel) => panel.group))];
   section.replaceChildren(
     el("div", { class: "bar" },
@@ -140,10 +158,11 @@ export function showCurves(section, manifest) {
       el("span", { class: "quiet" }, "Drag across a panel to zoom all of them, double-click for the whole run. ",
         manifest.bands.length ? "Thick: the mean of a method's runs; shaded: its 95 % interval over runs." : "")),
     ...groups.map((group) => el("section", { class: "group" }, el("h2", {}, group),
-      el("div", { class: "panels" }, made.filter(([own]) => own === group).map(([, panel]) => panel.box)))),
+      el("div", { class: "panels" }, made.filter(([own]) => own === group).map(([, panel]) => panel.box)),
+      still(panels.filter((panel) => panel.group === group && constant(panel))))),
   );
   if (!panels.length) section.append(el("p", {}, "No step was made yet."));
-  made.forEach(([, panel]) => panel.start());
+  return () => made.forEach(([, panel]) => panel.start());
 }
 
 new ResizeObserver(() => drawn.forEach(({ chart, place }) => {

@@ -36,6 +36,6 @@ export async function showCompare(section, manifest, source) {
   section.replaceChildren(
     el("div", { class: "bar" }, choice("A", sides, a, (v) => change({ a: v })), choice("B", sides, b, (v) => change({ b: v }))),
     el("p", {}, found.length ? `${found.length} problems are in both: success ${number(mean("a"), 4)} in A, ${number(mean("b"), 4)} in B.` : "No problem is in both: runs of one seed sample the same problems at the same step, audits of one task the same held-out ones."),
-    found.length ? el("table", { class: "grid" }, el("thead", {}, el("tr", {}, ["problem", "success in A", "in B", "B less A"].map((h) => el("th", { scope: "col" }, h)))),
-      el("tbody", {}, found.slice(0, MOST).map((row) => el("tr", {}, el("th", { scope: "row" }, el("bdi", {}, row.problem)), cell(a, row.a), cell(b, row.b), el("td", {}, number(row.b.success - row.a.success, 3)))))) : "");
+    found.length ? el("div", { class: "wide" }, el("table", { class: "grid" }, el("thead", {}, el("tr", {}, ["problem", "success in A", "in B", "B less A"].map((h) => el("th", { scope: "col" }, h)))),
+      el("tbody", {}, found.slice(0, MOST).map((row) => el("tr", {}, el("th", { scope: "row" }, el("bdi", {}, row.problem)), cell(a, row.a), cell(b, row.b), el("td", {}, number(row.b.success - row.a.success, 3))))))) : "");
 }

@@ -50,7 +50,7 @@ export async function showTokens(section, manifest, source) {
   const chosen = span === "run" ? spread(keys) : [keyOf(whole)];
   const { found, top, all, style, anywhere } = divergent(await spotsOf(source, run, chosen), part);
   const examples = el("div", { class: "examples" }, el("p", { class: "quiet" }, "Choose a token for its places."));
-  const show = (entry) => examples.replaceChildren(el("h3", {}, el("code", {}, visible(entry.text)), ` ${entry.count} times`),
+  const show = (entry) => examples.replaceChildren(el("h2", {}, el("code", {}, visible(entry.text)), ` ${entry.count} times`),
     el("ul", {}, entry.places.slice(0, EXAMPLES).map(({ r, key, i, s }) => el("li", {},
       el("a", { href: link({ view: "credit", run, step: key, group: r.row.group, sample: r.row.sample, token: i, colour: "signal" }) }, `step ${key}, group ${r.row.group}, sample ${r.row.sample}`),
       ` ${number(r.columns.raw_signal[i], 4)} nats: `, el("bdi", { class: "context" }, visible(r.texts.slice(Math.max(0, i - 6), i).join("")), el("mark", {}, visible(r.texts[i])), visible(r.texts.slice(i + 1, i + 5).join("")))))));
@@ -68,5 +68,5 @@ export async function showTokens(section, manifest, source) {
       el("b", {}, percent(style)), ` of them are style tokens (punctuation, space, discourse words), against ${percent(anywhere)} of all tokens. `,
       span === "run" ? `Steps ${chosen.join(", ")}.` : ""),
     el("div", { class: "divergent" },
-      el("table", { class: "grid" }, el("thead", {}, el("tr", {}, ["token", "times", "of the highest", "of all", "lift", "mean |signal|", ""].map((h) => (h ? el("th", { scope: "col" }, h) : el("td"))))), el("tbody", {}, rows)), examples));
+      el("div", { class: "wide" }, el("table", { class: "grid" }, el("thead", {}, el("tr", {}, ["token", "times", "of the highest", "of all", "lift", "mean |signal|", ""].map((h) => (h ? el("th", { scope: "col" }, h) : el("td"))))), el("tbody", {}, rows))), examples));
 }

@@ -5,7 +5,7 @@ import { embedded, kept, parsePack, rolloutsOf, served } from "./data.js";
 import { change, link, onChange, state } from "./state.js";
 import { charts, showCurves } from "./charts.js";
 import { creditWeights } from "./credit.js";
-import { packed } from "./tokens.js";
+import { needsOf, packed } from "./tokens.js";
 import { showCredit, showing } from "./view.js";
 import { showTokens } from "./divergent.js";
 import { showCompare } from "./compare.js";
@@ -72,13 +72,14 @@ async function show() {
   head();
   const section = el("section", { class: "view" });
   section.setAttribute("aria-label", VIEWS[viewOf()][0]);
-  if (viewOf() === "curves") main.replaceChildren(section); // charts measure where they stand
+  let inPlace; // what can be done only where the section stands in the page: to measure, to focus
   try {
-    await VIEWS[viewOf()][1](section, manifest, source);
+    inPlace = await VIEWS[viewOf()][1](section, manifest, source);
   } catch (error) {
     section.replaceChildren(el("p", { class: "bad" }, `Not shown: ${error.message}`));
   }
   main.replaceChildren(section);
+  inPlace?.();
   document.documentElement.dataset.ready = String(Number(document.documentElement.dataset.ready ?? 0) + 1);
 }
 
@@ -97,6 +98,6 @@ onChange(() => (showingNow = showingNow.then(show)));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => (showingNow = showingNow.then(show)));
 manifest = await source.manifest();
 document.title = manifest.title;
-globalThis.gear = { charts, showing, creditWeights, packed, parsePack, rolloutsOf, source, manifest: () => manifest }; // for the console
+globalThis.gear = { charts, showing, creditWeights, needsOf, packed, parsePack, rolloutsOf, source, manifest: () => manifest }; // for the console
 await show();
 if (manifest.live) setTimeout(again, AGAIN);

@@ -81,7 +81,7 @@ function move(event, seat) {
 function head(r, title) {
   const fact = (said, value) => el("span", {}, `${said} `, el("b", {}, value));
   const row = r.row;
-  return el("header", {}, el("h3", {}, title), el("span", { class: row.success ? "good" : "bad" }, OUTCOME[row.success] ?? ""),
+  return el("header", {}, el("h2", {}, title), el("span", { class: row.success ? "good" : "bad" }, OUTCOME[row.success] ?? ""),
     fact("reward", number(row.reward)), fact("A", number(row.advantage)), row.end ? fact("end", row.end) : null, fact("tokens", number(r.policy.length)),
     el("span", { class: "mean" }));
 }
@@ -118,7 +118,7 @@ export function inspector(r, i, href) {
     el("tr", { "data-key": key }, el("th", { scope: "row" }, said),
       el("td", {}, typeof value === "string" ? value : number(value), unit ? el("small", {}, ` ${unit}`) : null)));
   return [
-    el("h3", {}, "token ", String(i), " ", el("code", {}, visible(r.texts[i]))),
+    el("h2", {}, "token ", String(i), " ", el("code", {}, visible(r.texts[i]))),
     el("table", {}, el("tbody", {}, rows)),
     el("p", {}, el("a", { href }, "link to this token")),
   ];

@@ -11,8 +11,10 @@ export const state = (name, fallback = "") => values[name] ?? fallback;
 
 /** Change what is shown: null takes a name away. `quiet`: nothing is drawn anew, as when a token is looked at. */
 export function change(given, quiet = false) {
-  const next = { ...values, ...given };
-  for (const name of Object.keys(next)) if (next[name] === null || next[name] === "") delete next[name];
+  const next = { ...values };
+  for (const [name, value] of Object.entries(given))
+    if (value === null || value === "") delete next[name];
+    else next[name] = String(value);
   values = next;
   history.replaceState(null, "", `#${new URLSearchParams(values)}`);
   if (!quiet) listeners.forEach((listener) => listener());

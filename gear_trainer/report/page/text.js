@@ -43,7 +43,7 @@ export const percent = (share) => `${number(100 * share, 3)} %`;
 
 /** A select with a label. options: [value, said] pairs. */
 export function choice(label, options, value, change) {
-  const select = el("select", { onchange: () => change(select.value) },
+  const select = el("select", { "aria-label": label, onchange: () => change(select.value) },
     options.map(([key, said]) => el("option", { value: key, selected: String(key) === String(value) }, said)));
   return el("label", { class: "field" }, el("span", {}, label), select);
 }

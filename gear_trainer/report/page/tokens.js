@@ -19,7 +19,12 @@ export function chosen(manifest, run, key) {
     const given = state(`set.${field}`, null);
     if (given !== null) start[field] = valueOf(given, method.fields[field], field);
   }
-  return { ...method, name, fields: start };
+  return { ...method, name, fields: start, needs: needsOf(method, start) };
+}
+
+/** What a method reads with these fields: its own needs, and the turns where segments end with them. */
+export function needsOf(method, fields) {
+  return fields.stop_at_turn ? [...new Set([...method.needs, "turn_ids"])] : method.needs;
 }
 
 function valueOf(text, like, field) {

@@ -156,7 +156,7 @@ async function others(source, manifest, own, rollouts) {
   return [Object.assign(match.find((r) => r.row.sample === own.row.sample) ?? match[0], { from: manifest.runs[run].name })];
 }
 
-/** Draw the credit view anew in the section. */
+/** Draw the credit view anew in the section; what is returned goes to the linked token, once the section is in the page. */
 export async function showCredit(section, manifest, source) {
   const run = runOf(manifest), key = keyOf(manifest.runs[run]);
   if (key === undefined) return section.replaceChildren(el("p", {}, "No rollouts were kept."));
@@ -193,10 +193,11 @@ export async function showCredit(section, manifest, source) {
     el("div", { class: "reading" }, el("div", { class: "cards" }, seats.map((seat) => seat.box)), panel));
   again();
   const token = state("token");
-  if (token !== "" && seats[0].tokens[Number(token)]) {
+  return () => {
+    if (token === "" || !seats[0].tokens[Number(token)]) return;
     seats[0].focus(Number(token));
     seats[0].list.focus({ preventScroll: true });
-  }
+  };
 }
 
 export const shareOf = (count, total) => (total ? percent(count / total) : "\u2013");
