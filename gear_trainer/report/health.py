@@ -1,4 +1,4 @@
-"""What a run's numbers warn of, each with its reason and how to mend it.
+"""A run's warnings, read off its numbers, each with its reason and how to mend it.
 
 A rule looks at the mean of a number over the run's last quarter (`late`), where it says so against the first quarter (`early`).
 Its limits are rules of thumb, ours: a warning says where to look.

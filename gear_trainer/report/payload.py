@@ -1,4 +1,4 @@
-"""What a page is given: runs as one JSON object (`manifest`), and the rollouts of a step as packed columns (`pack`).
+"""A page's data: runs as one JSON object (`manifest`), and the rollouts of a step as packed columns (`pack`).
 
 A pack is binary, gzipped: a little-endian uint32, the length of a JSON header; the header; then its columns, each of them a block
 of four byte planes (all lowest bytes first, which compresses better) or, where it is of bytes, as it is. page/data.js reads it.
