@@ -120,12 +120,18 @@ def audit(argv: list[str]) -> int:
 
 
 def report(argv: list[str]) -> int:
-    """Write a run's page and curve, or with --compare the curve of several runs."""
+    """Write the page of a run or an audit; or several as one page, on the terminal, served while they go on, or as a curve."""
     parser = argparse.ArgumentParser(prog="gear-trainer report", description=report.__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, as runs/NAME")
-    parser.add_argument("--compare", type=Path, metavar="FILE.png", help="held-out success of all runs, one colour a method")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, as runs/NAME, or an audit's")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--together", type=Path, metavar="FILE.html", help="one page of all: curves overlaid, problems compared")
+    only.add_argument(
+        "--serve", nargs="?", type=int, const=0, metavar="PORT", help="serve the page on 127.0.0.1; it follows runs"
+    )
+    only.add_argument("--text", action="store_true", help="on the terminal")
+    only.add_argument("--compare", type=Path, metavar="FILE.png", help="held-out success of all runs, one colour a method")
     args = parser.parse_intermixed_args(argv)
-    return _guarded(lambda: _report(args.runs, args.compare))
+    return _guarded(lambda: _report(args))
 
 
 def runs(argv: list[str]) -> int:
@@ -275,16 +281,26 @@ def _compare(folders: list[Path], out: Path | None) -> int:
     return 0
 
 
-def _report(runs: list[Path], compare: Path | None) -> int:
-    from gear_trainer.report.build import draw_comparison, write_report
+def _report(args: argparse.Namespace) -> int:
+    from gear_trainer.report.build import draw_comparison, write_pages, write_report
 
-    for folder in runs:
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder}: no run there (config.json is missing); give a run's folder, as runs/NAME")
-    if compare:
-        draw_comparison(runs, compare)
+    if args.text:
+        from rich.console import Console
+
+        from gear_trainer.report.terminal import show
+
+        show(args.runs, Console(highlight=False))
+    elif args.serve is not None:
+        from gear_trainer.report.serve import serve
+
+        serve(args.runs, args.serve)
+    elif args.together:
+        write_pages(args.runs, args.together)
+        print(f"report: {args.together}")
+    elif args.compare:
+        draw_comparison(args.runs, args.compare)
     else:
-        print(*(write_report(folder) for folder in runs), sep="\n")
+        print(*(write_report(folder) for folder in args.runs), sep="\n")
     return 0
 
 

@@ -153,7 +153,7 @@ class RolloutConfig(Section):
     records: int = Field(
         default=128,
         ge=0,
-        description="rollouts of a step that are kept with all their tokens in rollouts/step-N.jsonl, rounded up to "
+        description="rollouts of a step that are kept with all their tokens in rollouts/step-N.parquet, rounded up to "
         "whole groups, as many of each rank; 0: none",
     )
 

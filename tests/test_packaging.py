@@ -73,6 +73,8 @@ def test_without_a_compiler_the_package_is_pure_and_says_what_is_missing(tmp_pat
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("gear_kernels/py.typed", "gear_trainer/configs/mathapi_cpu.yaml", "gear_trainer/report/report.html.jinja"):
         assert name in names
+    page = ROOT / "gear_trainer" / "report" / "page"
+    assert {path.relative_to(ROOT).as_posix() for path in page.rglob("*") if path.is_file()} <= set(names)
     sources = (path for package in ("gear_kernels", "gear_trainer") for path in (ROOT / package).rglob("*.py"))
     shipped = {path.relative_to(ROOT).as_posix() for path in sources}
     assert shipped <= set(names)

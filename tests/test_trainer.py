@@ -19,12 +19,11 @@ from gear_trainer.policy.forward import Forward
 from gear_trainer.policy.gather import buckets, gathered_weights, tied_head
 from gear_trainer.policy.model import Policy
 from gear_trainer.recipe import resolve
-from gear_trainer.report.build import write_report
 from gear_trainer.rollout import Completion, Limits, Rollout, roll_out, seed_of
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.runs.files import RunFiles, next_free, read_metrics
 from gear_trainer.runs.metrics import MEASURED, Phases, Sums
-from gear_trainer.runs.records import Records
+from gear_trainer.runs.records import SCHEMA, Records, read_records
 from gear_trainer.tasks import make_task
 from gear_trainer.tasks.base import Message, Problem
 from gear_trainer.train.advantages import group_advantages
@@ -281,13 +280,13 @@ def test_metrics_file_is_cut_at_the_resumed_step(tmp_path):
     files = RunFiles(cfg, 0)
     for step in range(1, 5):
         files.metrics({"step": step, "reward_mean": step / 10, "seconds": {"rollout": 1.0}})
-        files.records(step, '{"a": 1}\n')
+        files.records(step, SCHEMA.empty_table())
     with files.metrics_path.open("a") as file:
         file.write('{"step": 5, "rew')  # a kill in mid-write
     assert [m["step"] for m in read_metrics(files.metrics_path)] == [1, 2, 3, 4]
     resumed = RunFiles(cfg, 2)
     assert [m["step"] for m in read_metrics(resumed.metrics_path)] == [1, 2]
-    assert sorted(p.name for p in (cfg.run_dir / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00002.jsonl"]
+    assert sorted(p.name for p in (cfg.run_dir / "rollouts").iterdir()) == ["step-00001.parquet", "step-00002.parquet"]
 
 
 class Quiet(Scripted):
@@ -299,7 +298,7 @@ class Quiet(Scripted):
 
 
 def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_path, monkeypatch, capsys):
-    """Of 160 rollouts 128 are kept, as lines that rank 0 only writes; a token's text is looked up once, not where it stands."""
+    """Of 160 rollouts 128 are kept, as rows that rank 0 only writes; a token's text is looked up once, not where it stands."""
     chat, task = chat
     shape = ["world_size=1", "rollout.prompts_per_step=20", "eval.every=0", "max_logprob_gap=1000", f"output_dir={tmp_path}"]
     cfg = load_config(DEMO, shape)
@@ -313,11 +312,10 @@ def test_T3_records_are_a_sample_made_on_their_rank_and_timed(alone, chat, tmp_p
     monkeypatch.setattr(dist, "gather_object", lambda mine, *more: gathered.append(mine) or gather(mine, *more))
     monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, **more: pieces.append(len(ids)) or decode(ids, **more))
     values = trainer.step(1)
-    lines = (cfg.run_dir / "rollouts" / "step-00001.jsonl").read_text()
-    rows = [json.loads(line) for line in lines.splitlines()]
+    rows = read_records(cfg.run_dir, 1)
     assert [(r["group"], r["sample"]) for r in rows] == [(g, k) for g in range(16) for k in range(8)], "whole groups"
     assert all("".join(r["tokens"]) == r["response"] for r in rows)
-    assert gathered == [lines], "made where the rollouts are"
+    assert [table.to_pylist() for table in gathered] == [rows], "made where the rollouts are"
     assert pieces.count(1) <= len({t for r in rows for t in r["ids"]}) < len(rows[0]["ids"])
     assert values["seconds"]["records"] > 0 and values["seconds"]["step"] >= values["seconds"]["records"]
     watched(values, capsys, watch)
@@ -392,26 +390,6 @@ def test_phases_add_up():
         with phases("score"):
             pass
     assert list(phases.split()) == ["score"] and phases.split() == {}
-
-
-def test_report_escapes_model_text_and_marks_credit(tmp_path):
-    (tmp_path / "rollouts").mkdir()
-    (tmp_path / "config.json").write_text("{}")
-    rows = [{"step": 0, "held_out_success": 0.2}]
-    rows += [{"step": s, "success": s / 5, "held_out_success": s / 4, "seconds": {"rollout": 1.0}} for s in range(1, 4)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    record = {
-        "problem": "p", "group": 0, "sample": 0, "success": True, "advantage": 1.0, "answer": "1",
-        "calls": 1, "errors": 0, "prompt": "q", "ids": [1, 2, 3], "tokens": ["<script>", "b", "c"], "mask": [1, 0, 1],
-        "weight": [1.1, None, 0.9], "segment": [-1, None, 0],
-        "signal": [0.0, None, 1.0], "entropy": [0.1, None, 0.2], "logprobs": [-0.1, None, -0.2], "teacher_logprobs": None,
-    }  # fmt: skip
-    (tmp_path / "rollouts" / "step-00003.jsonl").write_text(json.dumps(record) + "\n")
-    line = write_report(tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "0.200 before, 0.750 after 3 steps (+0.550)" in line
-    assert "&lt;script&gt;" in page and "<script>" not in page and 'class="on"' in page
-    assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
 def test_D1_a_kill_in_the_first_save_leaves_a_checkpoint_or_none(tmp_path):

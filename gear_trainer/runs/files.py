@@ -8,11 +8,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from gear_trainer.config import Config, changes
 from gear_trainer.errors import ConfigError
-from gear_trainer.runs.records import recorded_steps, records_path
+from gear_trainer.runs.records import recorded_steps, records_path, to_bytes
 from gear_trainer.runs.trackers import flat, open_trackers
 
 STATE = "state.json"  # of a run that ended in good order, see `note_end`
@@ -113,11 +114,11 @@ def aside(run_dir: Path, step: int) -> Path:
     return path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that after a kill or a power cut it is the old one or the new one, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that after a kill or a power cut it is the old one or the new one, never a part. Text as UTF-8."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -169,8 +170,9 @@ class RunFiles:
         for tracker in self.trackers:
             tracker.close(failed)
 
-    def records(self, step: int, lines: str) -> None:
-        write_whole(records_path(self.dir, step), lines)
+    def records(self, step: int, rows: pa.Table) -> None:
+        """Write a step's rollouts."""
+        write_whole(records_path(self.dir, step), to_bytes(rows))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -81,15 +81,15 @@ class Watch:
             self.sample = None
 
     def keep(self, step: int, e: Experience) -> dict[str, Any]:
-        """Write a step's rollouts; returns the numbers that only all of them tell. Ranks make lines, rank 0 writes. Collective.
+        """Write a step's rollouts; returns the numbers that only all of them tell. Ranks make rows, rank 0 writes. Collective.
 
         response_length_p50, response_length_p99: policy tokens of a rollout that half, and 99 %, of all have at most. outcome: by
         name, the mean of each metric that the task reports beside the reward, over the rollouts that have it and did not fail.
         """
         if self.records.share:
-            lines = self.records.gathered(e.rollouts, e.advantages, e.rows(tuple(COLUMNS.values()), self.records.share))
-            if self.files:
-                self.files.records(step, lines)
+            rows = self.records.gathered(e.rollouts, e.advantages, e.rows(tuple(COLUMNS.values()), self.records.share))
+            if self.files and rows is not None:
+                self.files.records(step, rows)
         every = self.cfg.tracking.samples_every
         if self.files and every and step % every == 0:
             self.sample = self.records.text(*_telling(e))
