@@ -568,7 +568,7 @@ def test_the_command_audits_a_configurations_model(model, tmp_path, capsys):
     assert cli.main(["audit", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]) == 0
     assert f"written: {tmp_path}/out/audit.parquet" in capsys.readouterr().out
     table, about = file.read(tmp_path / "out" / "audit.parquet")
-    assert table.num_rows == 8 and about["step"] == 0 and about["model"] == str(model)
+    assert table.num_rows == 8 and about["step"] == 0 and about["model"] == model.name
 
 
 @pytest.mark.slow

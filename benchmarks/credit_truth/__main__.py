@@ -36,7 +36,7 @@ def scored(path: Path, methods: list[Entry], resamples: int = RESAMPLES, seed: i
     swept = next(iter(rollouts.teachers), None)
     return {
         "file": path.name,
-        "about": about | {"model": Path(str(about.get("model"))).name},  # a path of the machine that audited says nothing here
+        "about": about,
         "resamples": resamples,
         "seed": seed,
         "trajectories": len(everything),

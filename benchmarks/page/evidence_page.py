@@ -54,8 +54,10 @@ def figures_of(found: dict[str, Any], method: str, teacher: str) -> dict[str, li
 def subject(found: dict[str, Any]) -> str:
     """The policy and the trajectories of an audited file, in words."""
     about = found["about"]
-    task, step = about["task"], about["step"]
-    return f"`{task}`, {'the start' if not step else f'step {step}'}"
+    arguments = about.get("task_args") or {}
+    spare = f" with {arguments['spare']} turns to spare" if "spare" in arguments else ""
+    when = f"step {about['step']}" if about["step"] else "the start"
+    return f"`{about['task']}`{spare}, {when}"
 
 
 # --- do spikes mark deviations? ---------------------------------------------------------------------------------------------
@@ -87,7 +89,15 @@ def spikes(files: list[dict[str, Any]]) -> list[str]:
                 own = figures_of(found, method, teacher)
                 if own is not None:
                     rows.append([subject(found), TEACHERS[teacher], f"`{method}`", *(cell(own[name]) for name in SPIKES)])
-    return ["## Do spikes mark deviations?", "", *lines, "", *table(["policy", "the teacher sees", "segments", *SPIKES], rows)]
+        oracle = figures_of(found, "oracle", "-") or {}
+        rows.append([subject(found), "", "`oracle`", *(cell(oracle[name]) for name in SPIKES if oracle)])
+    said = (
+        "A deviation is the first token after which the solution is out of reach. Where turns are to spare, the first mistake is not "
+        "yet one: the chance of success falls before, and the last line of each policy, the tokens that A* says surely lost "
+        "something, shows how far that goes."
+    )
+    heads = ["policy", "the teacher sees", "segments", *SPIKES]
+    return ["## Do spikes mark deviations?", "", said, "", *lines, "", *table(heads, rows)]
 
 
 # --- does the credit agree with the truth? ------------------------------------------------------------------------------------

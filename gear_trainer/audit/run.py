@@ -72,7 +72,8 @@ def audit(cfg: Config, held: HeldOut, subject: Subject, out: Path) -> Path:
             tables = [file.read(part) for part in parts]
             counts = {name: sum(about[name] for _, about in tables) for name in COUNTS}
             whole = pa.concat_tables([table for table, _ in tables])
-            file.write(final, {name: whole[name] for name in whole.column_names}, settings | counts)
+            about = settings | counts | {"model": Path(subject.path).name}  # where it stood says nothing on another machine
+            file.write(final, {name: whole[name] for name in whole.column_names}, about)
         shutil.rmtree(out / PARTS, ignore_errors=True)
     return final
 
