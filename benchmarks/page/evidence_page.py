@@ -92,9 +92,9 @@ def spikes(files: list[dict[str, Any]]) -> list[str]:
         oracle = figures_of(found, "oracle", "-") or {}
         rows.append([subject(found), "", "`oracle`", *(cell(oracle[name]) for name in SPIKES if oracle)])
     said = (
-        "A deviation is the first token after which the solution is out of reach. Where turns are to spare, the first mistake is not "
-        "yet one: the chance of success falls before, and the last line of each policy, the tokens that A* says surely lost "
-        "something, shows how far that goes."
+        "A deviation is the first token after which the solution is out of reach. Where turns are to spare, the first mistake is "
+        "not yet one: the chance of success falls before, and `oracle`, the tokens that A* says surely lost something, shows how "
+        "far that goes."
     )
     heads = ["policy", "the teacher sees", "segments", *SPIKES]
     return ["## Do spikes mark deviations?", "", said, "", *lines, "", *table(heads, rows)]
