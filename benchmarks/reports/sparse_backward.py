@@ -47,7 +47,7 @@ class Effort:
     seconds: float = 120.0
 
 
-QUICK = Effort(96, 96, (1.0,), (0.1, 0.01), 1200, 16, 2, 1.0)
+QUICK = Effort(96, 96, (1.0,), (0.1, 0.01), 1200, 64, 2, 1.0)
 
 
 @dataclass(frozen=True)
