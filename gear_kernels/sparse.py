@@ -235,7 +235,7 @@ class SparseBackward:
         self.scaled, self.unit = self.call.scaled(self.grads)
         self.blocks = _blocks(self.call.rows)
         self.teacher = self.call.teacher is not None
-        self.named = dict(zip(STATE_NAMES, self.state.unbind(-1), strict=True))
+        self.named: dict[str, torch.Tensor] = dict(zip(STATE_NAMES, self.state.unbind(-1), strict=True))
         self.row_grads = {name: self.scaled[:, STAT_NAMES.index(name)] for name in self.call.task.stats}
         rows, beta = self.call.task.rows, self.call.task.beta
         # of d loss / d (raw GEMM output): the softcap's slope is 1 at most

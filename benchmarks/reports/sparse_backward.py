@@ -47,7 +47,7 @@ class Effort:
     seconds: float = 120.0
 
 
-QUICK = Effort(96, 96, (1.0,), (0.1, 0.01), 1200, 16, 2, 1.0)
+QUICK = Effort(96, 96, (1.0,), (0.1, 0.01), 1200, 64, 2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,10 @@ def with_targets(name: str, hidden: torch.Tensor, weight: torch.Tensor, temperat
     draw, targets = torch.Generator().manual_seed(1), []
     for part in hidden.split(64):
         targets.append(torch.multinomial(torch.softmax(part @ weight.T / temperature, -1), 1, generator=draw)[:, 0])
-    entropy = linear_token_stats(hidden, weight, stats=("entropy",), temperature=temperature).entropy.mean().item()
+    entropy = linear_token_stats(hidden, weight, stats=("entropy",), temperature=temperature).entropy
+    assert entropy is not None
     grads = torch.randn(len(hidden), generator=draw)
-    return Rows(name, hidden, weight, torch.cat(targets), grads, temperature, entropy)
+    return Rows(name, hidden, weight, torch.cat(targets), grads, temperature, entropy.mean().item())
 
 
 # --- what is run --------------------------------------------------------------------------------------------------------------
@@ -154,8 +155,8 @@ def entrants(rows: Rows, compiled: bool) -> dict[str, Call]:
         return calls
 
     def cut(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        options = {"reduction": "none", "impl": "torch_compile"}
-        return -linear_cross_entropy(hidden / rows.temperature, weight, rows.targets, **options)
+        scaled = hidden / rows.temperature
+        return -linear_cross_entropy(scaled, weight, rows.targets, reduction="none", impl="torch_compile")
 
     return calls | {"cut-cross-entropy 25.1": differentiated(rows, cut)}
 

@@ -216,8 +216,9 @@ def sparse_gradient(hidden, weight, student, teacher, rows: Rows, state, grads, 
     state, grads: [N] each, by name, as in `gradient`. budget 0 leaves nothing out.
     """
     dz = gradient(student, teacher, rows, state, grads, 0, beta)
-    norms = [state[top] * rows.inv_temperature + state[log] for top, log in (("max", "log_z"), ("teacher_max", "teacher_log_z"))]
-    u = importance(student, teacher, rows, *norms, grads)
+    norm = state["max"] * rows.inv_temperature + state["log_z"]
+    teacher_norm = state["teacher_max"] * rows.inv_temperature + state["teacher_log_z"]
+    u = importance(student, teacher, rows, norm, teacher_norm, grads)
     blocks = [slice(i, i + ROWS) for i in range(0, len(dz), ROWS)]
     factor = row_factor(rows, state, grads, beta)
     mean = Factor(*(torch.stack([part[block].square().mean().sqrt() for block in blocks]) for part in factor))
