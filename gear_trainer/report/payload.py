@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from gear_kernels.methods import METHODS
 from gear_trainer.audit import file as audit_file
@@ -26,7 +25,7 @@ from gear_trainer.errors import ConfigError
 from gear_trainer.report.health import silent_tails, warnings
 from gear_trainer.report.statistics import band
 from gear_trainer.runs.files import read_metrics, read_whole
-from gear_trainer.runs.records import read_table, recorded_steps
+from gear_trainer.runs.records import of_groups, read_table, recorded_steps
 from gear_trainer.runs.registry import look
 from gear_trainer.runs.trackers import flat
 
@@ -162,7 +161,7 @@ def rollouts(folder: Path, key: int | str, groups: Sequence[int] | None = None) 
         return read_table(folder, key, groups=groups)
     table, _ = audit_file.read((folder if key == "audit" else folder / key) / AUDIT)
     table = _of_audit(table)
-    return table if groups is None else table.filter(pc.is_in(table["group"], pa.array(groups, pa.int32())))
+    return table if groups is None else of_groups(table, groups)
 
 
 def _of_audit(table: pa.Table) -> pa.Table:
@@ -293,7 +292,7 @@ def _part(table: pa.Table, budget: int) -> bytes | None:
     advantages = zip(table.column("group").to_pylist(), table.column("advantage").to_pylist(), strict=True)
     groups = list(dict.fromkeys(group for group, advantage in advantages if advantage))
     while groups:
-        packed = pack(table.filter(pc.is_in(table["group"], pa.array(groups, pa.int32()))))
+        packed = pack(of_groups(table, groups))
         if len(packed) <= budget:
             return packed
         groups = groups[: len(groups) * budget // (len(packed) + 1) or len(groups) - 1]
