@@ -191,8 +191,11 @@ def rows(folder: Path, key: int | str) -> list[dict[str, Any]]:
 def scalars(table: pa.Table) -> list[dict[str, Any]]:
     """Each rollout without its tokens, but for `length`, how many the policy said. None: not finite, which JSON cannot say."""
     found = table.select([name for name in SCALARS if name in table.column_names]).to_pylist()
-    for row, mask in zip(found, table.column("mask").to_pylist(), strict=True):
-        row["length"] = sum(mask)
+    mask = table.column("mask").combine_chunks()
+    said = np.concatenate([[0], np.cumsum(mask.flatten().to_numpy(zero_copy_only=False))])
+    bounds = [0, *np.cumsum(mask.value_lengths().to_numpy())]
+    for row, begin, end in zip(found, bounds[:-1], bounds[1:], strict=True):
+        row["length"] = int(said[end] - said[begin])
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = None
@@ -201,7 +204,7 @@ def scalars(table: pa.Table) -> list[dict[str, Any]]:
 
 def pack(table: pa.Table) -> bytes:
     """The rollouts with their tokens, as the module says. A column that no rollout has is left out; null floats are NaN."""
-    lengths = np.array([len(ids) for ids in table.column("ids").to_pylist()], dtype=np.int64)
+    lengths = table.column("ids").combine_chunks().value_lengths().to_numpy().astype(np.int64)
     pieces = table.column("tokens").combine_chunks().flatten().dictionary_encode()
     columns = {"piece": pieces.indices.to_numpy(zero_copy_only=False).astype(np.int32)}
     for field in table.schema:
