@@ -77,6 +77,8 @@ def test_a_pack_holds_every_token_exactly(runs):
     assert [header["pieces"][i] for i in columns["piece"]] == [t for r in rows for t in r["tokens"]]
     assert header["starts"] == [0, *np.cumsum([len(r["ids"]) for r in rows])]
     assert [r["length"] for r in header["rows"]] == [sum(r["mask"]) for r in rows]
+    none, _ = unpacked(payload.pack(read_table(runs[0], 3).slice(0, 0)))
+    assert (none["rows"], none["starts"]) == ([], [0])
     for name in (*made_run.FLOATS, "weight", "signal", "turn_rewards", "sampler_logprobs"):
         stored = [x for r in rows for x in r[name] or [None] * len(r["ids"])]
         np.testing.assert_array_equal(columns[name], np.array([math.nan if x is None else x for x in stored], np.float32))

@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium; nothing else looks at the report's page"),
 ]
 OWN = os.environ.get("GEAR_REPORT_RUN")
+PATIENCE = 180  # seconds, a net under hangs
 READY = "Number(document.documentElement.dataset.ready ?? 0)"
 
 
@@ -64,6 +65,7 @@ def visit(browser, runs):
 
     def go(view="", file=None, size=(1440, 900), served=False, loud=False, **more):
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **more)
+        context.set_default_timeout(PATIENCE * 1000)
         page, asked, said = context.new_page(), [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))
@@ -82,9 +84,9 @@ def visit(browser, runs):
         assert served or not foreign, foreign
 
 
-def until(page, expression, seconds=30):
+def until(page, expression):
     """Wait for an expression; Playwright's own way evaluates text in the page, which the page's policy forbids."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, expression
         page.wait_for_timeout(20)
@@ -436,7 +438,7 @@ def test_divergent_tokens_are_counted(visit, runs):
     page.locator(".token").first.click()
     with redrawn(page):
         page.locator(".examples a").first.click()
-    assert "view=credit" in page.url and page.locator("[aria-selected=true]").text_content() == rows[0][0]
+    assert "view=credit" in page.url and page.locator("[aria-selected=true]").text_content() == rows[0][0].rstrip("\n")
     whole = visit("view=tokens&span=run")
     assert "Steps 1, " in whole.locator("section.view").inner_text()
 

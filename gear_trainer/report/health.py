@@ -68,12 +68,12 @@ def silent_tails(rollouts: pa.Table) -> float | None:
 
     rollouts: with `raw_signal` and `mask`, see runs/records.py. None where there is no such rollout of 8 policy tokens at least.
     """
-    columns = (rollouts.column(name).to_pylist() for name in ("raw_signal", "mask"))
     found = []
-    for signal, mask in zip(*columns, strict=True):
-        if signal is None or sum(mask) < 8:
+    for signal, mask in zip(rollouts.column("raw_signal"), rollouts.column("mask"), strict=True):
+        policy = mask.values.to_numpy(zero_copy_only=False).astype(bool)
+        if not signal.is_valid or policy.sum() < 8:
             continue
-        own = np.abs([s for s, is_policy in zip(signal, mask, strict=True) if is_policy])
+        own = np.abs(signal.values.to_numpy(zero_copy_only=False)[policy])
         cut = int(len(own) * SILENT_TAIL)
         if own[:cut].max() >= _NOISE:
             found.append(own[cut:].max() < _NOISE)

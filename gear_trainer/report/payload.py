@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from gear_kernels.methods import METHODS
 from gear_trainer.audit import file as audit_file
@@ -26,7 +25,7 @@ from gear_trainer.errors import ConfigError
 from gear_trainer.report.health import silent_tails, warnings
 from gear_trainer.report.statistics import band
 from gear_trainer.runs.files import read_metrics, read_whole
-from gear_trainer.runs.records import read_table, recorded_steps
+from gear_trainer.runs.records import of_groups, read_table, recorded_steps
 from gear_trainer.runs.registry import look
 from gear_trainer.runs.trackers import flat
 
@@ -162,7 +161,7 @@ def rollouts(folder: Path, key: int | str, groups: Sequence[int] | None = None) 
         return read_table(folder, key, groups=groups)
     table, _ = audit_file.read((folder if key == "audit" else folder / key) / AUDIT)
     table = _of_audit(table)
-    return table if groups is None else table.filter(pc.is_in(table["group"], pa.array(groups, pa.int32())))
+    return table if groups is None else of_groups(table, groups)
 
 
 def _of_audit(table: pa.Table) -> pa.Table:
@@ -192,8 +191,11 @@ def rows(folder: Path, key: int | str) -> list[dict[str, Any]]:
 def scalars(table: pa.Table) -> list[dict[str, Any]]:
     """Each rollout without its tokens, but for `length`, how many the policy said. None: not finite, which JSON cannot say."""
     found = table.select([name for name in SCALARS if name in table.column_names]).to_pylist()
-    for row, mask in zip(found, table.column("mask").to_pylist(), strict=True):
-        row["length"] = sum(mask)
+    mask = table.column("mask").combine_chunks()
+    said = np.concatenate([[0], np.cumsum(mask.flatten().to_numpy(zero_copy_only=False))])
+    bounds = [0, *np.cumsum(mask.value_lengths().to_numpy())]
+    for row, begin, end in zip(found, bounds[:-1], bounds[1:], strict=True):
+        row["length"] = int(said[end] - said[begin])
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = None
@@ -202,7 +204,7 @@ def scalars(table: pa.Table) -> list[dict[str, Any]]:
 
 def pack(table: pa.Table) -> bytes:
     """The rollouts with their tokens, as the module says. A column that no rollout has is left out; null floats are NaN."""
-    lengths = np.array([len(ids) for ids in table.column("ids").to_pylist()], dtype=np.int64)
+    lengths = table.column("ids").combine_chunks().value_lengths().to_numpy().astype(np.int64)
     pieces = table.column("tokens").combine_chunks().flatten().dictionary_encode()
     columns = {"piece": pieces.indices.to_numpy(zero_copy_only=False).astype(np.int32)}
     for field in table.schema:
@@ -293,7 +295,7 @@ def _part(table: pa.Table, budget: int) -> bytes | None:
     advantages = zip(table.column("group").to_pylist(), table.column("advantage").to_pylist(), strict=True)
     groups = list(dict.fromkeys(group for group, advantage in advantages if advantage))
     while groups:
-        packed = pack(table.filter(pc.is_in(table["group"], pa.array(groups, pa.int32()))))
+        packed = pack(of_groups(table, groups))
         if len(packed) <= budget:
             return packed
         groups = groups[: len(groups) * budget // (len(packed) + 1) or len(groups) - 1]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
@@ -183,9 +182,13 @@ def read_table(run_dir: Path, step: int, columns: Sequence[str] | None = None, g
         for name in names:  # of a file that an earlier version wrote
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
-    if groups is not None:
-        table = table.filter(pc.is_in(table["group"], pa.array(groups, pa.int32())))
-    return table.select(names)
+    return (table if groups is None else of_groups(table, groups)).select(names)
+
+
+def of_groups(table: pa.Table, groups: Sequence[int]) -> pa.Table:
+    """The rows of these groups, out of a table with a column `group`."""
+    wanted = set(groups)
+    return table.filter(pa.array([group in wanted for group in table.column("group").to_pylist()], pa.bool_()))
 
 
 def _parts(file: pq.ParquetFile, groups: Sequence[int]) -> list[int]:

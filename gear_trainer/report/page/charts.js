@@ -5,6 +5,7 @@ import { change, state } from "./state.js";
 import { download } from "./figure.js";
 
 export const COLORS = ["#0072b2", "#d55e00", "#009e73", "#b5609a", "#b8860b", "#3a9ad9", "#6a51a3", "#8c564b"];
+const BY_NIGHT = { "#0072b2": "#5ab0ea", "#d55e00": "#f0955a", "#009e73": "#4cc9a2", "#b5609a": "#d995c3", "#6a51a3": "#a896dc", "#8c564b": "#c4948a" };
 const GROUPS = [
   ["What was earned", /^(reward_mean|success|outcome|held_out|held_out_success|zero_advantage|mixed_groups|resampled_groups|overlong_penalty)(\/|$)/],
   ["Rollouts", /^(response_length|policy_tokens|tool_|truncated|texts_escaped|replies_cut|rollouts_|groups_|references_|reference_masks|token_age)/],
@@ -74,17 +75,18 @@ function columnsOf(panel, log) {
 
 function draw(panel, place, said, log) {
   const css = getComputedStyle(document.body), ink = css.getPropertyValue("--faint"), grid = css.getPropertyValue("--line");
+  const night = css.getPropertyValue("color-scheme") === "dark", shade = (color) => (night ? BY_NIGHT[color] ?? color : color);
   const bands = panel.lines.filter((line) => line.band?.length), first = panel.lines.length + 1;
   const series = [
     {},
-    ...panel.lines.map((line) => ({ label: line.label, stroke: line.color, width: line.faint ? 0.7 : 1.6, alpha: line.faint ? 0.5 : 1,
+    ...panel.lines.map((line) => ({ label: line.label, stroke: shade(line.color), width: line.faint ? 0.7 : 1.6, alpha: line.faint ? 0.5 : 1,
       spanGaps: true, points: { show: line.points.length < 30, size: 4 } })),
     ...bands.flatMap((line) => [1, 2].map(() => ({ stroke: line.color, width: 0, points: { show: false }, spanGaps: true }))),
   ];
   const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
   const chart = new uPlot({
     width: Math.max(place.clientWidth, 160), height: 170, legend: { show: false }, series,
-    bands: bands.map((line, i) => ({ series: [first + 2 * i, first + 2 * i + 1], fill: `${line.color}2e` })),
+    bands: bands.map((line, i) => ({ series: [first + 2 * i, first + 2 * i + 1], fill: `${shade(line.color)}2e` })),
     scales: { x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { distr: log ? 3 : 1, ...(log ? {} : { range: room }) } },
     axes: [{ ...axis, size: 26, incrs: WHOLE }, { ...axis, size: 52, values: (_, all) => all.map((v) => (v === null ? "" : number(v, 4))) }],
     cursor: { sync: { key: "step", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 } },

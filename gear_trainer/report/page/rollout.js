@@ -33,12 +33,12 @@ export function firstDifference(rollouts) {
 export function card(r, { name, apart, look, title }) {
   const tokens = r.texts.map((text, i) => {
     const token = el("span", { class: r.columns.mask[i] ? "t" : "t env", role: "option", id: `${name}-${i}`, "aria-selected": "false", "data-i": String(i) },
-      visible(text));
+      visible(text).replace(/\n$/, "")); // a last line break stands behind its token, whose outline would go on in the next line
     return token;
   });
   const part = (kind, from, to) => el("div", { class: kind, role: "presentation" },
     passages(r, from, to).map((p) => el("div", { class: p.policy ? "turn" : "turn env", role: "group", "aria-label": p.label, "data-label": p.label },
-      tokens.slice(p.from, p.to))));
+      tokens.slice(p.from, p.to).flatMap((token, k) => (r.texts[p.from + k].endsWith("\n") ? [token, "\n"] : [token])))));
   const list = el("div", { class: "tokens", role: "listbox", tabIndex: 0, "aria-label": `tokens of ${title}` },
     apart === null ? null : part("shared", 0, apart), part("rest", apart ?? 0, tokens.length));
   if (apart !== null && tokens[apart]) tokens[apart].dataset.differs = "";
