@@ -318,7 +318,7 @@ def test_resuming_an_earlier_checkpoint_moves_the_later_steps_aside(drill, three
     assert run.wait() == [0, 0], run.text()[-3000:]
     assert drill.metrics() == three_steps.metrics()
     moved = [p for p in drill.dir.glob("before-resume-at-2*")]
-    assert {p.name for folder in moved for p in folder.iterdir()} == {"step-3", "step-00003.jsonl", "metrics.jsonl"}
+    assert {p.name for folder in moved for p in folder.iterdir()} == {"step-3", "step-00003.parquet", "metrics.jsonl"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root alone")
