@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from filelock import FileLock
 
+from gear_trainer.config import parse_yaml
 from gear_trainer.demo.qwen3_tokenizer import COMPACT_TEMPLATE, default_cache, subset_tokenizer
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.tasks import Problem, Task, make_task
@@ -299,12 +300,13 @@ def main() -> None:
     """`python -m gear_trainer.demo.warm_start`: build (or find) a warm start, with its report, and print its folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--task", default="mathapi")
+    parser.add_argument("--task-args", default="{}", metavar="YAML", help="the task's own, as {steps: 4, spare: 2}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=WarmStartSpec.steps)
     parser.add_argument("--cache", default=None, help="folder of built models (default: $GEAR_CACHE or ~/.cache/gear-kernels)")
     args = parser.parse_args()
     spec = replace(WarmStartSpec(), steps=args.steps)
-    print(ensure_warm_start(make_task(args.task, args.seed), args.seed, args.cache, spec))
+    print(ensure_warm_start(make_task(args.task, args.seed, parse_yaml(args.task_args)), args.seed, args.cache, spec))
 
 
 if __name__ == "__main__":
