@@ -245,8 +245,8 @@ gear-trainer study examples/credit_study/study.yaml --arms {arms}
 ```
 
 `START` is the folder that `python -m gear_trainer.demo.warm_start --task chains --task-args '{{steps: 4, spare: 2}}'` prints,
-ten minutes of a core; `RUN` a run of the study. For Qwen3-8B the same commands take another file: `gear-trainer audit --run RUN --step
-20` on a run of `gear_trainer/configs/qwen3_8b.yaml`, and a study whose `config` it is.
+ten minutes of a core; `RUN` a run of the study. For Qwen3-8B the same commands take another file: `gear-trainer audit --run RUN
+--step 20` on a run of `gear_trainer/configs/qwen3_8b.yaml`, and a study whose `config` it is.
 """
 
 
