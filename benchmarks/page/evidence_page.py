@@ -100,7 +100,7 @@ def spikes(files: list[dict[str, Any]]) -> list[str]:
             lines += [f"    * {answer(found, teacher)}"]
             for method in ("gear", "random", "fixed"):
                 own = figures_of(found, method, teacher)
-                if own is not None:
+                if own is not None and own["recall"][0] is not None:
                     rows.append([subject(found), TEACHERS[teacher], f"`{method}`", *(cell(own[name]) for name in SPIKES)])
         lines += [f"    * {hint(found)}"]
         oracle = figures_of(found, "oracle", "-") or {}
@@ -256,10 +256,17 @@ def read() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     return files, json.loads(STUDY.read_text()) if STUDY.is_file() else None
 
 
+def short(files: list[dict[str, Any]], study: dict[str, Any] | None) -> list[str]:
+    """The answers in a few lines, by the first audited file and the study."""
+    lines = [f"* {subject(files[0])}. {answer(files[0], 'truth')}", f"* {hint(files[0])}"] if files else []
+    ran = {name: arm for name, arm in study["arms"].items() if arm["area"]["n"]} if study else {}
+    return ["## In short", "", *lines, *(verdicts(ran, study["baseline"]) if study else []), ""]
+
+
 def text(files: list[dict[str, Any]], study: dict[str, Any] | None) -> str:
     """The page."""
     agree = ["## Does the credit agree with the truth?", "", *_legend(), ""]
-    lines = [*spikes(files), *agree, *(line for found in files for line in agreement(found))]
+    lines = [*short(files, study), *spikes(files), *agree, *(line for found in files for line in agreement(found))]
     return "\n".join([ASKED, *lines, *(learning(study) if study else []), NOT_SHOWN, rerun(files, study)])
 
 
