@@ -53,3 +53,14 @@ def test_a_null_result_is_said():
     ran["oracle"] = arm(0.1, 0.06, 0.14, 0.001)
     lines = " ".join(verdicts(ran, "grpo"))
     assert "`oracle` (+0.100)" in lines and "credit can matter here" in lines and "None of" not in lines
+
+
+def test_what_telling_tokens_apart_adds_is_paired_by_seed():
+    def runs(*areas):
+        return {"runs": [{"seed": seed, "area": area} for seed, area in enumerate(areas)]}
+
+    ran = {"gear_k1_1.0": runs(0.62, 0.71, 0.66, None), "tilt_1.0": runs(0.61, 0.70, 0.65, 0.9)}
+    (line,) = evidence_page.choice({**ran, "gear_k1_1.0": runs(0.62, 0.712, 0.661, None)})
+    assert "0.011 (" in line and "surely not 0" in line
+    (line,) = evidence_page.choice({**ran, "gear_k1_1.0": runs(0.66, 0.65, 0.66)})
+    assert "not told apart from 0" in line and evidence_page.choice({"tilt_1.0": ran["tilt_1.0"]}) == []

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gear_trainer.report.statistics import paired
 from gear_trainer.report.study import draw_curves, draw_differences
 
 from ..credit_truth.measures import MEASURES, NEAR
@@ -185,6 +186,18 @@ def learning(study: dict[str, Any]) -> list[str]:
     ]
 
 
+def choice(ran: dict[str, Any]) -> list[str]:
+    """A sentence on what telling tokens apart adds to GEAR's tilt, by the same seeds; none where one of them has not run."""
+    if not {"gear_k1_1.0", "tilt_1.0"} <= ran.keys():
+        return []
+    gear, tilt = (
+        {r["seed"]: r["area"] for r in ran[arm]["runs"] if r["area"] is not None} for arm in ("gear_k1_1.0", "tilt_1.0")
+    )
+    d = paired(gear, tilt, "t")
+    sure = "and that is surely not 0" if d.p is not None and d.p < 0.05 else "which is not told apart from 0"
+    return [f"* GEAR less its tilt alone, so what telling tokens apart adds: {_mean(d._asdict())}, {sure}."]
+
+
 def verdicts(ran: dict[str, Any], base: str) -> list[str]:
     """The differences in words, a null result included."""
     told = {
@@ -204,7 +217,7 @@ def verdicts(ran: dict[str, Any], base: str) -> list[str]:
             else "these runs do not show that credit can matter here"
         )
         lines.append(f"* The oracle, told what each turn was worth: {_mean(d)} over the run; {can}.")
-    return lines
+    return [*lines, *choice(ran)]
 
 
 def _mean(e: dict[str, Any]) -> str:
