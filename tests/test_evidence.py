@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import scipy.stats
 
 from benchmarks.page import evidence_page
 from benchmarks.page.evidence_page import FOLDER, answer, verdicts
@@ -59,8 +60,8 @@ def test_what_telling_tokens_apart_adds_is_paired_by_seed():
     def runs(*areas):
         return {"runs": [{"seed": seed, "area": area} for seed, area in enumerate(areas)]}
 
-    ran = {"gear_k1_1.0": runs(0.62, 0.71, 0.66, None), "tilt_1.0": runs(0.61, 0.70, 0.65, 0.9)}
-    (line,) = evidence_page.choice({**ran, "gear_k1_1.0": runs(0.62, 0.712, 0.661, None)})
-    assert "0.011 (" in line and "surely not 0" in line
-    (line,) = evidence_page.choice({**ran, "gear_k1_1.0": runs(0.66, 0.65, 0.66)})
-    assert "not told apart from 0" in line and evidence_page.choice({"tilt_1.0": ran["tilt_1.0"]}) == []
+    ran = {"gear_k1_1.0": runs(0.62, 0.712, 0.661, None), "tilt_1.0": runs(0.61, 0.70, 0.65, 0.9)}
+    (line,) = evidence_page.choice(ran)
+    p = scipy.stats.ttest_rel([0.62, 0.712, 0.661], [0.61, 0.70, 0.65]).pvalue
+    assert "0.011 (" in line and f"over 3 seeds; p = {p:.3f}" in line
+    assert evidence_page.choice({"tilt_1.0": ran["tilt_1.0"]}) == []

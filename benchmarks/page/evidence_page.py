@@ -194,8 +194,8 @@ def choice(ran: dict[str, Any]) -> list[str]:
         {r["seed"]: r["area"] for r in ran[arm]["runs"] if r["area"] is not None} for arm in ("gear_k1_1.0", "tilt_1.0")
     )
     d = paired(gear, tilt, "t")
-    sure = "and that is surely not 0" if d.p is not None and d.p < 0.05 else "which is not told apart from 0"
-    return [f"* GEAR less its tilt alone, so what telling tokens apart adds: {_mean(d._asdict())}, {sure}."]
+    p = "" if d.p is None else f"; p = {d.p:.3f} by a paired t-test, uncorrected"
+    return [f"* GEAR less its tilt alone, so what telling tokens apart adds: {_mean(d._asdict())}, over {d.n} seeds{p}."]
 
 
 def verdicts(ran: dict[str, Any], base: str) -> list[str]:
