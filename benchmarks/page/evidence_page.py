@@ -157,7 +157,7 @@ def learning(study: dict[str, Any]) -> list[str]:
         own = [f"`{name}`", str(arm["area"]["n"]), _mean(arm["area"]), _mean(arm["final"])]
         more = [_mean(arm["difference"][m]) for m in ("area", "final")] if arm["difference"] else ["", ""]
         holm = arm["difference"]["area"]["p_holm"] if arm["difference"] else None
-        rows.append([*own, *more, "" if holm is None else f"{holm:.3f}"])
+        rows.append([*own, *more, "" if holm is None else "< 0.001" if holm < 0.001 else f"{holm:.3f}"])
     heads = [
         "arm",
         "seeds",
