@@ -279,7 +279,7 @@ def test_K4_every_launch_has_its_tensors_device(current, monkeypatch):
             "token_stats": (*given, -100, stats_, 0.5, "triton"),
             "token_stats_backward": (*given, -100, stats_, 0.5, "triton", state, grads),
             "linear_token_stats": linear_,
-            "linear_token_stats_backward": (*linear_, state, grads, [True, True, False]),
+            "linear_token_stats_backward": (*linear_, state, torch.empty(0, 0, device="meta"), grads, [True, True, False]),
         }
         for name, arguments in calls.items():
             before = len(seen)

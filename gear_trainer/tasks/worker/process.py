@@ -37,7 +37,8 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True
         )
-        threading.Thread(target=self._listen, name="worker's errors", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="worker's errors", daemon=True)
+        self._listener.start()
 
     def ask(self, do: str, **request: Any) -> Any:
         """The answer to a request. Raises WorkerError where the worker refuses it, WorkerDied where none comes."""
@@ -50,6 +51,7 @@ class Worker:
                 answer = json.loads(self._line())
             except (OSError, ValueError) as error:
                 self._end()
+                self._listener.join(1.0)  # its last words may be on their way
                 raise WorkerDied(self._epitaph(f"gave no answer to {do} ({error})")) from error
         if not isinstance(answer, dict) or "ok" not in answer:
             raise WorkerError(f"the worker's {do}: {answer.get('error') if isinstance(answer, dict) else answer}")
