@@ -362,7 +362,9 @@ def _guarded(command: Callable[[], int]) -> int:
         return command()
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            print("gear_trainer: interrupted before training began", file=sys.stderr, flush=True)
+            from gear_trainer.runs.interrupts import EARLY
+
+            print(f"gear_trainer: {EARLY}", file=sys.stderr, flush=True)
         return 130
     except Exception as error:
         return _tell(error)

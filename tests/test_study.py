@@ -185,6 +185,8 @@ def test_finished_runs_are_left_stopped_and_killed_ones_resumed_failed_ones_trie
     assert [s.need for s in found] == ["nothing", "wait", "resume", "resume", "resume", "start"]
     assert [bool(s.why) for s in found] == [False, False, False, True, True, True]
     assert found[4].why == "rank 0: ValueError: broken" and found[5].why.endswith("port 29500 is taken")
+    never.log.write_text("noise\ngear_trainer: interrupted before training began\n")
+    assert (standings(plan)[5].need, standings(plan)[5].why) == ("start", ""), "who was asked to end has not failed"
     text = summary(plan, found)
     assert "grpo (baseline): credit=grpo: 1 finished, 2 to resume" in text and "gear-2 failed at step 0" in text
     assert "gear: credit=gear credit_args.alpha=0.6: 1 to start, 1 to resume, 1 run by another process" in text

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 POLL = 1.0
+EARLY = "interrupted before training began"  # all that such a run says; it is no failure
 PATIENCE = 30.0  # seconds for the main thread to unwind before training has begun
 _COMMANDS = ("deepspeed", "torchrun", "accelerate", "mpirun", "srun")
 _MODULES = ("deepspeed.launcher", "torch.distributed")

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gear_trainer.config import Config, Section, changes, load_config, make_config, read_yaml, validated
 from gear_trainer.errors import ConfigError
+from gear_trainer.runs.interrupts import EARLY
 from gear_trainer.runs.registry import Run, look
 
 METRICS = ("held_out_success", "reward_mean", "success", "entropy", "response_length", "tool_calls")
@@ -191,7 +192,7 @@ def standing_of(cell: Cell) -> Standing:
     path = cell.cfg.run_dir
     if not path.exists():
         why = last_line(cell.log)
-        return Standing(cell, "start", None, why)
+        return Standing(cell, "start", None, "" if why.endswith(EARLY) else why)
     run = look(path)
     _check_same(cell)
     if run.state == "finished":
