@@ -329,6 +329,8 @@ def _study(args: argparse.Namespace) -> int:
     elsewhere = read_elsewhere(plan, args.add)
     if args.dry_run:
         print(summary(plan, standings(plan)))
+        if elsewhere:
+            print(f"{len(elsewhere)} of them finished in another place (--add) and do not start")
         return 0
     if not args.report_only:
         with locked(plan):

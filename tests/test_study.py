@@ -432,6 +432,9 @@ def test_runs_from_another_machine_count_and_do_not_start(finished, tmp_path, ca
     assert after["arms"]["grpo"] == before["arms"]["grpo"]
     assert after["arms"]["gear"]["difference"] == before["arms"]["gear"]["difference"]
 
+    assert cli.main(["study", str(config), "--add", str(file), "--dry-run"]) == 0
+    assert "5 of them finished in another place (--add)" in capsys.readouterr().out
+
     other = json.loads(file.read_text())
     for changed, message in [
         ({"settings": "x"}, "another configuration"), ({"arms": 3}, "no study.json of a study"),
