@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gear_trainer.report.plots import pyplot
+
 from .measures import MEASURES
 from .sweeps import GRIDS
 
@@ -19,24 +21,15 @@ def draw(found: dict[str, Any], stem: Path) -> list[Path]:
     for name, picture in pictures.items():
         paths.append(stem.with_name(f"{stem.name}.{name}.png"))
         picture.savefig(paths[-1], dpi=110, metadata={"Software": None})
-        _pyplot().close(picture)
+        pyplot().close(picture)
     return paths
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def _figures(found: dict[str, Any]):
     """A panel for each measure, a line for each method, a colour for each teacher; a dotted line at chance."""
     methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
     teachers = list(dict.fromkeys(row["teacher"] for row in found["rows"]))
-    figure, axes = _pyplot().subplots(
+    figure, axes = pyplot().subplots(
         1, len(_SHOWN), figsize=(3 * len(_SHOWN), 1 + 0.4 * len(methods)), sharey=True, layout="constrained"
     )
     for axis, name in zip(axes, _SHOWN, strict=True):
@@ -65,7 +58,7 @@ def _title(found: dict[str, Any]) -> str:
 def _heat_maps(name: str, values: dict[str, list[list[float | None]]], found: dict[str, Any]):
     """A map for each measure of a grid, each cell with its number; blank where there was nothing to measure."""
     grid = GRIDS[name]
-    figure, axes = _pyplot().subplots(1, len(values), figsize=(3.6 * len(values), 3.6), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(1, len(values), figsize=(3.6 * len(values), 3.6), squeeze=False, layout="constrained")
     for axis, (measure, cells) in zip(axes[0], values.items(), strict=True):
         numbers = [[float("nan") if cell is None else cell for cell in row] for row in cells]
         image = axis.imshow(numbers, aspect="auto", cmap="viridis")

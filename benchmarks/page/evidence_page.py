@@ -17,7 +17,7 @@ from gear_trainer.report.study import draw_curves, draw_differences
 from ..credit_truth.measures import MEASURES, NEAR
 from ..credit_truth.pictures import draw
 from ..harness.environment import PLOTS, RESULTS, ROOT
-from ..harness.tables import markdown_table
+from .performance_page import table
 
 PAGE = ROOT / "docs" / "evidence.md"
 FOLDER = RESULTS / "credit_truth"
@@ -31,11 +31,6 @@ TEACHERS = {
     "wrong": "another problem's solution",
     "nothing": "nothing",
 }
-
-
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown lines of a table, with an empty one after it."""
-    return [*markdown_table(heads, rows), ""]
 
 
 def cell(figure: list[float | None], spec: str = ".2f") -> str:

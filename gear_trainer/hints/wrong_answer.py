@@ -24,6 +24,11 @@ def wrong_messages(problem: Problem, others: Iterable[Problem]) -> list[dict[str
     return None
 
 
+def draw(task: Task, index: int, wrong_answer: bool) -> Problem:
+    """The training problem of an index, as its teacher is to see it. Raises TaskError as `wrongly_taught` does."""
+    return wrongly_taught(task, index) if wrong_answer else task.train_problem(index)
+
+
 def wrongly_taught(task: Task, index: int) -> Problem:
     """The training problem of an index, its teacher shown the answer of a later one. Raises TaskError where none will do."""
     problem = task.train_problem(index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from importlib.util import find_spec
 from typing import cast
 
@@ -13,7 +12,7 @@ from gear_trainer.evaluation import check_sets
 from gear_trainer.hints import endpoint
 from gear_trainer.hints.siblings import Siblings
 from gear_trainer.hints.writer import Writer, check_room, templates
-from gear_trainer.hints.wrong_answer import wrongly_taught
+from gear_trainer.hints.wrong_answer import draw
 from gear_trainer.policy import lora
 from gear_trainer.policy.hub import check_model_path, known_config, meta_model, model_sizes, tiny_seed
 from gear_trainer.policy.zero import deepspeed_config
@@ -176,8 +175,7 @@ def check_prompts(
 ) -> tuple[int, int]:
     """Longest student and teacher prompt of a sample of the task. Raises ConfigError where no turn would fit behind one, or no
     attempts into the writer's prompt (`writer_context`: an endpoint's tokens)."""
-    draw = partial(wrongly_taught, task) if recipe.wrong_answer else task.train_problem
-    problems = [draw(i) for i in range(sample)]
+    problems = [draw(task, i, recipe.wrong_answer) for i in range(sample)]
     student = max(len(chat.prompt_ids(p.messages, p.tools, p.tags)) for p in problems)
     teacher = max(len(chat.prompt_ids(p.teacher_messages, p.tools, p.tags)) for p in problems)
     if student + 1 > cfg.rollout.max_model_len:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
 from gear_trainer.config import Config
-from gear_trainer.hints.wrong_answer import wrongly_taught
+from gear_trainer.hints.wrong_answer import draw
 from gear_trainer.recipe import Recipe
 from gear_trainer.rollout import (
     Completion,
@@ -108,5 +107,4 @@ class StepSampler:
         so what an index holds never depends on what was sampled before."""
         cfg = self.cfg
         first = ((step - 1) * self.recipe.gen_batches + batch) * cfg.rollout.prompts_per_step + self.rank * cfg.prompts_per_rank
-        draw = partial(wrongly_taught, self.task) if self.recipe.wrong_answer else self.task.train_problem
-        return [(first + slot, draw(first + slot)) for slot in slots]
+        return [(first + slot, draw(self.task, first + slot, self.recipe.wrong_answer)) for slot in slots]
