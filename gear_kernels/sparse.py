@@ -185,7 +185,7 @@ def _own_targets(call: Linear, rows: slice) -> torch.Tensor:
 
 
 def _blocks(rows: int) -> list[slice]:
-    return [slice(i, min(i + sparse.ROWS, rows)) for i in range(0, rows, sparse.ROWS)]
+    return list(pieces(slice(0, rows), sparse.ROWS))
 
 
 def _parts(index: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
