@@ -78,8 +78,8 @@ def hint(found: dict[str, Any]) -> str:
     own, other = (figures_of(found, "gear", teacher) for teacher in ("truth", "wrong"))
     if own is None or other is None or own["recall"][0] is None or other["recall"][0] is None:
         return "It is not known whether what the teacher is shown matters."
-    apart = own["recall"][1] > other["recall"][2] or own["recall"][2] < other["recall"][1]
-    if apart:
+    (_, low, high), (_, other_low, other_high) = ([x or 0.0 for x in figures["recall"]] for figures in (own, other))
+    if low > other_high or high < other_low:
         return "What the teacher is shown matters: the intervals of recall under the truth and under a wrong answer lie apart."
     return (
         f"**It does not matter here whether what the teacher is shown is true**: recall is {own['recall'][0]:.2f} with the truth "
@@ -297,9 +297,10 @@ def _legend() -> list[str]:
 def pictures(files: list[dict[str, Any]], study: dict[str, Any] | None) -> list[Path]:
     """Draw all pictures; where they went."""
     paths = [path for found in files for path in draw(found, picture(found))]
-    for name, made in (("differences", draw_differences), ("curves", draw_curves)) if study else ():
-        paths.append(PLOTS / f"credit_study_{name}.svg")
-        paths[-1].write_bytes(made(study))
+    for name, made in (("differences", draw_differences), ("curves", draw_curves)):
+        if study:
+            paths.append(PLOTS / f"credit_study_{name}.svg")
+            paths[-1].write_bytes(made(study))
     return paths
 
 
@@ -311,7 +312,7 @@ def check() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the page, or check it; 1 where it is another."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.page.evidence_page", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page.evidence_page", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where the page is not what the files give")
     if parser.parse_args(arguments).check:
         print(*(lines := check()), sep="\n", end="")
