@@ -19,6 +19,7 @@ from gear_trainer.runs.files import sync
 
 ASK = signal.SIGUSR2
 TOLD_WITHIN = 5.0  # seconds that a rank, on another machine too, has to write its stacks
+SETTLED = 1.0  # a rank that was just continued shares its core with the others: a half-written stack was read within 0.2 s
 _THREAD = re.compile(r"^(?:Current thread|Thread) .*\n((?:  .*\n)+)", re.MULTILINE)
 
 
@@ -47,13 +48,19 @@ def write_of(pid: int) -> None:
 
 
 def collect(folder: Path, ranks: list[int]) -> str:
-    """The main threads' stacks of these ranks, alike ones together; waits for those that are not written yet."""
+    """The main threads' stacks of these ranks, alike ones together; waits for those that are not written to their end yet.
+
+    A stack is written line by line and nothing marks its end: it is whole once SETTLED seconds have added nothing to any.
+    """
     deadline = time.monotonic() + TOLD_WITHIN
-    while time.monotonic() < deadline and not all(_told(folder, rank) for rank in ranks):
+    told, since = [_told(folder, rank) for rank in ranks], time.monotonic()
+    while time.monotonic() < deadline and not (all(told) and time.monotonic() - since > SETTLED):
         time.sleep(0.2)
+        before, told = told, [_told(folder, rank) for rank in ranks]
+        since = since if told == before else time.monotonic()
     found: dict[str, list[int]] = {}
-    for rank in ranks:
-        found.setdefault(_told(folder, rank) or "  no answer\n", []).append(rank)
+    for rank, stack in zip(ranks, told, strict=True):
+        found.setdefault(stack or "  no answer\n", []).append(rank)
     return "".join(f"gear_trainer: {_names(same)} in\n{stack}" for stack, same in found.items())
 
 
