@@ -23,9 +23,9 @@ def test_the_page_is_up_to_date():
 
 
 def test_pictures_of_the_page_are_there():
-    files, study = evidence_page.read()
+    files, studies = evidence_page.read()
     assert files, "audited files are committed"
-    for line in evidence_page.text(files, study).splitlines():
+    for line in evidence_page.text(files, studies).splitlines():
         if line.startswith("!["):
             assert (evidence_page.PAGE.parent / line.split("](")[1].rstrip(")")).is_file(), line
 

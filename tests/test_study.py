@@ -146,8 +146,9 @@ def test_an_unknown_method_is_refused_before_anything_starts(tmp_path, capsys):
     assert "arm x: credit=gaer: known are" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_the_shipped_study_is_one(capsys):
-    plan = load_plan(ROOT / "examples" / "credit_study" / "study.yaml")
+@pytest.mark.parametrize("name", ["study", "bfcl"])
+def test_the_shipped_studies_are_some(name):
+    plan = load_plan(ROOT / "examples" / "credit_study" / f"{name}.yaml")
     from gear_trainer.preflight.checks import check
 
     methods = {arm: check(plan.of(arm)[0].cfg)[1].method for arm in plan.study.arms}  # as `gear-trainer plan` checks them

@@ -21,10 +21,13 @@ from .performance_page import table
 
 PAGE = ROOT / "docs" / "evidence.md"
 FOLDER = RESULTS / "credit_truth"
-STUDY = RESULTS / "credit_study.json"
+STUDIES = {"credit_study": "study", "credit_study_bfcl": "bfcl"}  # results, and their files in examples/credit_study
 SPIKES = ("precision", "recall")
 AGREEMENT = ("sign_centred", "spearman", "call_contrast", "alignment", "snr")
-CONFIG = "gear_trainer/configs/chains_cpu.yaml"
+CONFIGS = {  # of an audited file's task: what its command is given
+    "chains": "--config gear_trainer/configs/chains_cpu.yaml",
+    "bfcl-one-class": "--config gear_trainer/configs/bfcl_files_cpu.yaml",
+}
 TEACHERS = {
     "truth": "the reference solution",
     "sibling": "a successful rollout of the group",
@@ -51,8 +54,9 @@ def subject(found: dict[str, Any]) -> str:
     about = found["about"]
     arguments = about.get("task_args") or {}
     spare = f" with {arguments['spare'] or 'no'} turns to spare" if "spare" in arguments else ""
+    setting = f" ({arguments['setting']})" if "setting" in arguments else ""
     when = f"step {about['step']}" if about["step"] else "the start"
-    return f"`{about['task']}`{spare}, {when}"
+    return f"`{about['task']}`{setting}{spare}, {when}"
 
 
 # --- do spikes mark deviations? ---------------------------------------------------------------------------------------------
@@ -143,10 +147,10 @@ def picture(found: dict[str, Any]) -> Path:
 # --- does it learn faster? --------------------------------------------------------------------------------------------------
 
 
-def learning(study: dict[str, Any]) -> list[str]:
-    """The study: differences to the baseline, paired by seed, and what they say."""
+def learning(stem: str, study: dict[str, Any]) -> list[str]:
+    """A study: differences to the baseline, paired by seed, and what they say."""
     arms, base = study["arms"], study["baseline"]
-    ran = {name: arm for name, arm in arms.items() if arm["area"]["n"]}
+    ran = ran_of(study)
     rows = []
     for name, arm in ran.items():
         own = [f"`{name}`", str(arm["area"]["n"]), _mean(arm["area"]), _mean(arm["final"])]
@@ -165,7 +169,7 @@ def learning(study: dict[str, Any]) -> list[str]:
     ]
     left = [f"`{name}`" for name in arms if name not in ran]
     return [
-        "## Does it learn faster?",
+        f"### The study `{study['name']}`",
         "",
         f"{study['finished']} runs of {max(r['steps'] for arm in ran.values() for r in arm['runs'])} steps, held-out success; "
         "differences are paired by seed, with Student's 95 % intervals.",
@@ -174,9 +178,9 @@ def learning(study: dict[str, Any]) -> list[str]:
         "",
         *table(heads, rows),
         *([f"Not run yet: {', '.join(left)}.", ""] if left else []),
-        "![differences](plots/credit_study_differences.svg)",
+        f"![differences](plots/{stem}_differences.svg)",
         "",
-        "![curves](plots/credit_study_curves.svg)",
+        f"![curves](plots/{stem}_curves.svg)",
         "",
     ]
 
@@ -245,61 +249,75 @@ NOT_SHOWN = """## What this does not show
 RERUN = """## Rerun
 
 `make evidence-fast` makes the figures of the committed files anew, in a minute, and fails if one moved. The files themselves, and
-the study (30 arms of 8 seeds; a run of 40 steps took 2 to 4 minutes on a core):
+the studies (chains: 30 arms of 8 seeds are planned; a run of 40 steps took 2 to 4 minutes on a core):
 
 ```
 {audits}
-gear-trainer study examples/credit_study/study.yaml --arms {arms}
+{studies}
 ```
 
-`START` is the folder that `python -m gear_trainer.demo.warm_start --task chains --task-args '{{steps: 4, spare: 2}}'` prints,
-ten minutes of a core; `RUN` a run of the study. For Qwen3-8B the same commands take another file: `gear-trainer audit --run RUN
---step 20` on a run of `gear_trainer/configs/qwen3_8b.yaml`, and a study whose `config` it is.
+`START` is the folder that `python -m gear_trainer.demo.warm_start --task chains --task-args '{{steps: 4, spare: 2}}'` prints (for
+`bfcl-one-class` with its `'{{setting: files}}'`), ten minutes of a core; `RUN` a run of the study. For Qwen3-8B the same commands take
+another file: `gear-trainer audit --run RUN --step 20` on a run of `gear_trainer/configs/qwen3_8b.yaml`, and a study whose `config` it is.
 """
 
 
-def read() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The scored files that were audited, and the study where it is there."""
+def read() -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The scored files that were audited, and the studies that are there."""
     files = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(FOLDER.glob("*.parquet"))]
-    return files, json.loads(STUDY.read_text()) if STUDY.is_file() else None
+    found = {stem: RESULTS / f"{stem}.json" for stem in STUDIES}
+    return files, {stem: json.loads(path.read_text()) for stem, path in found.items() if path.is_file()}
 
 
-def short(files: list[dict[str, Any]], study: dict[str, Any] | None) -> list[str]:
-    """The answers in a few lines, by the first audited file and the study."""
-    lines = [f"* {subject(files[0])}. {answer(files[0], 'truth')}", f"* {hint(files[0])}"] if files else []
-    ran = {name: arm for name, arm in study["arms"].items() if arm["area"]["n"]} if study else {}
-    return ["## In short", "", *lines, *(verdicts(ran, study["baseline"]) if study else []), ""]
+def short(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> list[str]:
+    """The answers in a few lines, by the first file of known deviations and the studies."""
+    known = next((found for found in files if found["deviated"]), None)
+    lines = [f"* {subject(known)}. {answer(known, 'truth')}", f"* {hint(known)}"] if known else []
+    for study in studies.values():
+        said = verdicts(ran_of(study), study["baseline"])
+        lines += [f"* The study `{study['name']}`:", *(f"    {line}" for line in said)]
+    return ["## In short", "", *lines, ""]
 
 
-def text(files: list[dict[str, Any]], study: dict[str, Any] | None) -> str:
+def ran_of(study: dict[str, Any]) -> dict[str, Any]:
+    """The arms of a study that have a finished run."""
+    return {name: arm for name, arm in study["arms"].items() if arm["area"]["n"]}
+
+
+def text(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> str:
     """The page."""
     agree = ["## Does the credit agree with the truth?", "", *_legend(), ""]
-    lines = [*short(files, study), *spikes(files), *agree, *(line for found in files for line in agreement(found))]
-    return "\n".join([ASKED, *lines, *(learning(study) if study else []), NOT_SHOWN, rerun(files, study)])
+    lines = [*short(files, studies), *spikes(files), *agree, *(line for found in files for line in agreement(found))]
+    learns = ["## Does it learn faster?", "", *(line for stem, study in studies.items() for line in learning(stem, study))]
+    return "\n".join([ASKED, *lines, *learns, NOT_SHOWN, rerun(files, studies)])
 
 
-def rerun(files: list[dict[str, Any]], study: dict[str, Any] | None) -> str:
+def rerun(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> str:
     """The commands behind the committed files."""
     audits = []
     for about in (found["about"] for found in files):
-        of = f"--run RUN --step {about['step']} model.path=START" if about["step"] else f"--config {CONFIG} model.path=START"
+        of = f"--run RUN --step {about['step']}" if about["step"] else CONFIGS[about["task"]]
         spare = "".join(f" task_args.{name}={value}" for name, value in about["task_args"].items() if name == "spare")
         keys = {"problems": about["problems"], "continuations": about["M"], "stride": about["stride"]}
-        audits.append(f"gear-trainer audit {of} world_size=1{spare}{''.join(f' audit.{name}={n}' for name, n in keys.items())}")
-    ran = [name for name, arm in study["arms"].items() if arm["area"]["n"]] if study else ["grpo"]
-    return RERUN.format(audits="\n".join(audits), arms=" ".join(ran))
+        more = "".join(f" audit.{name}={n}" for name, n in keys.items())
+        audits.append(f"gear-trainer audit {of} model.path=START world_size=1{spare}{more}")
+    runs = [
+        f"gear-trainer study examples/credit_study/{STUDIES[stem]}.yaml --arms {' '.join(ran_of(study))}"
+        for stem, study in studies.items()
+    ]
+    return RERUN.format(audits="\n".join(audits), studies="\n".join(runs))
 
 
 def _legend() -> list[str]:
     return [f"* `{name}`: {MEASURES[name].asks}" for name in AGREEMENT]
 
 
-def pictures(files: list[dict[str, Any]], study: dict[str, Any] | None) -> list[Path]:
+def pictures(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> list[Path]:
     """Draw all pictures; where they went."""
     paths = [path for found in files for path in draw(found, picture(found))]
-    for name, made in (("differences", draw_differences), ("curves", draw_curves)):
-        if study:
-            paths.append(PLOTS / f"credit_study_{name}.svg")
+    for stem, study in studies.items():
+        for name, made in (("differences", draw_differences), ("curves", draw_curves)):
+            paths.append(PLOTS / f"{stem}_{name}.svg")
             paths[-1].write_bytes(made(study))
     return paths
 
@@ -317,9 +335,9 @@ def main(arguments: list[str] | None = None) -> int:
     if parser.parse_args(arguments).check:
         print(*(lines := check()), sep="\n", end="")
         return bool(lines)
-    files, study = read()
-    PAGE.write_text(text(files, study))
-    print(*[PAGE, *pictures(files, study)], sep="\n")
+    files, studies = read()
+    PAGE.write_text(text(files, studies))
+    print(*[PAGE, *pictures(files, studies)], sep="\n")
     return 0
 
 
