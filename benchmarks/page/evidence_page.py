@@ -172,7 +172,7 @@ def learning(stem: str, study: dict[str, Any]) -> list[str]:
         f"### The study `{study['name']}`",
         "",
         f"{study['finished']} runs of {max(r['steps'] for arm in ran.values() for r in arm['runs'])} steps, held-out success; "
-        "differences are paired by seed, with Student's 95 % intervals.",
+        f"differences are paired by seed, with Student's 95 % intervals. {_wall(study, ran)}",
         "",
         *verdicts(ran, base),
         "",
@@ -183,6 +183,14 @@ def learning(stem: str, study: dict[str, Any]) -> list[str]:
         f"![curves](plots/{stem}_curves.svg)",
         "",
     ]
+
+
+def _wall(study: dict[str, Any], ran: dict[str, Any]) -> str:
+    """What the study took, and what all of it would take."""
+    hours = [run["cost"]["hours"] for arm in ran.values() for run in arm["runs"] if run["cost"]]
+    beside, mean = study["side_by_side"], sum(hours) / len(hours)
+    took, whole = (f"{n * mean / beside:.1f} hours" for n in (len(hours), study["planned"]))
+    return f"They took {took}, {beside} at a time on two cores that did other work too; all {study['planned']} runs: {whole}."
 
 
 def choice(ran: dict[str, Any]) -> list[str]:
