@@ -179,20 +179,31 @@ def test_rounds_take_turns_and_stop():
     assert measure.interleave(calls, dict.fromkeys("abc", 7.0), rounds=9, seconds=0)["a"].rounds == 3
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's high-water mark is Linux's")
-@pytest.mark.parametrize("mib", [2, 48])
-def test_extra_memory_is_exact(mib):
+PEAKS = """
+import torch
+from benchmarks.harness import measure
+
+held = torch.ones(16 << 18)
+for mib in (2, 48):
     def call():
         torch.ones(mib << 18)  # freed at once, or reused by the second: the peak is one of them
         return torch.ones(mib << 18)
 
-    held = torch.ones(16 << 18)
     measure.extra_memory(call)
-    if measure.extra_memory(call) is None:
+    # a library's thread that takes a page meanwhile adds to one of them
+    print(mib, min(measure.extra_memory(call) or -1 for _ in range(3)))
+assert held.sum() == 16 << 18
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's high-water mark is Linux's")
+def test_extra_memory_is_exact():
+    """In a process of its own: in a heap that other tests have left full of holes, a call may find two that fit."""
+    ran = subprocess.run([sys.executable, "-c", PEAKS], cwd=environment.ROOT, capture_output=True, text=True, check=True)
+    peaks = {int(mib): float(peak) for mib, peak in map(str.split, ran.stdout.splitlines())}
+    if -1 in peaks.values():
         pytest.skip("this system does not let a process reset its peak")
-    peaks = [measure.extra_memory(call) for _ in range(3)]  # a library's thread that takes a page meanwhile adds to one of them
-    assert min(peaks) == pytest.approx(mib, abs=1.0)
-    assert held.sum() == 16 << 18
+    assert peaks == pytest.approx({2: 2, 48: 48}, abs=1.0)
 
 
 @pytest.mark.slow

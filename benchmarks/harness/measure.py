@@ -140,7 +140,8 @@ def extra_memory(call: Call, device: str = "cpu") -> float | None:
     lets a process reset. That peak is exact (no sampling) and counts everybody's pages: torch's, the compiled pass' and the
     GEMM library's; torch's profiler would miss the last two. Two things would blur it. The C library keeps freed blocks, which
     a later call reuses without a trace in the peak: they are handed back first, and during the call every block of 64 KiB and
-    more comes straight from the kernel. And the kernel counts pages per processor before it adds them up: some 0.3 MiB.
+    more comes straight from the kernel, unless a hole in the heap holds it: a process that has done other work before has such
+    holes, and a block in one stays. And the kernel counts pages per processor before it adds them up: some 0.3 MiB.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -265,8 +265,9 @@ the studies (chains: 30 arms of 8 seeds are planned; a run of 40 steps took 2 to
 ```
 
 `START` is the folder that `python -m gear_trainer.demo.warm_start --task chains --task-args '{{steps: 4, spare: 2}}'` prints (for
-`bfcl-one-class` with its `'{{setting: files}}'`), ten minutes of a core; `RUN` a run of the study. For Qwen3-8B the same commands take
-another file: `gear-trainer audit --run RUN --step 20` on a run of `gear_trainer/configs/qwen3_8b.yaml`, and a study whose `config` it is.
+`bfcl-one-class` with its `'{{setting: files}}'`), ten minutes of a core; `RUN` a run of the study. For Qwen3-8B the same commands
+take another file: `gear-trainer audit --run RUN --step 20` on a run of `gear_trainer/configs/qwen3_8b.yaml`, and a study whose
+`config` it is.
 """
 
 
