@@ -34,7 +34,7 @@ FLOORS = {
         ("__init__",),
     ),
     "gear_trainer": (
-        ("__init__", "errors", "config", "user_code"),
+        ("__init__", "errors", "config", "user_code", "launcher"),
         ("sandbox",),
         ("tasks",),
         ("rollout",),
