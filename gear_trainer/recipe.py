@@ -166,11 +166,6 @@ class Recipe:
         return replace(self, method=plain, declared=Declared.by(plain), wrong_hint=False)
 
     @property
-    def teacher_weights(self) -> str | None:
-        """The rule by which a teacher of its own follows; None without one."""
-        return self.teacher and self.teacher.weights
-
-    @property
     def frozen(self) -> tuple[Frozen, ...]:
         """All frozen models beside the policy, each once."""
         own = self.kl.reference if self.kl and not self.kl.shared else None

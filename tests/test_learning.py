@@ -8,7 +8,7 @@ import torch
 from benchmarks.gates import figures as gates
 from gear_kernels import TokenStats, sparse
 from gear_trainer.config import load_config
-from gear_trainer.recipe import Recipe, resolve
+from gear_trainer.recipe import Frozen, Recipe, resolve
 from gear_trainer.rollout import Rollout
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks.base import Problem
@@ -324,7 +324,7 @@ def test_a_rollout_that_every_token_weighs_by_nothing_counts_for_nothing(alone):
     ("overrides", "wanted"),
     [
         (["credit=gear"], dict(needs_teacher=True, references=None, gen_batches=1, signal="k1", by_turn=False)),
-        (["credit=grpo"], dict(needs_teacher=False, teaches_all=False, teacher_columns=(), teacher_weights=None)),
+        (["credit=grpo"], dict(needs_teacher=False, teaches_all=False, teacher_columns=(), teacher=None)),
         (
             ["credit=sgcd"],
             dict(references="writer", gen_batches=3, signal="reverse_kl", teacher_columns=("signal", "teacher_entropy")),
@@ -332,7 +332,10 @@ def test_a_rollout_that_every_token_weighs_by_nothing_counts_for_nothing(alone):
         (["credit=sc_grpo"], dict(references="siblings", teacher_columns=("forward_kl",), needs_teacher=True)),
         (["credit=opsd"], dict(needs_teacher=False, stats_to_update=("logprobs", "entropy", "jsd"), jsd_beta=0.5)),
         (["credit=opsd"], dict(teaches_all=False, scores_first=False)),
-        (["credit=sdar", "teacher.weights=ema"], dict(teaches_all=True, teacher_weights="ema", stats_to_update=("logprobs",))),
+        (
+            ["credit=sdar", "teacher.weights=ema", "teacher.sync_every=1"],
+            dict(teaches_all=True, teacher=Frozen("teacher", "teacher.weights", "ema", 0.01), stats_to_update=("logprobs",)),
+        ),
         (["credit=gigpo"], dict(by_turn=True, needs_teacher=False, scores_first=False)),
         (["credit=grpo", "train.updates_per_step=2"], dict(scores_first=True, stats_to_update=("logprobs",))),
         (["credit=grpo", "kl.coefficient=0.1"], dict(scores_first=True)),
