@@ -41,9 +41,10 @@ test-fast: venv
 fuzz: venv
 	GEAR_FUZZ=$(SEED) $(BIN)/python -m pytest $(FUZZ) $(ARGS)
 
-# the fault drills with 40 kills inside a save instead of 6, 20 at any moment of a run, and their table
+# the fault drills with 40 kills inside a save instead of 6, 20 at any moment of a run, and their table; vLLM's server with adapters
 drills: venv
 	GEAR_KILLS=40 GEAR_MOMENTS=20 $(BIN)/python -m pytest tests/test_drills.py -s $(ARGS)
+	GEAR_SERVERS=all $(BIN)/python -m pytest tests/test_vllm_server.py -k own_server
 
 # all peers, those that compile too, on small shapes and Qwen3's heads: seven minutes on two cores; prints the table, keeps the
 # figures in build/

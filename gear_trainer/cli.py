@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from gear_trainer.config import Config, load_config, make_config, near
 from gear_trainer.errors import ConfigError, RunError
+from gear_trainer.launcher import ranks_here
 
 if TYPE_CHECKING:
     from gear_trainer.runs.study import Plan as StudyPlan
@@ -406,8 +407,7 @@ def _speaks(beats, error: Exception, foreseen: bool) -> bool:
 
 def _share_cores() -> None:
     """Each rank its share of the cores, before torch makes its thread pool (the deepspeed launcher leaves it to us)."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks_here())))
 
 
 def _quiet() -> None:

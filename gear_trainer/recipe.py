@@ -137,8 +137,8 @@ class Recipe:
     teacher: of a teacher with weights of its own; None where the policy itself is the teacher, or nothing reads one.
     references: who puts something else than the ground truth into the teacher's prompt. wrong_answer: it is another problem's
     ground truth. gen_batches: batches that a step may
-    sample, 1 without the filter for mixed groups. until: the last step of the distillation loss alone, which the method alone
-    follows; None: both act at every step.
+    sample, 1 without the filter for mixed groups. updates: optimizer steps on what a step sampled. until: the last step of the
+    distillation loss alone, which the method alone follows; None: both act at every step.
     """
 
     method: Any
@@ -153,6 +153,7 @@ class Recipe:
     masks_truncated: bool = False
     wrong_hint: bool = False
     wrong_answer: bool = False
+    updates: int = 1
     until: int | None = None
 
     def at(self, step: int) -> Recipe:
@@ -163,11 +164,6 @@ class Recipe:
             return replace(self, distillation=None)
         plain = METHODS["grpo"]
         return replace(self, method=plain, declared=Declared.by(plain), wrong_hint=False)
-
-    @property
-    def teacher_weights(self) -> str | None:
-        """The rule by which a teacher of its own follows; None without one."""
-        return self.teacher and self.teacher.weights
 
     @property
     def frozen(self) -> tuple[Frozen, ...]:
@@ -196,6 +192,15 @@ class Recipe:
         return self.distillation is not None and not self.distillation.full
 
     @property
+    def scores_first(self) -> bool:
+        """True where something reads scores of the rollouts that learn before the update's own forward has made them.
+
+        That are credit (an entropy, a teacher's view), the second of several updates, and the pass of the reference model. Else
+        the policy that is updated is the one that would be scored, and the update's log-probs are the old ones.
+        """
+        return self.updates > 1 or self.needs_teacher or self.teaches_all or self.kl is not None or "entropy" in self.method.needs
+
+    @property
     def by_turn(self) -> bool:
         """True where trajectories of advantage 0 can teach too, by the rewards of their turns."""
         return "turn_rewards" in self.method.needs
@@ -214,7 +219,7 @@ class Recipe:
     @property
     def stats_to_update(self) -> tuple[str, ...]:
         """The statistics of the update pass."""
-        entropy = ("entropy",) if self.entropy_bonus else ()
+        entropy = ("entropy",) if self.entropy_bonus or not self.scores_first else ()
         return ("logprobs", *entropy, *(self.distillation.stats if self.distillation else ()))
 
     @property
@@ -269,6 +274,7 @@ def resolve(cfg: Config) -> Recipe:
         masks_truncated=cfg.train.mask_truncated,
         wrong_hint=_wrong_hint(cfg, method, references),
         wrong_answer=_wrong_answer(cfg, references, asks or distillation is not None),
+        updates=cfg.train.updates_per_step,
         until=_until(cfg, distillation),
     )
 

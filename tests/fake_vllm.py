@@ -18,7 +18,8 @@ EOS = 1
 
 
 class FakeVllm(ThreadingHTTPServer):
-    """`asked` keeps (path, body) of all requests but those for health, `weights` what was pushed, by name.
+    """`asked` keeps (path, body) of all requests but those for health, `weights` what was pushed, by name, `adapters` the files
+    of a pushed folder, by the name that requests give.
 
     faults: by path an HTTP status to fail with, or "hang", or "drop" (the connection breaks off). A turn is the prompt's last
     token + 1, + 2, ... up to max_tokens or 4 tokens and EOS; one whose prompt begins with 99 is held until the next push.
@@ -29,7 +30,7 @@ class FakeVllm(ThreadingHTTPServer):
     def __init__(self, address=("127.0.0.1", 0)):
         super().__init__(address, Handler)
         self.asked, self.weights, self.faults = [], {}, {}
-        self.version, self.paused, self.updated = "default", False, False
+        self.version, self.paused, self.updated, self.adapters = "default", False, False, {}
         self.pushed, self.ended, self.group = threading.Event(), threading.Event(), None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -37,6 +38,7 @@ class FakeVllm(ThreadingHTTPServer):
         return [path for path, _ in self.asked]
 
     def generate(self, body):
+        assert body.get("model") in (None, *self.adapters)
         first = [self.version]
         held = body["token_ids"][0] == 99
         if held:
@@ -50,6 +52,17 @@ class FakeVllm(ThreadingHTTPServer):
         reason = "stop" if cut == ids else "length"
         choice = {"index": 0, "token_ids": cut, "logprobs": {"content": content}, "finish_reason": reason}
         return {"choices": [{**choice, "weight_versions": spans}]}
+
+    def load(self, lora_name, lora_path):
+        assert self.paused and lora_name not in self.adapters, "only the first is loaded so"
+        self.adapters[lora_name] = sorted(path.read_text() for path in Path(lora_path).iterdir())
+
+    def call(self, method, *arguments):
+        if method == "adapters":
+            return list(range(1, 1 + len(self.adapters)))
+        assert self.paused and method == "replace_adapter"
+        ((name, _),) = self.adapters.items()
+        self.adapters[name] = sorted(path.read_text() for path in Path(*arguments).iterdir())
 
     def update(self, info):
         assert self.paused, "weights come while nothing runs"
@@ -79,9 +92,14 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/init_weight_transfer_engine":
             server.group = server.group or Joined(**body["init_info"])
         elif path == "/update_weight_version":
-            server.version = body["new_version"]
+            server.version, server.updated = body["new_version"], server.paused
         elif path == "/pause?mode=keep":
             server.paused = True
+        elif path == "/v1/load_lora_adapter":
+            server.load(**body)
+            return self.reply(200, "Success", plain=True)
+        elif path == "/collective_rpc":
+            answer = {"results": [server.call(body["method"], *body["args"])] * 2}
         elif path == "/update_weights":
             server.update(body["update_info"])
         elif path == "/finish_weight_update":
@@ -105,11 +123,11 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(fault, {"error": {"message": f"told to fail with {fault}"}})
         return bool(fault)
 
-    def reply(self, status, content):
-        data = b"" if content is None else json.dumps(content).encode()
+    def reply(self, status, content, plain=False):
+        data = b"" if content is None else content.encode() if plain else json.dumps(content).encode()
         try:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "text/plain" if plain else "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -145,7 +145,8 @@ def test_credit_names_a_method_a_distillation_loss_or_both():
 
 def test_a_second_copy_only_where_it_is_read():
     def own(*overrides):
-        return resolve(load_config(DEMO, list(overrides))).teacher_weights
+        teacher = resolve(load_config(DEMO, list(overrides))).teacher
+        return teacher and teacher.weights
 
     assert not own() and own("teacher.weights=ema") == "ema" and own("teacher.weights=initial", "credit=opsd+grpo") == "initial"
     assert not own("teacher.weights=ema", "credit=grpo")

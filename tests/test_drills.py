@@ -20,11 +20,14 @@ import psutil
 import pytest
 from forked_ranks import DEMO, ROOT, free_port
 
+from gear_trainer.build import resolve_model_path
+from gear_trainer.config import load_config
 from gear_trainer.policy.checkpoint import MANIFEST
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.metrics import MEASURED
 from gear_trainer.runs.records import read_records, records_path
 from gear_trainer.runs.registry import look
+from gear_trainer.tasks import make_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -46,6 +49,9 @@ NOISE = re.compile(r"Triton is installed|^\[rank\d\]:\[W|NUMA binding")
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
+    """The drills' folder. The demo's warm start is there before the first of them, which waits 10 minutes for its first step:
+    making it takes longer on a busy machine."""
+    resolve_model_path(load_config(DEMO), make_task("mathapi", 0))
     return tmp_path_factory.mktemp("drills")
 
 

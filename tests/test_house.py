@@ -6,7 +6,10 @@ docs/architecture.md says what stands where. An exception is named below with it
 
 import ast
 import re
+import tokenize
+from collections import Counter
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -34,7 +37,7 @@ FLOORS = {
         ("__init__",),
     ),
     "gear_trainer": (
-        ("__init__", "errors", "config", "user_code"),
+        ("__init__", "errors", "config", "user_code", "launcher"),
         ("sandbox",),
         ("tasks",),
         ("rollout",),
@@ -54,6 +57,12 @@ FLOORS = {
 COMPILED = ("gear_kernels._native",)  # modules without a Python file
 LONGEST = {"gear_kernels/triton": 80}  # lines of a function, where not 60
 MOST_ARGUMENTS = 12
+MOST_TRAINER = 6000  # lines of code
+# What has a page and a command of its own, and stands beside the trainer or before its start.
+BESIDE_THE_TRAINER = (
+    "tasks/", "report/", "audit/", "evaluation/", "sandbox/", "demo/", "preflight/", "cli.py", "runs/study.py",
+    "runs/launches.py",
+)  # fmt: skip
 
 # --- exceptions, each with its reason -------------------------------------------------------------------------------------------
 # A key names one offence as the test prints it, or begins several. `python tests/test_house.py` prints all that there are.
@@ -218,6 +227,42 @@ def many_arguments():
             if count > MOST_ARGUMENTS:
                 found[f"{name(path)}:{called}"] = f"{count} arguments, at most {MOST_ARGUMENTS}"
     return found
+
+
+# --- size -----------------------------------------------------------------------------------------------------------------------
+
+
+def code_lines(path):
+    """The numbers of a file's lines that hold code: a token that is no comment, and that no docstring is."""
+    held, silent = set(), {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    for token in tokenize.generate_tokens(StringIO(path.read_text()).readline):
+        if token.type not in silent:
+            held |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree(path)):
+        scoped = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if scoped and ast.get_docstring(node, clean=False) is not None:
+            held -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return held
+
+
+def test_a_line_of_code_is_neither_blank_nor_a_comment_nor_a_docstring(tmp_path):
+    file = tmp_path / "some.py"
+    file.write_text(
+        '"""Of it.\n\nMore."""\n\n# why\nx = (\n    1,  # one\n\n    """two\n    lines""",\n)\n\n\ndef f():\n    """It."""\n'
+    )
+    assert code_lines(file) == {6, 7, 9, 10, 11, 14}
+
+
+def test_the_trainer_stays_small():
+    """What a step goes through, from its configuration to its checkpoint; a new room counts until it is named as one beside."""
+    counts = {name(path).removeprefix("gear_trainer/"): len(code_lines(path)) for path in files("gear_trainer")}
+    unknown = [part for part in BESIDE_THE_TRAINER if not any(file.startswith(part) for file in counts)]
+    assert not unknown, f"no such files: {unknown}"
+    rooms = Counter()
+    for file, count in counts.items():
+        if not file.startswith(BESIDE_THE_TRAINER):
+            rooms[file.partition("/")[0]] += count
+    assert rooms.total() < MOST_TRAINER, f"{rooms.total()} lines of code, below {MOST_TRAINER}: {dict(rooms.most_common())}"
 
 
 # --- docstrings -----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from benchmarks.gates import figures as gates
 from gear_kernels import TokenStats, sparse
 from gear_trainer.config import load_config
-from gear_trainer.recipe import resolve
+from gear_trainer.recipe import Frozen, Recipe, resolve
 from gear_trainer.rollout import Rollout
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.tasks.base import Problem
@@ -133,7 +133,7 @@ def test_the_scan_is_launched_once(alone, method):
 
 @pytest.mark.parametrize("look", [lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: bool(x.any()), lambda x: x[x > 0]])
 @pytest.mark.parametrize(
-    ("module", "name"), [(score, "_keep"), (credit, "_inputs"), (experience, "count"), (update.Updater, "_loss")]
+    ("module", "name"), [(score, "keep"), (credit, "_inputs"), (experience, "count"), (update.Updater, "_loss")]
 )
 def test_a_look_at_a_value_would_be_counted(alone, monkeypatch, module, name, look):
     """The counter is no ornament: `.item()`, `.cpu()` and their like are found in every phase."""
@@ -202,6 +202,63 @@ class ByToken(Engine):
         return TokenStats(**{n: teacher.get(n, value) if n in stats else None for n in TokenStats._fields})
 
 
+class Learns(Engine):
+    """Statistics of the token and of one weight, which a step moves down its gradient."""
+
+    def __call__(self, batch, temperature, stats, **_):
+        scale = self.weight * batch.targets.float()
+        values = {"logprobs": -scale / 10, "entropy": scale.square() / 50, "jsd": scale.tanh()}
+        return TokenStats(**{name: values.get(name) if name in stats else None for name in TokenStats._fields})
+
+    def step(self):
+        super().step()
+        with torch.no_grad():
+            self.weight -= 0.3 * self.weight.grad
+        self.weight.grad = None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["credit=grpo"],
+        ["credit=grpo", "train.policy_loss=gspo", "train.importance_mode=sequence_mask", "train.entropy_bonus=0.1"],
+        ["credit=turn", "train.policy_loss=cispo", "train.importance_mode=mask", "train.packing=true"],
+        ["credit=opsd"],
+    ],
+    ids=lambda o: " ".join(o),
+)
+def test_the_update_scores_what_nothing_reads_before_it(alone, monkeypatch, overrides):
+    """Three steps come to the parameters, numbers and records of those whose rollouts are all scored first."""
+    found = []
+    for first in (False, True):
+        with monkeypatch.context() as patch:
+            if first:
+                patch.setattr(Recipe, "scores_first", True)
+            trainer, made, passes = learner(torch.device("cpu"), *overrides)
+            trainer.engine.__class__ = Learns
+            values = []
+            for step in (1, 2, 3):
+                made = pack_with(trainer.recipe, made.rollouts, ADVANTAGES, torch.device("cpu"))
+                passes = schedule(trainer.cfg, trainer.recipe, made)
+                trainer.learn(step, made, passes, sums := Sums())
+                read = sums.read(torch.device("cpu"))
+                rows = made.rows(("logprobs", "entropy", "token_advantages", "weights"), 8)
+                values.append((read, {name: torch.cat(parts) for name, parts in rows.items()}))
+            scored = sorted(i for part in passes.score for rows in part.split for i in rows)
+            found.append((trainer.engine.weight.item(), values, scored))
+    (weight, values, scored), (weight_of_scored, values_of_scored, all_of_them) = found
+    learn = trainer.recipe.moves_all or trainer.recipe.by_turn
+    assert all_of_them == list(range(8)) and scored == ([] if learn else [2, 3])
+    assert weight == pytest.approx(weight_of_scored, rel=1e-6) and weight != 1
+    for (read, rows), (read_of_scored, rows_of_scored) in zip(values, values_of_scored, strict=True):
+        torch.testing.assert_close(rows, rows_of_scored, rtol=1e-5, atol=1e-6)
+        assert read.pop("padding_share") >= 0 and read_of_scored.pop("padding_share") >= 0
+        none, none_of_scored = ({name for name, x in sums.items() if x is None} for sums in (read, read_of_scored))
+        assert read.keys() == read_of_scored.keys() and none == none_of_scored
+        for name in read.keys() - none:
+            assert read[name] == pytest.approx(read_of_scored[name], rel=1e-5, abs=1e-6), name
+
+
 class ByHint(ByToken):
     """The teacher's log-probs follow from its prompt's first token."""
 
@@ -267,15 +324,23 @@ def test_a_rollout_that_every_token_weighs_by_nothing_counts_for_nothing(alone):
     ("overrides", "wanted"),
     [
         (["credit=gear"], dict(needs_teacher=True, references=None, gen_batches=1, signal="k1", by_turn=False)),
-        (["credit=grpo"], dict(needs_teacher=False, teaches_all=False, teacher_columns=(), teacher_weights=None)),
+        (["credit=grpo"], dict(needs_teacher=False, teaches_all=False, teacher_columns=(), teacher=None)),
         (
             ["credit=sgcd"],
             dict(references="writer", gen_batches=3, signal="reverse_kl", teacher_columns=("signal", "teacher_entropy")),
         ),
         (["credit=sc_grpo"], dict(references="siblings", teacher_columns=("forward_kl",), needs_teacher=True)),
-        (["credit=opsd"], dict(teaches_all=False, needs_teacher=False, stats_to_update=("logprobs", "jsd"), jsd_beta=0.5)),
-        (["credit=sdar", "teacher.weights=ema"], dict(teaches_all=True, teacher_weights="ema", stats_to_update=("logprobs",))),
-        (["credit=gigpo"], dict(by_turn=True, needs_teacher=False)),
+        (["credit=opsd"], dict(needs_teacher=False, stats_to_update=("logprobs", "entropy", "jsd"), jsd_beta=0.5)),
+        (["credit=opsd"], dict(teaches_all=False, scores_first=False)),
+        (
+            ["credit=sdar", "teacher.weights=ema", "teacher.sync_every=1"],
+            dict(teaches_all=True, teacher=Frozen("teacher", "teacher.weights", "ema", 0.01), stats_to_update=("logprobs",)),
+        ),
+        (["credit=gigpo"], dict(by_turn=True, needs_teacher=False, scores_first=False)),
+        (["credit=grpo", "train.updates_per_step=2"], dict(scores_first=True, stats_to_update=("logprobs",))),
+        (["credit=grpo", "kl.coefficient=0.1"], dict(scores_first=True)),
+        (["credit=high_entropy"], dict(scores_first=True)),
+        (["credit=gear"], dict(scores_first=True)),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

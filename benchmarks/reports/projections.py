@@ -89,21 +89,23 @@ def head_ms(ranks: int, passes: str, shape: tuple[int, int, int] = HEAD_SHAPE, g
 def step_seconds(method: str, step: Step = Step(), model: Model = Model(), gpu: Gpu = Gpu()) -> dict[str, float]:  # noqa: B008
     """Seconds of a step of "gear" or "grpo" by phase; the work is cut evenly among the GPUs.
 
-    rollout: every response token reads all weights once a batch and its own cache, nothing else. score: the policy's forward;
-    GEAR adds the teacher's, over a longer prompt, and its half of the head. update: forward, its recomputation (gradient
+    rollout: every response token reads all weights once a batch and its own cache, nothing else. score: the policy's forward,
+    GRPO's over those alone that the update leaves out (`Recipe.scores_first`); GEAR adds the teacher's, over a longer prompt,
+    and its half of the head. update: forward, its recomputation (gradient
     checkpointing) and a backward of twice the forward; the head's product twice, then its two gradients. credit: the scan's
     33 bytes a token (two sweeps of signal and entropy, five outputs). push: each GPU gathers the others' shards and writes all.
     """
     share = step.trajectories / step.gpus
     whole, policy = step.prompt + step.response, step.response
     forward = model.body(whole) + model.head(policy)
+    scored = 1.0 if method == "gear" else 1 - step.taught
     teacher = step.taught * (model.body(whole + step.hint) + model.head(policy)) if method == "gear" else 0.0
     update = step.taught * (4 * model.body(whole) + 4 * model.head(policy))
     cached = share * model.cache * (step.prompt + policy / 2)
     gathered = (step.gpus - 1) / step.gpus * model.bytes
     return {
         "rollout": policy * (model.bytes + cached) / gpu.memory,
-        "score": share * forward / gpu.flops,
+        "score": share * scored * forward / gpu.flops,
         "teacher": share * teacher / gpu.flops,
         "credit": share * policy * 33 / gpu.memory,
         "update": share * update / gpu.flops,

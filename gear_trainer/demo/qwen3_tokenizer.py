@@ -153,8 +153,3 @@ def subset_tokenizer(
     tokenizer.chat_template = chat_template if chat_template is not None else COMPACT_TEMPLATE.read_text()
     tokenizer.save_pretrained(str(out_dir))
     return tokenizer
-
-
-def token_strings(tokenizer: Any, text: str) -> list[str]:
-    """A text's token strings under a `tokenizers` or transformers tokenizer: what a subset must not change."""
-    return getattr(tokenizer, "backend_tokenizer", tokenizer).encode(text, add_special_tokens=False).tokens

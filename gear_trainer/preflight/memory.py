@@ -17,6 +17,7 @@ import torch
 from gear_kernels import sparse, tiling
 from gear_trainer.config import Config
 from gear_trainer.errors import ConfigError
+from gear_trainer.launcher import ranks_here
 from gear_trainer.policy import lora
 from gear_trainer.policy.frozen import shares_weights
 from gear_trainer.policy.hub import known_config, meta_model, model_sizes
@@ -60,7 +61,7 @@ ASSUMED = 80  # GB of the card of a configuration that is meant for GPUs, where 
 
 
 def card(cfg: Config, sold_as: float | None = None) -> Card:
-    """The card of that many GB, else the first GPU here, else this machine's memory divided by the ranks.
+    """The card of that many GB, else the first GPU here, else this machine's memory divided by its ranks.
 
     A configuration that is meant for another machine's card gets one of 80 GB.
     """
@@ -75,7 +76,13 @@ def card(cfg: Config, sold_as: float | None = None) -> Card:
             name=f"a card of {ASSUMED} GB (assumed: there is none here, name yours by --card)", assumed=True
         )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Card(f"this machine's {total / GIB:.1f} GiB over {cfg.world_size} rank(s)", total / cfg.world_size, False)
+    ranks = beside(cfg)
+    return Card(f"this machine's {total / GIB:.1f} GiB over {ranks} rank(s)", total / ranks, False)
+
+
+def beside(cfg: Config) -> int:
+    """The ranks that share a machine's memory: this one's, all of them where no launcher has said."""
+    return min(ranks_here(cfg.world_size), cfg.world_size)
 
 
 def for_gpu(cfg: Config) -> bool:
@@ -251,7 +258,8 @@ class _Rank:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         made = deepspeed_config(cfg)
-        self.planner, self.cfg, self.card, self.world = planner, cfg, card, cfg.world_size
+        self.planner, self.cfg, self.card = planner, cfg, card
+        self.world, self.here = cfg.world_size, beside(cfg)
         self.zero = DeepSpeedZeroConfig(**made["zero_optimization"])
         self.s = sizes_of(planner.lm, self.zero.param_persistence_threshold)
         self.item = 2 if cfg.model.dtype == "bfloat16" else 4
@@ -262,7 +270,7 @@ class _Rank:
         self.passes, self.tokens = planner.passes(cfg), planner.tokens(cfg)
         self.frozen = planner.recipe.frozen
         self.offloaded = self._device(self.zero.offload_optimizer) != "none"
-        self.apart = cfg.rollout.engine == "vllm_server"  # on GPUs of its own, or in one process beside all ranks
+        self.apart = cfg.rollout.engine == "vllm_server"  # on GPUs of its own, or in one process beside all ranks of a machine
         self.asleep = card.gpu and cfg.rollout.vllm.sleep_level > 0
 
     @staticmethod
@@ -341,7 +349,7 @@ class _Rank:
         """What a rank's engine takes of its card, or the rank's share of what the one server takes of the machine."""
         if not self.apart:
             return self._one_vllm()
-        return {} if self.card.gpu else {row: size / self.world for row, size in self._one_vllm().items()}
+        return {} if self.card.gpu else {row: size / self.here for row, size in self._one_vllm().items()}
 
     def _one_vllm(self) -> dict[str, float]:
         weights = self._served() * self.item
@@ -374,7 +382,7 @@ class _Rank:
             size = float(r.vllm.kv_cache_mib * MIB * gpus)
         else:
             taken = self._served() * self.item + (self._prefill() * gpus if self.card.gpu else LIBRARIES)
-            card = self.card.total * (gpus if self.card.gpu else self.world)
+            card = self.card.total * (gpus if self.card.gpu else self.here)
             size = max(0.0, memory_share(self.cfg) * card - taken)
         token = kv_bytes(self.cfg, planner.fields)
         wanted = min(r.vllm.max_num_seqs, r.prompts_per_step * r.group_size // (1 if self.apart else self.world))
@@ -403,7 +411,7 @@ class _Rank:
         if not self.card.gpu:
             tokens = min(4096, self.cfg.rollout.vllm.max_num_seqs * self.planner.student)
             work = tokens * (self.passes.score / self.tokens + self._copied_adapter())
-            held["vLLM: prefill, graphs"] = work / (self.world if self.apart else 1)
+            held["vLLM: prefill, graphs"] = work / (self.here if self.apart else 1)
         return held
 
     def _copied_adapter(self) -> float:

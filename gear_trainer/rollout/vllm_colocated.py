@@ -170,6 +170,7 @@ class ColocatedVllm(Engine):
             check_kv_cache(cfg, sizes)
         if adapter_rank(cfg):
             check_adapters(cfg)
+            check_they_stand(cfg)
         if cfg.rollout.vllm.engine_args:
             check_engine_args(cfg)
 
@@ -242,14 +243,18 @@ def kv_bytes(cfg: Config, sizes: dict[str, Any]) -> int | None:
     return 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * width * each
 
 
-def check_adapters(cfg: Config) -> None:
-    """vLLM keeps the model that the adapters stand on, and has room for their rank. Raises ConfigError."""
-    v = cfg.rollout.vllm
-    if v.sleep_level == 2:
+def check_they_stand(cfg: Config) -> None:
+    """vLLM keeps the model that adapters stand on. Raises ConfigError."""
+    if cfg.rollout.vllm.sleep_level == 2:
         raise ConfigError(
             "rollout.vllm.sleep_level=2 drops the weights that the adapters of lora.push=adapter stand on: "
             "set rollout.vllm.sleep_level=1, or lora.push=merged"
         )
+
+
+def check_adapters(cfg: Config) -> None:
+    """vLLM has room for the adapters' rank. Raises ConfigError."""
+    v = cfg.rollout.vllm
     room = v.engine_args.get("max_lora_rank", cfg.lora.rank)
     if not v.engine_args.get("enable_lora", True) or room < cfg.lora.rank:
         raise ConfigError(

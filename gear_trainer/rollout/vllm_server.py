@@ -17,7 +17,8 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,12 +31,14 @@ from gear_trainer.rollout import vllm_colocated as colocated
 from gear_trainer.rollout.engine import Engine, take_device
 from gear_trainer.rollout.serving import Served
 from gear_trainer.rollout.types import Completion, Request
+from gear_trainer.rollout.vllm_colocated import adapter_rank
 from gear_trainer.rollout.weight_transfer import Transfer, TransferError, chunks
 
 LOOK = 5.0  # seconds between looks at a server that is waited for
 FOUND_WITHIN = 10.0  # seconds in which a server that runs already must answer
 EPITAPH = 3.0  # seconds that a server which breaks off may take to end
 LATER = "--resume goes on from the last checkpoint"
+ADAPTER = "policy"  # the name of a run's adapters, which requests give as their model
 
 
 class ServerError(RunError):
@@ -60,6 +63,7 @@ class ServerVllm(Engine):
         self.eos = AutoTokenizer.from_pretrained(model_path).eos_token_id
         self.http = Http(self.url, self.server.timeout)
         self.transfer: Transfer | None = None
+        self.adapters, self.has_adapter = adapter_rank(cfg) > 0, False
         self._lanes = threading.local()
         self._wait_for_start()
         self._check_it_serves_this()
@@ -88,7 +92,8 @@ class ServerVllm(Engine):
         return self.http.start(self._sampled(request, self.version))
 
     async def _sampled(self, request: Request, version: int) -> Completion:
-        answer = await self.http.patient("/inference/v1/generate", _body(request))
+        body = _body(request) | ({"model": ADAPTER} if self.adapters else {})
+        answer = await self.http.patient("/inference/v1/generate", body)
         return completion(answer["choices"][0], self.eos, version)
 
     def _wait(self, asked: list[Future[Completion]], until: str) -> None:
@@ -112,10 +117,8 @@ class ServerVllm(Engine):
             for _ in weights:
                 pass  # gathering is collective; what this rank asks for meanwhile waits until the server goes on
         else:
-            try:
+            with self._losing():
                 self._send(weights)
-            except (Refused, TransferError) as error:
-                raise self._lost(error) from error
         self.version += 1
 
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -129,14 +132,44 @@ class ServerVllm(Engine):
         self._post("/finish_weight_update", {"weight_version": str(self.version + 1)})
         self._post("/resume")
 
+    def push_adapter(self, folder: Path) -> None:
+        if self.rank == 0:
+            with self._losing():
+                self._post("/pause?mode=keep")
+                if self.has_adapter:
+                    self._call("replace_adapter", str(folder))
+                else:
+                    self._name_adapter(folder)
+                self._post("/update_weight_version", {"new_version": str(self.version + 1)})
+                self._post("/resume")
+        self.version += 1
+
+    def _name_adapter(self, folder: Path) -> None:
+        """Load the first adapter, under the name by which requests ask for it. Raises ConfigError."""
+        try:
+            self._post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder)})
+        except Refused as error:
+            raise self._started_otherwise(error) from None
+        self.has_adapter = True
+
+    def _call(self, method: str, *arguments: str) -> Any:
+        """What the first worker returns of a method of workers.Extension, which all of them run."""
+        return self._post("/collective_rpc", {"method": method, "args": arguments})["results"][0]
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Raises ServerError where the server refuses what is asked of it within."""
+        try:
+            yield
+        except (Refused, TransferError) as error:
+            raise self._lost(error) from error
+
     def _post(self, path: str, body: Any = None) -> Any:
         return self.http.ask("POST", path, body)
 
     def forget(self) -> None:
-        try:
+        with self._losing():
             self._post("/reset_prefix_cache")
-        except Refused as error:
-            raise self._lost(error) from error
 
     # --- the server -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +211,10 @@ class ServerVllm(Engine):
                 self._take_over()
             self.http.ask("POST", "/inference/v1/generate", _body(Request([self.eos], 1, 0)))
         except Refused as error:
-            raise ConfigError(f"rollout server {self.url}: {error}; start it as --dry-run says") from None
+            raise self._started_otherwise(error) from None
+
+    def _started_otherwise(self, error: Refused) -> ConfigError:
+        return ConfigError(f"rollout server {self.url}: {error}; start it as --dry-run says")
 
     def _take_over(self) -> None:
         """Begin anew with a server that an earlier run may have left in mid-push."""
@@ -187,13 +223,12 @@ class ServerVllm(Engine):
                 self._post(path)
         self._post("/resume")
         self._post("/update_weight_version", {"new_version": "0"})
+        self.has_adapter = self.adapters and bool(self._call("adapters"))  # an earlier run's
 
     def _look(self) -> None:
         """Raises ServerError where the server is lost."""
-        try:
+        with self._losing():
             self.http.ask("GET", "/health")
-        except Refused as error:
-            raise self._lost(error) from error
 
     def _lost(self, error: BaseException) -> ServerError:
         """The one line about a server that does not do what it must."""
@@ -215,6 +250,8 @@ class ServerVllm(Engine):
         check_server(cfg, sizes)
         if sizes is not None:
             colocated.check_kv_cache(cfg, sizes)
+        if adapter_rank(cfg):
+            colocated.check_adapters(cfg)
         if cfg.rollout.vllm.engine_args:
             colocated.check_engine_args(cfg)
 
@@ -273,7 +310,8 @@ class Http:
     def _answer(path: str, response: Any) -> Any:
         if response.status_code != 200:
             raise Refused(f"{path}: HTTP {response.status_code} {' '.join(response.text.split())[:200]}".rstrip())
-        return response.json() if response.content else None
+        told = response.headers.get("content-type", "").startswith("application/json")  # some answer in plain words
+        return response.json() if told and response.content else None
 
 
 def _body(request: Request) -> dict[str, Any]:
@@ -314,8 +352,8 @@ def command(cfg: Config, model_path: str, url: str) -> list[str]:
     where = urlsplit(url)
     kwargs |= {"host": where.hostname, "port": where.port or 80, "tensor_parallel_size": cfg.rollout.server.tensor_parallel_size}
     kwargs |= {"weight_transfer_config": {"backend": backend()}, "enable_scale_out": True}
-    if backend() == "gloo":
-        kwargs["worker_extension_cls"] = "gear_trainer.rollout.gloo_workers.Extension"
+    if backend() == "gloo" or adapter_rank(cfg):
+        kwargs["worker_extension_cls"] = "gear_trainer.rollout.workers.Extension"
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(kwargs)]
 
 
@@ -333,6 +371,8 @@ def _flags(kwargs: dict[str, Any]) -> list[str]:
 def _settings(cfg: Config) -> dict[str, str]:
     """What a server's environment has beside this process' own."""
     held = {"VLLM_SERVER_DEV_MODE": "1"}  # the endpoints of weight transfer
+    if adapter_rank(cfg):
+        held["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if cfg.rollout.server.devices:
         held["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cfg.rollout.server.devices))
     if not torch.cuda.is_available():
@@ -382,9 +422,15 @@ def check_server(cfg: Config, sizes: dict[str, Any] | None) -> None:
         )
     if torch.cuda.is_available() and server.url is None and not devices:
         raise ConfigError("rollout.server.devices is missing: name the GPUs of the rollout server, which no rank uses")
-    heads = (sizes or {}).get("num_attention_heads")
-    if heads and heads % size:
-        raise ConfigError(f"rollout.server.tensor_parallel_size={size} does not divide the model's {heads} attention heads")
+    split = {"num_attention_heads": "attention heads", "intermediate_size": "hidden units of a layer's MLP"}
+    for name, what in split.items():
+        if (count := (sizes or {}).get(name)) and count % size:
+            raise ConfigError(f"rollout.server.tensor_parallel_size={size} does not divide the model's {count} {what}")
+    keys = (sizes or {}).get("num_key_value_heads")
+    if keys and keys % size and size % keys:  # fewer than GPUs: each GPU has a copy of one
+        raise ConfigError(
+            f"rollout.server.tensor_parallel_size={size} neither divides the model's {keys} key-value heads nor is their multiple"
+        )
 
 
 def check_devices(devices: list[int], own: torch.device) -> None:

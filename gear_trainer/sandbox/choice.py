@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from gear_trainer.launcher import ranks_here
 from gear_trainer.sandbox.interpreter import LIMITS, OPENING_LIMIT, START_LIMIT, WARM, Limits, Sandbox, SandboxError, said
 from gear_trainer.sandbox.means import AUTO, INSTALL, MEANS, Means
 
@@ -40,7 +41,7 @@ print(json.dumps([1 + 1, held]))
 
 def cores() -> int:
     """The cores that a rank has to itself: the machine's, shared among its ranks."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here())
 
 
 @lru_cache

@@ -24,8 +24,8 @@ def assign(recipe: Recipe, experience: Experience, step: int, sums: Sums) -> Non
         cu_seqlens=on_device(torch.tensor([0, *(e.lengths[i] for i in rows)]).cumsum(0).to(torch.int32), e.device),
         method=recipe.method_at(step),
     )
-    e.columns["weights"] = torch.ones_like(e["logprobs"])
-    e.columns["segments"] = torch.full_like(e["logprobs"], -1, dtype=torch.int32)
+    e.columns["weights"] = torch.ones_like(e["sampler_logprobs"])
+    e.columns["segments"] = torch.full_like(e["sampler_logprobs"], -1, dtype=torch.int32)
     e.columns["token_advantages"] = e.over_tokens([0.0 if t else a for a, t in zip(e.advantages, e.teaches, strict=True)])
     for name, values in {
         "weights": credit.weights,
@@ -45,13 +45,14 @@ def assign(recipe: Recipe, experience: Experience, step: int, sums: Sums) -> Non
 
 def _inputs(recipe: Recipe, e: Experience, rows: list[int], places: torch.Tensor) -> dict[str, torch.Tensor | None]:
     """What the method reads of the credited tokens, packed."""
-    picked = {name: e[name].index_select(0, places) for name in ("entropy", "turn_ids")}
+    names = ("entropy", "turn_ids") if recipe.scores_first else ("turn_ids",)
+    picked: dict[str, torch.Tensor | None] = {name: e[name].index_select(0, places) for name in names}
     for name in recipe.teacher_columns:
         picked[name] = e[name].index_select(0, places) if name in e.columns else e["entropy"].new_zeros(len(places))
     if recipe.by_turn:
         picked |= {name: e[name].index_select(0, places) for name in ("turn_rewards", "anchors")}
         picked["groups"] = on_device(torch.tensor([e.rollouts[i].group for i in rows], dtype=torch.int64), e.device)
-    return {"signal": None, **picked}
+    return {"signal": None, "entropy": None, **picked}
 
 
 def _count_in(recipe: Recipe, e: Experience) -> None:
@@ -60,7 +61,7 @@ def _count_in(recipe: Recipe, e: Experience) -> None:
     Which rollouts these are only values tell (a method may weigh all tokens of one by 0), so the device decides.
     """
     if recipe.moves_all:
-        e.columns["moves"] = torch.ones_like(e["logprobs"], dtype=torch.bool)
+        e.columns["moves"] = torch.ones_like(e["sampler_logprobs"], dtype=torch.bool)
         return
     found = torch.zeros(len(e.rollouts), dtype=torch.int32, device=e.device)
     found.index_add_(0, e.sequence, (e["token_advantages"] != 0).int())

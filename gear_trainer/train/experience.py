@@ -22,11 +22,12 @@ class Experience:
     """One rank's rollouts of a step and the T policy tokens of its B rollouts, in their order, as columns [T] by name.
 
     Known before scoring: sampler_logprobs (float32, nats), turn_ids (int64); with turn rewards also turn_rewards (float32) and
-    anchors (int64). From scoring, float32, nats: logprobs, entropy; reference_logprobs with a KL term; teacher_logprobs, signal,
-    teacher_entropy and forward_kl where the recipe reads them, 0 where no teacher looked; wrong_hint, what was taken from the
-    signal. From credit: token_advantages, weights, normalised (the method's
-    signal), float32; segments (int32, -1 outside); moves (bool: of a rollout with a token advantage other than 0, or anything
-    else to learn). For the update: loss_weights (float32), by which a sum over tokens is the mean over the optimizer step.
+    anchors (int64). From scoring, float32, nats: logprobs, entropy (both from the update where the recipe reads them no sooner);
+    reference_logprobs with a KL term; teacher_logprobs, signal, teacher_entropy and forward_kl where the recipe reads them, 0
+    where no teacher looked; wrong_hint, what was taken from the signal. From credit: token_advantages, weights, normalised (the
+    method's signal), float32; segments (int32, -1 outside); moves (bool: of a rollout with a token advantage other than 0, or
+    anything else to learn). For the update: loss_weights (float32), by which a sum over tokens is the mean over the optimizer
+    step.
 
     What a host needs to lay out passes is in lists [B]: nothing between scoring and the update looks at a column's values.
     """

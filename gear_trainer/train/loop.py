@@ -111,21 +111,22 @@ class Trainer:
         return self.watch.values(step, sums, self.phases, figures | held_out, self.device)
 
     def learn(self, step: int, experience: Experience, passes: Schedule, sums: Sums) -> None:
-        """Score, credit, update. The host waits for no value here, but for the first step's check of the pushed weights."""
+        """Score, credit, update. The host waits for no value here, but for the first step's check of the pushed weights, which
+        comes last: what a recipe scores first or not, the log-probs are there then, and nothing was saved yet."""
         recipe = self.recipe.at(step)
         with self.phases("score"):
             score(recipe, experience, passes.score, self.forward)
         with self.phases("credit"):
             assign(recipe, experience, step, sums)
-        count(experience, sums)
         sums.mean("padding_share", *passes.padding)
-        if not self.gap_checked:  # weights that did not arrive show as nats, not as rounding
-            self.gap_checked = True
-            check_gap(self.cfg, step, sums.read(self.device)["logprob_gap_mean"])
         with self.phases("update"):
             self.update(step, experience, passes.update, sums)
             for model in self.frozen.values():
                 model.follow(step)
+        count(experience, sums)
+        if not self.gap_checked:  # weights that did not arrive show as nats, not as rounding
+            self.gap_checked = True
+            check_gap(self.cfg, step, sums.read(self.device)["logprob_gap_mean"])
 
     def write_references(self, step: int, rollouts: list[Rollout], sums: Sums) -> None:
         """Let the teacher see something else than the ground truth, where the recipe says so."""

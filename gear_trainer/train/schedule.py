@@ -47,7 +47,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The passes of scoring, and one for each optimizer step. padding: tokens of it, and all that this rank's forwards take."""
+    """The passes of scoring, of what the update does not score, and one for each optimizer step.
+
+    padding: tokens of it, and all that this rank's forwards take.
+    """
 
     score: list[Pass]
     update: list[Pass]
@@ -62,8 +65,10 @@ def schedule(cfg: Config, recipe: Recipe, experience: Experience) -> Schedule:
     share = len(experience.rollouts) // cfg.train.updates_per_step
     parts = [range(first, first + share) for first in range(0, len(experience.rollouts), share)]
     scored = (True, False) if recipe.needs_teacher or recipe.teaches_all else (False,)
-    rows = [[i for i, taught in enumerate(experience.taught) if taught == teacher] for teacher in scored]
-    rows += [[i for i in part if _learns(recipe, experience, i)] for part in parts]
+    learning = [[i for i in part if _learns(recipe, experience, i)] for part in parts]
+    later = set() if recipe.scores_first else set(learning[0])  # the update's own forward scores them
+    rows = [[i for i, taught in enumerate(experience.taught) if taught == teacher and i not in later] for teacher in scored]
+    rows += learning
     whole = bool(recipe.distillation and recipe.distillation.full)
     teachers = [*scored, *(whole for _ in parts)]
     budget, packed = cfg.train.tokens_per_micro_batch, bool(cfg.train.packing)

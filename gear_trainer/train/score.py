@@ -24,7 +24,7 @@ def score(recipe: Recipe, experience: Experience, passes: list[Pass], forward: F
                 # the same call with another prompt for the teacher: the student's half of it cancels in the difference
                 wrong = forward(replace(batch, teacher=batch.wrong_hint), stats) if part.wrong_hint else None
             if batch.rows:
-                _keep(recipe, experience, batch.rows, out, wrong, part.teacher)
+                keep(recipe, experience, batch.rows, out, wrong, part.teacher)
     # by itself: on the policy's own weights each change of adapters is another order of modules, which ZeRO-3 would record anew
     for part in passes if recipe.kl else ():
         for batch in replace(part, teacher=False, wrong_hint=False).micro_batches(experience):
@@ -34,9 +34,15 @@ def score(recipe: Recipe, experience: Experience, passes: list[Pass], forward: F
                 experience.write("reference_logprobs", experience.tokens(batch.rows), reference)
 
 
-def _keep(
-    recipe: Recipe, experience: Experience, rows: list[int], out: TokenStats, wrong: TokenStats | None, teacher: bool
+def keep(
+    recipe: Recipe,
+    experience: Experience,
+    rows: list[int],
+    out: TokenStats,
+    wrong: TokenStats | None = None,
+    teacher: bool = False,
 ) -> None:
+    """Write a micro-batch's statistics into the columns of its rollouts `rows`; wrong: those behind a wrong hint."""
     found = {"logprobs": out.logprobs, "entropy": out.entropy}
     if teacher:
         found["teacher_logprobs"] = out.teacher_logprobs
@@ -48,4 +54,4 @@ def _keep(
     places = experience.tokens(rows)
     for name, values in found.items():
         assert values is not None, name
-        experience.write(name, places, values.float())
+        experience.write(name, places, values.detach().float())

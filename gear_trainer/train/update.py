@@ -16,6 +16,7 @@ from gear_trainer.recipe import Distillation, Recipe
 from gear_trainer.runs.metrics import Sums
 from gear_trainer.train.experience import Experience
 from gear_trainer.train.schedule import Pass
+from gear_trainer.train.score import keep
 
 LOGGED = ("clip_fraction", "dual_clip_fraction", "approx_kl")  # of the policy losses
 
@@ -23,7 +24,7 @@ LOGGED = ("clip_fraction", "dual_clip_fraction", "approx_kl")  # of the policy l
 class Inputs(NamedTuple):
     """A micro-batch's columns, [n] float32 each; `importance`, `teacher` and `reference` are None where nothing reads them."""
 
-    old: torch.Tensor  # log-probs of the scoring pass
+    old: torch.Tensor  # log-probs before the step's first update
     advantages: torch.Tensor
     weights: torch.Tensor
     importance: torch.Tensor | None  # of p_trainer / p_sampler, see gear_kernels.losses.importance_weights
@@ -34,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 class Updater:
-    """Steps a policy on a scored and credited experience."""
+    """Steps a policy on a credited experience, and scores what `Recipe.scores_first` leaves to it."""
 
     def __init__(self, cfg: Config, recipe: Recipe, forward: Forward):
         self.cfg, self.recipe, self.forward, self.engine = cfg, recipe, forward, forward.engine
@@ -67,6 +68,8 @@ class Updater:
         for batch in part.micro_batches(experience):
             out = self.forward(batch, recipe.stats_to_update)
             assert out.logprobs is not None
+            if batch.rows and not recipe.scores_first:
+                keep(recipe, experience, batch.rows, out)
             inputs = self._inputs(recipe, batch, experience, out.logprobs)
             loss, parts = self._loss(recipe, out, inputs)
             # DeepSpeed averages over ranks; the weights already are global means. A loss that is not finite makes every gradient

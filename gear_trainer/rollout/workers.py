@@ -1,16 +1,19 @@
-"""Weight transfer over gloo, for vLLM's workers on CPUs: what its own NCCL engine is on GPUs.
+"""The part of a rollout server that runs in the processes of its workers, beside vLLM's own code.
 
-A server is told of it by `--worker-extension-cls gear_trainer.rollout.gloo_workers.Extension`: each worker then imports this
-module before it makes its transfer engine.
+A server is told of it by `--worker-extension-cls gear_trainer.rollout.workers.Extension`: each worker then has the methods of
+that class, and has imported this module before it makes its transfer engine. That over gloo is for CPUs what vLLM's NCCL engine
+is for GPUs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.request import LoRARequest
 
 from gear_trainer.rollout.weight_transfer import Gloo
 
@@ -79,7 +82,23 @@ class GlooWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class Extension:
-    """Nothing but a name in this module, for --worker-extension-cls."""
+    """Methods of a worker, by name over the server's /collective_rpc."""
+
+    list_loras: Callable[[], set[int]]
+    add_lora: Callable[[LoRARequest], bool]
+
+    def adapters(self) -> list[int]:
+        """The numbers of the adapters that are loaded."""
+        return sorted(self.list_loras())
+
+    def replace_adapter(self, folder: str) -> None:
+        """Load a folder's adapter in place of the one that requests sample with, those under way too.
+
+        The server's own /v1/load_lora_adapter with load_inplace keeps that word in each request: vLLM 0.32 then reads the folder
+        again in every step of sampling.
+        """
+        (number,) = self.list_loras()
+        self.add_lora(LoRARequest("policy", number, folder, load_inplace=True))
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
