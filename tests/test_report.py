@@ -1,28 +1,34 @@
 """What a report is made of, without a browser: the numbers that the page is given, warnings, the page's shell, server, twin."""
 
+import base64
 import gzip
 import html
 import http.client
 import io
 import json
 import math
+import os
 import re
+import socket
 import struct
 import threading
+from types import SimpleNamespace
 
 import made_run
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from gear_kernels.methods import METHODS
-from gear_trainer import cli
+from gear_trainer import build, cli
 from gear_trainer.errors import ConfigError
 from gear_trainer.report import health, pages, payload, serve, terminal
 from gear_trainer.report.build import write_pages, write_report
 from gear_trainer.report.statistics import estimate
 from gear_trainer.runs.files import read_metrics
+from gear_trainer.runs.ranks import Beats, machine
 from gear_trainer.runs.records import SCHEMA, read_records, read_table
 from gear_trainer.runs.trackers import flat
 
@@ -203,6 +209,30 @@ def test_no_text_of_a_model_stands_in_the_page(runs, tmp_path):
     assert text.count("<script") == 2 + len(re.findall("<script type=.text/plain", text)) and len(text) < 5_000_000
     policy = html.unescape(re.search(r'Security-Policy" content="([^"]*)"', text)[1])
     assert "default-src 'none'" in policy and "unsafe" not in policy and "connect-src 'none'" in policy
+
+
+def shown_by(file):
+    """The manifest that a page carries."""
+    (stored,) = re.findall('data-name="manifest">([^<]*)<', file.read_text())
+    return json.loads(gzip.decompress(base64.b64decode(stored)))
+
+
+def test_the_page_that_a_run_writes_at_its_end_says_that_it_finished(tmp_path, monkeypatch, capsys):
+    folder = made_run.make_run(tmp_path / "done", steps=2)
+    (folder / "state.json").unlink()
+    beat = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine(), "ended": None, "run": "x", "lost": {}}
+    (tmp_path / ".done.ranks").mkdir()
+    (tmp_path / ".done.ranks" / "rank-0.json").write_text(json.dumps(beat | {"started": psutil.Process().create_time()}))
+    assert payload.describe(folder)["state"] == "running"
+    train, checkpoint = SimpleNamespace(steps=2), SimpleNamespace(export=False)
+    trainer = SimpleNamespace(interrupts=SimpleNamespace(why=""))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    monkeypatch.setattr(Beats, "running", SimpleNamespace(stop=lambda: None))
+    assert build.finish(SimpleNamespace(run_dir=folder, train=train, checkpoint=checkpoint), trainer, 2) == 0
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    (run,) = shown_by(folder / "report.html")["runs"]
+    assert (run["state"], run["step"]) == ("finished", 2)
 
 
 def test_a_name_that_is_html_is_a_name(tmp_path):
