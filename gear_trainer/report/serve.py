@@ -17,7 +17,7 @@ from gear_trainer.report import payload
 from gear_trainer.report.pages import live_page
 
 HOST = "127.0.0.1"
-_KEY = re.compile(r"\d{1,9}|audit|audit/[\w.-]{1,200}")
+_KEY = re.compile(r"\d{1,9}|samples|audit|audit/[\w.-]{1,200}")
 
 
 class Handler(BaseHTTPRequestHandler):

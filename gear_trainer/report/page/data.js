@@ -84,7 +84,7 @@ export function rolloutOf(pack, index) {
   const texts = Array.from(columns.piece, (piece) => pack.pieces[piece]);
   const policy = [];
   columns.mask.forEach((own, i) => own && policy.push(i));
-  return { row: pack.rows[index], columns, texts, policy, index };
+  return { row: pack.rows[index], columns, texts, policy, index, plain: !columns.logprobs }; // plain: words, of which no numbers were kept
 }
 
 export const rolloutsOf = (pack) => pack.rows.map((_, index) => rolloutOf(pack, index));
