@@ -22,25 +22,26 @@ def draw_curves(found: dict[str, Any]) -> bytes:
         rows, columns, figsize=(3.6 * columns, 2.5 * rows), sharex=True, sharey=True, squeeze=False, constrained_layout=True
     )
     for axis, (name, arm) in zip(axes.flat, arms.items(), strict=False):
-        _draw_curve(axis, base["curve"], "0.45")
+        draw_curve(axis, base["curve"], "0.45")
         for run in arm["runs"]:
             if run["points"]:
                 axis.plot(*zip(*run["points"], strict=True), color="C0", lw=0.6, alpha=0.45)
-        _draw_curve(axis, arm["curve"], "C0")
+        draw_curve(axis, arm["curve"], "C0")
         axis.set_title(f"{name} ({arm['final']['n']} seeds)", fontsize=9)
         axis.grid(alpha=0.25)
     for axis in axes.flat[len(arms) :]:
         axis.set_visible(False)
     figure.supxlabel(f"step; grey: {found['baseline']}", fontsize=9)
     figure.supylabel(found["metric"].replace("_", " "), fontsize=9)
-    return _svg(plt, figure)
+    return svg(plt, figure)
 
 
-def _draw_curve(axis: Any, curve: list[dict[str, Any]], color: str) -> None:
+def draw_curve(axis: Any, curve: list[dict[str, Any]], color: str, label: str | None = None) -> None:
+    """A mean with its interval, as `gear_trainer.report.study.figures` gives it; nothing where no run has finished."""
     if not curve:
         return
     steps = [point["step"] for point in curve]
-    axis.plot(steps, [point["mean"] for point in curve], color=color, lw=2)
+    axis.plot(steps, [point["mean"] for point in curve], color=color, lw=2, label=label)
     if curve[0]["low"] is not None:
         low, high = ([point[end] for point in curve] for end in ("low", "high"))
         axis.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
@@ -67,13 +68,13 @@ def draw_differences(found: dict[str, Any]) -> bytes:
     axes[0].set_yticks(range(len(arms)), list(arms), fontsize=8)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
     figure.supxlabel(f"less {found['baseline']}; blue: below 0.05 after Holm's correction", fontsize=9)
-    return _svg(plt, figure)
+    return svg(plt, figure)
 
 
-def _svg(plt: Any, figure: Any) -> bytes:
-    """The figure, the same bytes for the same figure."""
+def svg(plt: Any, figure: Any, text: str = "none") -> bytes:
+    """The figure, the same bytes for the same figure. text: `none`, in the reader's fonts, or `path`, drawn."""
     out = io.BytesIO()
-    with plt.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"}):
+    with plt.rc_context({"svg.hashsalt": "study", "svg.fonttype": text}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     plt.close(figure)
     return out.getvalue()

@@ -58,7 +58,7 @@ def _row(r: Record, prompts: dict[int, str], numbers: dict[str, int]) -> dict:
 def passages(r: Record) -> list[tuple[int, str]]:
     """The response as (turn, text), -1 for replies; one of turn 0 where an evaluation of before did not say where they end."""
     kept = r.get("passages")
-    if not kept:
+    if kept is None:
         return [(0, r["response"])]
     ends = list(accumulate(length for _, length in kept))
     return [(turn, r["response"][end - length : end]) for (turn, length), end in zip(kept, ends, strict=True)]
