@@ -221,7 +221,7 @@ def test_figures_are_those_counted_by_hand(model, tmp_path):
 def test_a_page_and_a_plot(model, tmp_path, capsys):
     (folder, result), = run(configuration(model), tmp_path).items()  # fmt: skip
     html = write_evaluation(folder, result)
-    text = (folder / "result.md").read_text()
+    text = html.with_suffix(".md").read_text()
     assert html == folder / "result.html" and (folder / "result.png").stat().st_size > 5000
     for said in (
         "| warm | 6 |",

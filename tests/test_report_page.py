@@ -420,6 +420,12 @@ def test_siblings_stand_side_by_side_from_their_first_difference(visit, runs):
     assert page.locator(".card").count() == 2
 
 
+def test_a_group_that_is_not_there_is_said(visit, runs):
+    page = visit("view=credit&step=12&group=77&sample=3")
+    assert "Group 77, sample 3 is not here" in page.locator(".work .bad").first.inner_text()
+    assert visit("view=credit&step=12&group=2&sample=3").locator(".work > .bad").count() == 0
+
+
 def test_why_a_sibling_got_less_credit(visit, runs):
     """The path of docs/report.md: choose the sample, put its sibling beside it, go to where they differ, read both weights."""
     page = visit("view=credit&step=12")
@@ -710,6 +716,34 @@ def test_a_live_run_is_followed(visit, tmp_path):
         with redrawn(page):
             page.evaluate("location.hash = 'view=tokens&step=2'")
         assert page.locator(".grid tbody tr").count() > 3
+    finally:
+        made.shutdown()
+        thread.join(10)
+        made.server_close()
+
+
+def test_only_what_is_shown_is_asked_for_and_drawn(visit, runs):
+    made = serve.server(runs[:1])
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{made.server_address[1]}/"
+    try:
+        page = visit("view=curves", url, served=True)
+        asked = []
+        page.on("request", lambda request: "manifest" in request.url or asked.append(request.url.removeprefix(url)))
+        drawn, panels = page.evaluate("[gear.charts().length, document.querySelectorAll('.panel').length]")
+        assert 0 < drawn < panels and not asked, "panels below the window wait, and no rollout was asked for"
+        page.locator(".panel").last.scroll_into_view_if_needed()
+        until(page, f"gear.charts().length > {drawn}")
+        with redrawn(page):
+            page.evaluate("location.hash = 'view=credit&step=5&group=3'")
+        assert asked == ["data/rows?run=0&key=5", "data/pack?run=0&key=5&groups=3"], "a step's list, a group"
+        with redrawn(page):
+            page.get_by_label("group 3, sample 1").click()
+        assert len(asked) == 2, "its sibling is there already"
+        with redrawn(page):
+            page.evaluate("location.hash = 'view=health'")
+        assert len(asked) == 2
     finally:
         made.shutdown()
         thread.join(10)

@@ -154,7 +154,7 @@ def by_sign(found: Weighed) -> dict[str, np.ndarray]:
 
 
 def weights_by_sign(found: Weighed) -> bytes:
-    """How often each weight is given, by the sign of the advantage, with the means."""
+    """A histogram of the weights by the sign of the advantage, with the means."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(4.6, 2.6), constrained_layout=True)
     for (name, weights), color in zip(by_sign(found).items(), (UP, DOWN), strict=True):

@@ -1,4 +1,4 @@
-"""How fast the served page of a run of full size opens: `python -m benchmarks.reports.report_page`.
+"""The time in which the served page of a run of full size opens: `python -m benchmarks.reports.report_page`.
 
 The run has 2,000 steps of 1,024 rollouts of 2,000 tokens, and is synthetic. Its metrics are random walks under the names that a
 run has. Of the rollouts one step is drawn (signals at random, texts of 2,000 pieces, weights by credit_weights) and stands, as a
@@ -168,13 +168,14 @@ def _cpu(processes: list[psutil.Process]) -> float:
 
 
 def sentence(found: dict[str, Any]) -> str:
-    """What docs/report.md says of the file."""
+    """The sentence of docs/report.md about the file."""
     best = {name: {key: min(one[key] for one in tries) for key in tries[0]} for name, tries in found["views"].items()}
     most = max(one["server_mib"] for tries in found["views"].values() for one in tries)
     heap = max(one["page_mib"] for one in best.values())
     cpu = {name: one["server_cpu"] + one["browser_cpu"] for name, one in best.items()}
     said = [f"{what} in {best[name]['seconds']:.1f} s ({cpu[name]:.1f} s of CPU)" for name, what in _SAID.items()]
-    return f"{', '.join(said)}, with at most {most:.0f} MiB in the server and {heap:.0f} MiB in the page's heap"
+    busy = f"on {found['cores']} cores at a load of {found['load'][0]:.0f}"
+    return f"{', '.join(said)} {busy}, with at most {most:.0f} MiB in the server and {heap:.0f} MiB in the page's heap"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,7 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     size = records_path(given.folder, 1).stat().st_size
     shape = {"steps": STEPS, "rollouts": ROLLOUTS, "tokens": TOKENS, "metrics": len(NAMES), "bytes_of_a_step": size}
     load = os.getloadavg()
-    found = {"environment": environment(), "load": load, "shape": shape, "views": measure(given.folder, given.rounds)}
+    found = {"environment": environment(), "cores": psutil.cpu_count(), "load": load, "shape": shape}
+    found["views"] = measure(given.folder, given.rounds)
     for name, tries in found["views"].items():
         print(name, *({key: round(value, 2) for key, value in one.items()} for one in tries), sep="\n  ")
     print(sentence(found))

@@ -44,7 +44,11 @@ def describe(folder: Path) -> dict[str, Any]:
     """A finished evaluation as a page shows it. Raises ConfigError where there is none."""
     result, paper = read_result(folder), read_whole(folder / PAPER)
     s, k = result["settings"], result["overall"]["samples"]
-    rows = [Interval(name, row["mean"], *row["interval"]) for name, row in _rows(result).items() if row["mean"] is not None]
+    rows = [
+        Interval(name, row["mean"], row["interval"][0], row["interval"][1])
+        for name, row in _rows(result).items()
+        if row["mean"] is not None
+    ]
     return described(
         f"{s['set']}: {s['model']}",
         "evaluation",

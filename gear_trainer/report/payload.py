@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
+import hashlib
 import json
 import math
 import struct
@@ -29,7 +30,7 @@ from gear_trainer.report.samples import samples
 from gear_trainer.report.statistics import band
 from gear_trainer.report.study import FIGURES
 from gear_trainer.report.tables import described
-from gear_trainer.runs.files import read_metrics, read_whole
+from gear_trainer.runs.files import noted_end, read_metrics, read_whole
 from gear_trainer.runs.records import SCHEMA, of_groups, read_table, recorded_steps
 from gear_trainer.runs.registry import look
 from gear_trainer.runs.trackers import flat
@@ -48,14 +49,14 @@ SCALARS = (
 
 
 class Subject(NamedTuple):
-    """What a page is of: `run` by its folder, `audit` by its Parquet file, `evaluation` by its folder, `study` by its JSON."""
+    """The subject of a page: `run` by its folder, `audit` by its Parquet file, `evaluation` by its folder, `study` by its JSON."""
 
     kind: str
     path: Path
 
 
 def subject(path: Path) -> Subject:
-    """What stands at a path, a folder or a file. Raises ConfigError where it is nothing that has a page."""
+    """The subject that stands at a path, a folder or a file. Raises ConfigError where it is nothing that has a page."""
     if (path / "config.json").is_file():
         return Subject("run", path)
     if path.is_file() and path.suffix in _FILES:
@@ -83,10 +84,27 @@ def manifest(paths: Sequence[Path], live: bool = False) -> dict[str, Any]:
     return {
         "title": ", ".join(run["name"] for run in runs),
         "live": live,
+        "stamp": stamp(paths) if live else "",
         "runs": runs,
         "bands": bands(runs),
         "methods": methods(),
     }
+
+
+def stamp(paths: Sequence[Path]) -> str:
+    """A name of all that `manifest` says of these now; empty where a run goes on, for its state changes without a file's doing.
+
+    Raises ConfigError as `subject` does.
+    """
+    files: list[Path] = []
+    for kind, found in map(subject, paths):
+        if kind == "run" and not noted_end(found):
+            return ""
+        files += (
+            [found, *found.glob("*.json*"), found / "rollouts", *found.glob(f"audit/*/{AUDIT}")] if found.is_dir() else [found]
+        )
+    seen = [(str(file), own.st_mtime_ns, own.st_size) for file in sorted(files) if file.exists() for own in [file.stat()]]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -104,7 +122,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     cfg = read_whole(folder / "config.json") or {}
-    metrics, run = read_metrics(folder / "metrics.jsonl"), look(folder)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    run = look(folder, metrics)
     steps = recorded_steps(folder)
     credit = cfg.get("credit", "")
     return described(

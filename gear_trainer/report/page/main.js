@@ -95,9 +95,9 @@ async function show() {
 
 async function again() {
   try {
-    const next = await source.manifest();
-    const moved = JSON.stringify(next) !== JSON.stringify(manifest);
-    manifest = next;
+    const next = await source.manifest(manifest.stamp);
+    const moved = next && JSON.stringify(next) !== JSON.stringify(manifest);
+    manifest = next ?? manifest;
     if (moved) viewOf() === "curves" || viewOf() === "health" ? await show() : head();
   } catch { /* the host is gone for now: what is shown stays */ }
   setTimeout(again, AGAIN);

@@ -169,7 +169,8 @@ export async function showCredit(section, manifest, source) {
   if (key === undefined) return section.replaceChildren(el("p", {}, "No rollouts were kept."));
   const all = await source.rows(run, key), rows = filtered(all);
   const sameAs = (row) => String(row.group) === state("group") && (state("sample") === "" || String(row.sample) === state("sample"));
-  const current = rows.find(sameAs) ?? rows.find((row) => row.advantage && row.deviation >= 0) ?? rows.find((row) => row.advantage) ?? rows[0];
+  const linked = rows.find(sameAs), absent = state("group") !== "" && !linked;
+  const current = linked ?? rows.find((row) => row.advantage && row.deviation >= 0) ?? rows.find((row) => row.advantage) ?? rows[0];
   const work = el("div", { class: "work" }), box = el("div", { class: "credit" }, list(rows, current), work);
   section.replaceChildren(filters(manifest, all), box);
   if (!current) return work.replaceChildren(el("p", {}, "No rollout fits the filters."));
@@ -196,8 +197,9 @@ export async function showCredit(section, manifest, source) {
     if (looked) look(looked, looked.focused, false);
   };
   const pieces = own.plain ? "words" : "tokens";
-  work.replaceChildren(controls, own.plain ? "" : settings(manifest, again),
-    apart === null ? "" : el("p", { class: "quiet" }, apart ? `The first ${number(apart)} ${pieces} are the same; from the mark on they differ.` : `They differ from the first ${pieces.slice(0, -1)} on.`),
+  const missed = `Group ${state("group")}${state("sample") && `, sample ${state("sample")}`} is not here: of another step, not kept (rollout.records), or filtered out. This is group ${current.group}, sample ${current.sample}.`;
+  const alike = apart === null ? "" : cards.every((r) => r.texts.length === apart) ? `They are the same, all ${number(apart)} ${pieces}.` : apart ? `The first ${number(apart)} ${pieces} are the same; from the mark on they differ.` : `They differ from the first ${pieces.slice(0, -1)} on.`;
+  work.replaceChildren(absent ? el("p", { class: "bad" }, missed) : "", controls, own.plain ? "" : settings(manifest, again), alike && el("p", { class: "quiet" }, alike),
     el("div", { class: own.plain ? "reading plain" : "reading" }, el("div", { class: "cards" }, seats.map((seat) => seat.box)), own.plain ? "" : panel));
   again();
   const token = state("token");
