@@ -49,7 +49,7 @@ SCALARS = (
 
 
 class Subject(NamedTuple):
-    """The subject of a page: `run` by its folder, `audit` by its Parquet file, `evaluation` by its folder, `study` by its JSON."""
+    """The subject of a page: `run` and `evaluation` by the folder, `audit` by its Parquet file, `study` by its JSON."""
 
     kind: str
     path: Path

@@ -33,7 +33,7 @@ class Intervals(NamedTuple):
 
 
 def described(name: str, kind: str, **more: Any) -> dict[str, Any]:
-    """A run, an audit, an evaluation or a study (`kind`) as a page is told of it: `more`, and nothing of what only others have."""
+    """A run, an audit, an evaluation or a study (`kind`) as a page is told of it: `more`, and nothing that only others have."""
     nothing = {
         "said": "", "credit": "", "method": None, "task": "", "state": kind, "why": "", "step": 0, "steps": 0, "series": {},
         "recorded": [], "config": "", "warnings": [], "tables": [], "intervals": [], "arms": [],
