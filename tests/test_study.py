@@ -458,7 +458,8 @@ def test_tables_have_all_of_it(finished):
     assert all(len(row) == len(table.head) for table in found.values() for row in table.rows)
 
 
-def test_a_folder_and_its_file_have_one_page(finished, tmp_path, capsys):
+def test_a_folder_and_its_file_have_one_page(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # of the terminal's tables
     assert cli.main(["study", str(tmp_path / "study.yaml"), "--report-only"]) == 0
     page = finished.study.folder / "study.html"
     text = page.read_text()

@@ -56,7 +56,7 @@ function filters(manifest, rows) {
     el("input", { type: "number", step: "any", value: state(name), onchange: (e) => change({ [name]: e.target.value || null }) }));
   return el("div", { class: "bar filters" },
     manifest.runs.length > 1 ? choice("run", manifest.runs.map((r, i) => [i, r.name]), runOf(manifest), (v) => change({ run: v, group: null, sample: null, token: null })) : null,
-    choice("step", keysOf(run).map((key) => [key, typeof key === "number" ? `step ${key}` : key.replace("/", " ")]), keyOf(run), (v) => change({ step: v, group: null, sample: null, token: null })),
+    keysOf(run).length > 1 && choice("step", keysOf(run).map((key) => [key, typeof key === "number" ? `step ${key}` : key.replace("/", " ")]), keyOf(run), (v) => change({ step: v, group: null, sample: null, token: null })),
     tasks.length ? choice("task", some("task", tasks), state("task"), (v) => change({ task: v || null })) : null,
     choice("outcome", [["", "any outcome"], ["solved", "solved"], ["failed", "failed"]], state("outcome"), (v) => change({ outcome: v || null })),
     run.kind === "evaluation" ? null : choice("advantage", [["", "any"], ["yes", "not 0"], ["no", "0"]], state("teaches"), (v) => change({ teaches: v || null })),
