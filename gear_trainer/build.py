@@ -230,12 +230,12 @@ def finish(cfg: Config, trainer: Any, done: int) -> int:
     if finished and cfg.checkpoint.export:
         checkpoint.export(trainer.engine, cfg, trainer.chat.tokenizer)
     if dist.get_rank() == 0:
+        note_end(cfg.run_dir, "finished" if finished else "stopped", done, trainer.interrupts.why)  # the page says it too
         if finished:
             print(write_report(cfg.run_dir), flush=True)
         else:
             why = f" ({trainer.interrupts.why})" if trainer.interrupts.why else ""
             print(f"stopped after step {done}{why}; --resume goes on from there", flush=True)
-        note_end(cfg.run_dir, "finished" if finished else "stopped", done, trainer.interrupts.why)
     assert Beats.running is not None  # since the ranks met
     Beats.running.stop()  # from here on a rank that ends is not lost
     dist.barrier()  # vLLM's own shutdown at exit takes the process groups down

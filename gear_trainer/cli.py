@@ -121,9 +121,9 @@ def audit(argv: list[str]) -> int:
 
 
 def report(argv: list[str]) -> int:
-    """Write the page of a run or an audit; or several as one page, on the terminal, served while they go on, or as a curve."""
+    """Write the page of a run, an audit, an evaluation or a study; or of several, on the terminal, served, or as a curve."""
     parser = argparse.ArgumentParser(prog="gear-trainer report", description=report.__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, as runs/NAME, or an audit's")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder or file: runs/NAME, an audit's, ...")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--together", type=Path, metavar="FILE.html", help="one page of all: curves overlaid, problems compared")
     only.add_argument(
@@ -200,7 +200,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from gear_trainer.build import alone, prepare_evaluation, set_environment
     from gear_trainer.evaluation import paper
     from gear_trainer.evaluation.run import evaluate, trained_with
-    from gear_trainer.report.evaluation import line, write_page
+    from gear_trainer.report.build import write_evaluation
+    from gear_trainer.report.evaluation import line
 
     given, cfg, out = _evaluation_config(args)
     if args.paper is not None:
@@ -212,7 +213,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         sets, engine, model_path = prepare_evaluation(cfg, given.model.path, args.run, args.step)
         for folder, result in evaluate(cfg, sets, engine, out, model_path, args.batch):
             beside = None if args.paper is None else paper.beside(result, args.paper, trained)
-            print(line(result), f"written: {write_page(folder, result, beside)}", sep="\n", flush=True)
+            print(line(result), f"written: {write_evaluation(folder, result, beside)}", sep="\n", flush=True)
     except KeyboardInterrupt:
         print(f"gear_trainer: interrupted; the same command goes on with {out}", file=sys.stderr, flush=True)
         return 130
@@ -317,7 +318,8 @@ def _runs(folders: list[Path]) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from gear_trainer.report.study import read_elsewhere, write_study
+    from gear_trainer.report.build import write_study
+    from gear_trainer.report.study import read_elsewhere
     from gear_trainer.runs.launches import Launches, locked
     from gear_trainer.runs.study import load_plan, standings, summary
 

@@ -1,7 +1,12 @@
-"""Runs and an audit as their files, made without a model: what the report's tests open. Weights are credit_weights' own."""
+"""Runs, an audit, an evaluation and a study as their files, made without a model: what the report's tests open.
+
+Weights are credit_weights' own. The study is the committed one, with a run that failed planted in it.
+"""
 
 import json
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +15,7 @@ import torch
 from gear_kernels import credit_weights
 from gear_kernels.methods import METHODS
 from gear_trainer.audit import file as audit_file
+from gear_trainer.evaluation import scores
 from gear_trainer.runs.records import SCHEMA, to_bytes
 
 STEPS, GROUPS, SIZE = 12, 8, 4
@@ -154,4 +160,36 @@ def make_audit(folder, seed=5):
         rows.append(made)
     columns = {name: [r[name] for r in rows] for name in audit_file.SCHEMA.names}
     audit_file.write(folder / "audit.parquet", columns, {"task": "sums", "model": "m", "step": 20})
+    return folder
+
+
+def make_evaluation(folder, seed=7):
+    """An evaluation's folder: six problems of two categories with four samples each, one of which broke off twice."""
+    folder.mkdir(parents=True)
+    rng, records = random.Random(seed), []
+    for group in range(6):
+        for sample in range(SIZE):
+            r = row(rng, 0, group, sample, hostile=True)
+            owners = [t if m else -1 for t, m in zip(r["turn"], r["mask"], strict=True)]
+            ends = [i + 1 for i, t in enumerate(owners) if owners[i + 1 : i + 2] != [t]]
+            parts = [[owners[b - 1], len("".join(r["tokens"][a:b]))] for a, b in zip([0, *ends], ends, strict=False)]
+            names = ("problem", "sample", "reward", "success", "end", "calls", "errors", "failures", "response", "answer")
+            made = {name: r[name] for name in names} | {"index": group, "metrics": {}, "vote": str(42 + sample % 2), "turns": 2}
+            made |= {"tokens": sum(r["mask"]), "prompt": None if sample else r["prompt"], "passages": parts}
+            records.append(made | ({"end": "error", "failures": ["the <b>service</b> is away"]} if group == 5 else {}))
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    problems = [SimpleNamespace(id=f"p{i}", category="sums" if i % 2 else "words") for i in range(6)]
+    found = scores.summarize(SimpleNamespace(report=lambda scored: {"looked": 0.5}), problems, records)
+    settings = {"set": "sums", "task": "sums", "model": "a/model", "samples": SIZE, "temperature": 1.0}
+    (folder / "result.json").write_text(json.dumps({"settings": settings, **found}))
+    return folder
+
+
+def make_study(folder):
+    """A study's folder, which holds the committed study.json; a run of grpo failed with markup in its line."""
+    folder.mkdir(parents=True)
+    found = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "credit_study.json").read_text())
+    run = next(r for r in found["arms"]["grpo"]["runs"] if r["state"] != "finished")
+    run |= {"state": "failed", "why": "ValueError: <script>globalThis.planted = 3</script>", "step": 7}
+    (folder / "study.json").write_text(json.dumps(found))
     return folder

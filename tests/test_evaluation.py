@@ -22,7 +22,9 @@ from gear_trainer.evaluation.compare import compare
 from gear_trainer.evaluation.records import read_records, read_result
 from gear_trainer.evaluation.run import chunks_of, evaluate, trained_with
 from gear_trainer.policy.checkpoint import export_step
-from gear_trainer.report.evaluation import comparison, line, page, write_page
+from gear_trainer.report.build import write_evaluation
+from gear_trainer.report.evaluation import comparison, line, page
+from gear_trainer.report.samples import passages, samples
 from gear_trainer.rollout import Completion, Engine, Request
 from gear_trainer.rollout.chat import Chat
 from gear_trainer.tasks import make_task
@@ -216,10 +218,11 @@ def test_figures_are_those_counted_by_hand(model, tmp_path):
     assert row["majority"] is not None and {(q.temperature, q.top_p) for q in Drawn.asked} == {(0.6, 0.95)}
 
 
-def test_a_page_and_a_plot(model, tmp_path):
+def test_a_page_and_a_plot(model, tmp_path, capsys):
     (folder, result), = run(configuration(model), tmp_path).items()  # fmt: skip
-    text = write_page(folder, result, None).read_text()
-    assert (folder / "result.png").stat().st_size > 5000
+    html = write_evaluation(folder, result)
+    text = html.with_suffix(".md").read_text()
+    assert html == folder / "result.html" and (folder / "result.png").stat().st_size > 5000
     for said in (
         "| warm | 6 |",
         "| all | 12 |",
@@ -232,6 +235,24 @@ def test_a_page_and_a_plot(model, tmp_path):
     ):
         assert said in text, said
     assert line(result) in text and "mean of 4 samples; solved by one of them" in line(result)
+    made = html.read_bytes()
+    for given in (folder, folder / "result.json"):
+        html.unlink()
+        assert cli.main(["report", str(given)]) == 0 and html.read_bytes() == made
+    assert cli.main(["report", str(tmp_path)]) == 2 and f"there are {folder}" in capsys.readouterr().err
+
+
+def test_rollouts_are_kept_with_their_turns_and_one_prompt_a_problem(model, tmp_path):
+    (folder, _), = run(configuration(model), tmp_path).items()  # fmt: skip
+    records, table = read_records(folder), samples(folder).to_pylist()
+    for r, shown in zip(records, table, strict=True):
+        assert "".join(text for _, text in passages(r)) == r["response"] == "".join(shown["tokens"])
+        assert [turn for turn, _ in passages(r)][::2] == list(range(r["turns"])), "turns and replies take turns"
+        assert (r["prompt"] is None) == (r["sample"] > 0) and shown["prompt"] == records[4 * r["index"]]["prompt"]
+    some = samples(folder, [3, 5]).to_pylist()
+    assert [r["tokens"] for r in some] == [r["tokens"] for r in table if r["group"] in (3, 5)] and len(some) == 8
+    before = {name: value for name, value in records[0].items() if name not in ("passages", "prompt")}
+    assert passages(before) == [(0, before["response"])]
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------------

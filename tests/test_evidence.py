@@ -2,11 +2,12 @@
 
 import copy
 import json
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 import scipy.stats
 
-from benchmarks.page import evidence_page
+from benchmarks.page import evidence_page, figures
 from benchmarks.page.evidence_page import FOLDER, answer, verdicts
 
 
@@ -28,6 +29,21 @@ def test_pictures_of_the_page_are_there():
     for line in evidence_page.text(files, studies).splitlines():
         if line.startswith("!["):
             assert (evidence_page.PAGE.parent / line.split("](")[1].rstrip(")")).is_file(), line
+
+
+def test_the_papers_figures_are_drawn_from_the_committed_files(tmp_path):
+    assert figures.check() == []
+    named = [line.split("](plots/")[1].rstrip(")") for line in figures.PAGE.read_text().splitlines() if line.startswith("![")]
+    (_, study), weighed = evidence_page.read(), figures.weighed()
+    drawn = figures.pictures(study, weighed, tmp_path)
+    assert [path.name for path in drawn] == named and all((figures.PLOTS / name).is_file() for name in named)
+    shown = weighed.rows[figures.telling(weighed)]
+    assert not shown["success"] and shown["deviation"] >= 0
+    for (_, weights), positive in zip(figures.by_sign(weighed).items(), (True, False), strict=True):
+        own = [w for r, a, b in zip(weighed.rows, weighed.bounds, weighed.bounds[1:], strict=False)
+               if (r["advantage"] > 0) == positive for w in weighed.credit.weights[a:b].tolist()]  # fmt: skip
+        assert weights.tolist() == own
+    ElementTree.parse(drawn[1])
 
 
 def test_a_verdict_follows_the_intervals(found):

@@ -1,28 +1,35 @@
 """What a report is made of, without a browser: the numbers that the page is given, warnings, the page's shell, server, twin."""
 
+import base64
 import gzip
 import html
 import http.client
 import io
 import json
 import math
+import os
 import re
+import socket
 import struct
 import threading
+from types import SimpleNamespace
 
 import made_run
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from benchmarks.reports import report_page
 from gear_kernels.methods import METHODS
-from gear_trainer import cli
+from gear_trainer import build, cli
 from gear_trainer.errors import ConfigError
 from gear_trainer.report import health, pages, payload, serve, terminal
 from gear_trainer.report.build import write_pages, write_report
 from gear_trainer.report.statistics import estimate
 from gear_trainer.runs.files import read_metrics
+from gear_trainer.runs.ranks import Beats, machine
 from gear_trainer.runs.records import SCHEMA, read_records, read_table
 from gear_trainer.runs.trackers import flat
 
@@ -205,6 +212,30 @@ def test_no_text_of_a_model_stands_in_the_page(runs, tmp_path):
     assert "default-src 'none'" in policy and "unsafe" not in policy and "connect-src 'none'" in policy
 
 
+def shown_by(file):
+    """The manifest that a page carries."""
+    (stored,) = re.findall('data-name="manifest">([^<]*)<', file.read_text())
+    return json.loads(gzip.decompress(base64.b64decode(stored)))
+
+
+def test_the_page_that_a_run_writes_at_its_end_says_that_it_finished(tmp_path, monkeypatch, capsys):
+    folder = made_run.make_run(tmp_path / "done", steps=2)
+    (folder / "state.json").unlink()
+    beat = {"pid": os.getpid(), "host": socket.gethostname(), "machine": machine(), "ended": None, "run": "x", "lost": {}}
+    (tmp_path / ".done.ranks").mkdir()
+    (tmp_path / ".done.ranks" / "rank-0.json").write_text(json.dumps(beat | {"started": psutil.Process().create_time()}))
+    assert payload.describe(folder)["state"] == "running"
+    train, checkpoint = SimpleNamespace(steps=2), SimpleNamespace(export=False)
+    trainer = SimpleNamespace(interrupts=SimpleNamespace(why=""))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    monkeypatch.setattr(Beats, "running", SimpleNamespace(stop=lambda: None))
+    assert build.finish(SimpleNamespace(run_dir=folder, train=train, checkpoint=checkpoint), trainer, 2) == 0
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    (run,) = shown_by(folder / "report.html")["runs"]
+    assert (run["state"], run["step"]) == ("finished", 2)
+
+
 def test_a_name_that_is_html_is_a_name(tmp_path):
     folder = made_run.make_run(tmp_path / "<script>x", steps=1)
     write_report(folder)
@@ -283,6 +314,52 @@ def test_a_served_run_gives_its_rows_and_groups(runs, served):
     header, _ = unpacked(get(served, "/data/pack?run=1&key=3&groups=2,4")[1])
     assert {r["group"] for r in header["rows"]} == {2, 4}
     assert unpacked(get(served, "/data/pack?run=0&key=audit%2Fmodel&groups=1")[1])[0]["rows"][0]["group"] == 1
+
+
+def test_a_manifest_that_is_known_is_not_made_again_until_something_changed(served, runs):
+    known = payload.manifest(runs, live=True)["stamp"]
+    assert known and get(served, f"/data/manifest?known={known}") == (204, b"")
+    (runs[2] / "metrics.jsonl").touch()
+    assert get(served, f"/data/manifest?known={known}")[0] == 200
+    (runs[2] / "state.json").rename(runs[2] / "kept")
+    try:
+        assert payload.stamp(runs) == "", "of a run that goes on nothing is known"
+    finally:
+        (runs[2] / "kept").rename(runs[2] / "state.json")
+
+
+def test_evaluations_and_studies_are_told_of_like_runs(tmp_path):
+    evaluation, study = made_run.make_evaluation(tmp_path / "e"), made_run.make_study(tmp_path / "s")
+    shown = payload.manifest([evaluation, study, tmp_path / "s" / "study.json"])["runs"]
+    assert [run["kind"] for run in shown] == ["evaluation", "study", "study"] and shown[1]["arms"] == shown[2]["arms"]
+    assert shown[0]["recorded"] == ["samples"] and not shown[1]["recorded"]
+    json.dumps(shown, allow_nan=False)
+    header, columns = unpacked(payload.pack(payload.rollouts(evaluation, "samples", [2])))
+    assert {r["group"] for r in header["rows"]} == {2} and columns["turn"].min() == -1 and "logprobs" not in columns
+    with pytest.raises(FileNotFoundError):
+        payload.rollouts(evaluation, "audit")
+    packs = payload.sample([evaluation, study], {"runs": shown[:2]}, 6000)
+    assert list(packs) == ["0/samples"] and len(packs["0/samples"]) <= 6000, "some of its problems"
+    out = Console(file=io.StringIO(), width=160, color_system=None)
+    terminal.show([evaluation, study], out)
+    text = out.file.getvalue()
+    assert "Why episodes ended" in text and "less grpo" in text and "ValueError: <script>" in text
+
+
+def test_a_file_of_full_size_is_measured_and_said():
+    found = json.loads(report_page.FILE.read_text())
+    assert (found["shape"]["steps"], found["shape"]["rollouts"], found["shape"]["tokens"]) == (2000, 1024, 2000)
+    page = " ".join((report_page.ROOT / "docs" / "report.md").read_text().split())
+    assert report_page.sentence(found) in page
+
+
+def test_the_synthetic_run_of_that_file_is_a_run(tmp_path):
+    folder = report_page.make_run(tmp_path / "large", steps=3, rollouts=16, tokens=120)
+    (run,) = payload.manifest([folder])["runs"]
+    assert run["recorded"] == [1, 2, 3] and set(report_page.NAMES) <= run["series"].keys() and run["state"] == "finished"
+    rows = read_records(folder, 3)
+    assert rows == read_records(folder, 1) and {len(r["ids"]) for r in rows} == {120} and len(rows) == 16
+    assert all(0.9 - 1e-6 <= w <= 1.1 + 1e-6 for r in rows for w in r["weight"] if w is not None)
 
 
 NOWHERE = (

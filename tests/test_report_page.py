@@ -1,6 +1,6 @@
-"""The run report in headless Chromium: what is drawn, what a token says, weights made in the page, and that it asks for nothing.
+"""The report's pages in headless Chromium: what is drawn, what a token says, weights made there, and that they ask for nothing.
 
-Pages are of runs that tests/made_run.py makes; GEAR_REPORT_RUN names a run's folder of your own to be opened beside them.
+Pages are of what tests/made_run.py makes; GEAR_REPORT_RUN names a run's folder of your own to be opened beside them.
 """
 
 import json
@@ -21,8 +21,9 @@ import torch
 
 from gear_kernels import credit_weights
 from gear_kernels.methods import METHODS
-from gear_trainer.report import payload, serve
-from gear_trainer.report.build import write_pages, write_report
+from gear_trainer.report import evaluation, payload, serve, study
+from gear_trainer.report.build import page_of, write_pages, write_report
+from gear_trainer.report.samples import samples
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.records import read_records
 from gear_trainer.runs.trackers import flat
@@ -34,6 +35,7 @@ pytestmark = [
 ]
 OWN = os.environ.get("GEAR_REPORT_RUN")
 PATIENCE = 180  # seconds, a net under hangs
+AUDITED = Path(__file__).parents[1] / "benchmarks" / "results" / "credit_truth" / "chains_late.parquet"
 READY = "Number(document.documentElement.dataset.ready ?? 0)"
 
 
@@ -46,6 +48,17 @@ def runs(tmp_path_factory):
     write_report(made[0])
     write_pages(made, root / "all.html")
     return made
+
+
+@pytest.fixture(scope="module")
+def pages(runs, tmp_path_factory):
+    """A page of each kind: a run's, a committed audit's, a study's, an evaluation's."""
+    root = tmp_path_factory.mktemp("kinds")
+    audit = Path(shutil.copy(AUDITED, root / "chains.parquet"))
+    others = {"audit": audit, "study": made_run.make_study(root / "s"), "evaluation": made_run.make_evaluation(root / "e")}
+    for path in others.values():
+        write_report(path)
+    return {name: page_of(path) for name, path in ({"run": runs[0]} | others).items()}
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +131,7 @@ def slide(page, field, value):
 
 def test_every_curve_is_metrics_jsonl(visit, runs):
     page = visit("view=curves")
+    page.evaluate("gear.drawWaiting()")
     drawn = page.evaluate("gear.charts().flatMap(({panel}) => panel.lines.map((line) => [line.name, line.points]))")
     plotted = page.evaluate(
         "gear.charts().flatMap(({panel, chart}) => panel.lines.map((line, i) => [line.name, chart.data[0].map((s, k) => "
@@ -154,6 +168,7 @@ def test_runs_are_overlaid_with_their_mean_and_band(visit, runs, tmp_path):
 
 def test_cursors_and_zoom_are_linked(visit):
     page = visit("view=curves")
+    page.evaluate("gear.drawWaiting()")
     plots = page.locator(".panel[data-panel=reward_mean] .u-over"), page.locator(".panel[data-panel=entropy] .u-over")
     box = plots[0].bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 40)
@@ -405,6 +420,12 @@ def test_siblings_stand_side_by_side_from_their_first_difference(visit, runs):
     assert page.locator(".card").count() == 2
 
 
+def test_a_group_that_is_not_there_is_said(visit, runs):
+    page = visit("view=credit&step=12&group=77&sample=3")
+    assert "Group 77, sample 3 is not here" in page.locator(".work .bad").first.inner_text()
+    assert visit("view=credit&step=12&group=2&sample=3").locator(".work > .bad").count() == 0
+
+
 def test_why_a_sibling_got_less_credit(visit, runs):
     """The path of docs/report.md: choose the sample, put its sibling beside it, go to where they differ, read both weights."""
     page = visit("view=credit&step=12")
@@ -486,6 +507,125 @@ def test_an_audit_shows_true_advantages_under_any_teacher(visit, runs):
     assert float(told(page)["signal"]) == pytest.approx(r["reverse_kl/wrong"][i], rel=1e-5)
 
 
+def colours(page):
+    """The colour of each policy token of the first card: its share of the full one, and its hue."""
+    found = page.evaluate(
+        "[...document.querySelectorAll('.card:first-child .t:not(.env)')].map((t) => [Number(t.dataset.i), "
+        "Number(t.style.getPropertyValue('--v')), t.classList.contains('down')])"
+    )
+    return {i: (share, down) for i, share, down in found}
+
+
+def test_a_committed_audit_opens_where_a_rollout_leaves_the_solution(visit, pages):
+    page = visit("", pages["audit"])
+    table = payload.rollouts(AUDITED, "audit").to_pylist()
+    r = next(r for r in table if r["advantage"] and r["deviation"] >= 0)
+    shown = page.evaluate("gear.showing().seats[0].r.row")
+    assert (shown["group"], shown["sample"]) == (r["group"], r["sample"]), "the first that leaves it"
+    policy, off = [i for i, m in enumerate(r["mask"]) if m], r["deviation"]
+    assert page.evaluate("[...document.querySelectorAll('[data-deviates]')].map((t) => Number(t.dataset.i))") == [off]
+    assert f"token {off}" in page.locator(".card header").inner_text()
+    for i in (policy[0], off, policy[-1]):
+        page.locator(f"#t0-{i}").hover()
+        found = told(page)
+        assert float(found["value"].replace("−", "-")) == pytest.approx(r["value"][i], abs=1e-6)
+        assert float(found["true_advantage"]) == pytest.approx(r["true_advantage"][i], abs=1e-6)
+        assert found["reach"] == ("in reach" if i < off else "out of reach from here on" if i == off else "out of reach")
+    largest = max(abs(r["true_advantage"][i]) for i in policy)
+    for i, (share, down) in colours(page).items():
+        assert down == (r["true_advantage"][i] < 0) and (share == 1) <= (abs(r["true_advantage"][i]) > 0.3 * largest)
+    pick(page, "colour", "value")
+    assert {i: share for i, (share, _) in colours(page).items()} == {i: pytest.approx(r["value"][i], abs=6e-4) for i in policy}
+    pick(page, "colour", "deviation")
+    assert colours(page) == {i: (0, False) if i < off else (1 if i == off else 0.4, True) for i in policy}
+
+
+# --- studies and evaluations --------------------------------------------------------------------------------------------------
+
+
+def rows_of(page, title):
+    """The texts of a table's cells by row."""
+    rows = '[...document.querySelectorAll(`[data-table="${title}"] tbody tr`)].map((r) => [...r.cells].map((c) => c.textContent))'
+    return page.evaluate(f"(title) => {rows}", title)
+
+
+def assert_tables(page, tables):
+    """Every table is in the page, cell by cell."""
+    assert page.evaluate("[...document.querySelectorAll('[data-table]')].map((t) => t.dataset.table)") == [
+        t.title for t in tables
+    ]
+    for table in tables:
+        assert rows_of(page, table.title) == table.rows, table.title
+
+
+def test_a_study_shows_differences_curves_cost_and_failures(visit, pages):
+    page, found = visit("", pages["study"]), json.loads((pages["study"].parent / "study.json").read_text())
+    assert_tables(page, study.tables(found))
+    assert page.locator("nav[aria-label=views] a").all_inner_texts() == ["Figures", "Curves", "Set-up"]
+    (failed,) = rows_of(page, "Failures")
+    assert "<script>globalThis.planted = 3</script>" in failed[2] and page.evaluate("globalThis.planted") is None
+    ran = {name: arm for name, arm in found["arms"].items() if arm["curve"]}
+    differences = [arm["difference"]["area"] for name, arm in ran.items() if name != "grpo"]
+    drawn = page.locator(".forest").first.locator("circle")
+    assert drawn.count() == len(differences) == 3
+    places = [float(x) for x in drawn.evaluate_all("(all) => all.map((c) => c.getAttribute('cx'))")]
+    means = [d["mean"] for d in differences]
+    slope = (places[1] - places[0]) / (means[1] - means[0])
+    assert places[2] == pytest.approx(places[0] + slope * (means[2] - means[0]), abs=0.05), "in proportion"
+    with redrawn(page):
+        page.get_by_role("link", name="Curves").click()
+    page.evaluate("gear.drawWaiting()")
+    panels = dict(page.evaluate("gear.charts().map(({panel}) => [panel.title, panel.lines])"))
+    assert list(panels) == ["all arms", *(name for name in ran if name != "grpo")]
+    for name, lines in panels.items():
+        for arm, line in zip(["grpo", *(n for n in ran if n != "grpo" and name in (n, "all arms"))],
+                             [line for line in lines if not line.get("faint")], strict=True):  # fmt: skip
+            assert line["points"] == [[p["step"], p["mean"]] for p in ran[arm]["curve"]]
+            assert line["band"] == [[p["step"], p["low"], p["high"]] for p in ran[arm]["curve"]]
+        thin = [line["points"] for line in lines if line.get("faint")]
+        assert thin == ([] if name == "all arms" else [r["points"] for r in ran[name]["runs"] if r["points"]])
+
+
+def test_an_evaluation_shows_its_figures_and_its_rollouts_in_words(visit, pages):
+    page, folder = visit("", pages["evaluation"]), pages["evaluation"].parent
+    result = json.loads((folder / "result.json").read_text())
+    assert_tables(page, evaluation.tables(result))
+    assert "the <b>service</b> is away" in rows_of(page, "Left out")[0][1]
+    assert page.locator(".forest circle").count() == 3, "two categories and all"
+    with redrawn(page):
+        page.get_by_role("link", name="Rollouts").click()
+    with redrawn(page):
+        page.get_by_label("group 2, sample 1").click()
+    table = {(r["group"], r["sample"]): r for r in samples(folder).to_pylist()}
+    r = table[2, 1]
+    texts = page.evaluate("gear.showing().seats[0].r.texts")
+    assert texts == r["tokens"] and "".join(texts) == next(
+        x["response"] for x in map(json.loads, (folder / "rollouts.jsonl").open()) if (x["index"], x["sample"]) == (2, 1)
+    )
+    labels = page.evaluate("[...document.querySelectorAll('.turn')].map((t) => t.dataset.label)")
+    assert labels == ["turn 1", "tool result", "turn 2"]
+    page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+    assert "question 2 <b>bold</b>" in page.locator(".card footer").inner_text(), "the problem's prompt, kept once"
+    pick(page, "beside it", "3")
+    assert page.locator(".card").count() == 2 and page.locator("[data-differs]").count() == 2
+    assert page.get_by_label("colour").count() == 0 and page.get_by_label("kl threshold").count() == 0
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_differences_are_saved_as_a_figure(visit, pages, kind, tmp_path):
+    page = visit("inches=6.9", pages["study"])
+    with page.expect_download() as waiting:
+        page.get_by_label(re.compile(f"save after the last step.* as {kind}")).click()
+    file = tmp_path / f"x.{kind}"
+    waiting.value.save_as(file)
+    if kind == "png":
+        assert int.from_bytes(file.read_bytes()[16:20]) == 4140, "6.9 in at 600 dots"
+    else:
+        root = ElementTree.parse(file).getroot()
+        assert root.get("width") == "6.9in" and len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 3
+        assert "var(" not in file.read_text(), "its colours are its own"
+
+
 # --- untrusted text -----------------------------------------------------------------------------------------------------------
 
 
@@ -522,30 +662,33 @@ def test_a_script_that_is_put_in_does_not_run(visit):
 
 # --- everybody ----------------------------------------------------------------------------------------------------------------
 
-VIEWS = ("curves", "credit&beside=all&token=5", "tokens", "health", "compare", "setup")
+VIEWS = {"figures": "", "curves": "", "credit": "&beside=all&token=5", "tokens": "", "health": "", "compare": "", "setup": ""}
 
 
 def views_of(page):
     """Every view of an open page, one after the other."""
-    for view in VIEWS:
+    links = page.evaluate("[...document.querySelectorAll('nav[aria-label=views] a')].map((a) => a.getAttribute('href'))")
+    for view in (re.search(r"view=(\w+)", href)[1] for href in links):
         with redrawn(page):
-            page.evaluate(f"location.hash = 'x=1&view={view}'")
+            page.evaluate(f"location.hash = 'x=1&view={view}{VIEWS[view]}'")
         yield view
 
 
+@pytest.mark.parametrize("kind", ["run", "audit", "study", "evaluation"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_labels_and_roles(visit, scheme):
+def test_contrast_labels_and_roles(visit, pages, scheme, kind):
     from axe_playwright_python.sync_playwright import Axe
 
-    page = visit(color_scheme=scheme)
+    page = visit(file=pages[kind], color_scheme=scheme)
     for view in views_of(page):
         found = Axe().run(page).response["violations"]
         told = [[v["id"], v["help"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"]] for v in found]
         assert not found, json.dumps([view, told], indent=1)
 
 
-def test_a_narrow_window_has_no_width_to_scroll(visit):
-    page = visit(size=(390, 844))
+@pytest.mark.parametrize("kind", ["run", "audit", "study", "evaluation"])
+def test_a_narrow_window_has_no_width_to_scroll(visit, pages, kind):
+    page = visit(file=pages[kind], size=(390, 844))
     wide = {view: width for view in views_of(page) if (width := page.evaluate("document.documentElement.scrollWidth")) > 390}
     assert not wide
 
@@ -579,12 +722,40 @@ def test_a_live_run_is_followed(visit, tmp_path):
         made.server_close()
 
 
+def test_only_what_is_shown_is_asked_for_and_drawn(visit, runs):
+    made = serve.server(runs[:1])
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{made.server_address[1]}/"
+    try:
+        page = visit("view=curves", url, served=True)
+        asked = []
+        page.on("request", lambda request: "manifest" in request.url or asked.append(request.url.removeprefix(url)))
+        drawn, panels = page.evaluate("[gear.charts().length, document.querySelectorAll('.panel').length]")
+        assert 0 < drawn < panels and not asked, "panels below the window wait, and no rollout was asked for"
+        page.locator(".panel").last.scroll_into_view_if_needed()
+        until(page, f"gear.charts().length > {drawn}")
+        with redrawn(page):
+            page.evaluate("location.hash = 'view=credit&step=5&group=3'")
+        assert asked == ["data/rows?run=0&key=5", "data/pack?run=0&key=5&groups=3"], "a step's list, a group"
+        with redrawn(page):
+            page.get_by_label("group 3, sample 1").click()
+        assert len(asked) == 2, "its sibling is there already"
+        with redrawn(page):
+            page.evaluate("location.hash = 'view=health'")
+        assert len(asked) == 2
+    finally:
+        made.shutdown()
+        thread.join(10)
+        made.server_close()
+
+
 @pytest.mark.skipif(not OWN, reason="GEAR_REPORT_RUN=runs/NAME: a run of your own")
 def test_a_run_of_your_own_opens_in_every_view(visit, tmp_path):
     write_pages([Path(OWN)], tmp_path / "own.html")
     assert (tmp_path / "own.html").stat().st_size < 5_000_000
-    for view in VIEWS:
-        visit(f"view={view}", tmp_path / "own.html")
+    for _ in views_of(visit(file=tmp_path / "own.html")):
+        pass
     page = visit("view=credit", tmp_path / "own.html")
     steps = payload.describe(Path(OWN))["recorded"]
     stored = {(r["group"], r["sample"]): [w for w in r["weight"] if w is not None] for r in read_records(Path(OWN), steps[-1])}

@@ -20,7 +20,7 @@ from gear_trainer import cli
 from gear_trainer.demo.warm_start import ensure_warm_start
 from gear_trainer.errors import ConfigError
 from gear_trainer.report.statistics import area, band, estimate, holm, paired
-from gear_trainer.report.study import figures, page
+from gear_trainer.report.study import describe, figures, tables
 from gear_trainer.runs import launches
 from gear_trainer.runs.files import note_end, read_metrics
 from gear_trainer.runs.launches import Launches, check_devices, command, locked
@@ -445,22 +445,50 @@ def test_runs_from_another_machine_count_and_do_not_start(finished, tmp_path, ca
         assert cli.main(["study", str(config), "--add", str(file)]) == 2 and message in capsys.readouterr().err
 
 
-def test_the_page_has_all_of_it_and_asks_no_other_host(finished):
-    text = page(figures(finished))
-    assert "5 of 6 runs finished" in text and "1 failed" in text and text.count("data:image/svg+xml;base64,") == 2
-    for what in ("+0.250", "0.500 (", "gear-2", "credit_args.alpha=0.6", "p, Holm", "seconds a step", "6.00"):
-        assert what in text, what
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<script" not in text
-    assert "http://" not in text and "https://" not in text and 'src="data:' in text
+def test_tables_have_all_of_it(finished):
+    found = {table.title: table for table in tables(figures(finished))}
+    last = found["Paired by seed: after the last step"]
+    rows = {row[0]: row[1:] for row in last.rows}
+    assert rows["grpo"][:3] == ["3", "0.500 (0.252 to 0.748)", "the baseline"] and rows["gear"][0] == "2"
+    assert rows["gear"][2].startswith("+0.250 (") and rows["gear"][3] == "2" and last.head[-1] == "p, Holm"
+    cost = dict(zip(found["Cost"].head, found["Cost"].rows[1], strict=True))
+    assert (cost["arm"], cost["seconds a step"], cost["of grpo"]) == ("gear", "6.00", "1.00")
+    (failed,) = found["Failures"].rows
+    assert failed[0] == "gear-2" and "<script>alert(1)</script>" in failed[2]
+    assert found["Arms"].rows[1] == ["gear", "credit=gear credit_args.alpha=0.6"] and len(found["Runs"].rows) == 6
+    assert all(len(row) == len(table.head) for table in found.values() for row in table.rows)
+
+
+def test_a_folder_and_its_file_have_one_page(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # of the terminal's tables
+    assert cli.main(["study", str(tmp_path / "study.yaml"), "--report-only"]) == 0
+    page = finished.study.folder / "study.html"
+    text = page.read_text()
+    assert "5 of 6 runs finished; written: " in capsys.readouterr().out and "alert(1)" not in text, "data is packed"
+    page.unlink()
+    for given in (finished.study.folder, finished.study.folder / "study.json"):
+        assert cli.main(["report", str(given)]) == 0 and page.read_text() == text
+    assert cli.main(["report", "--text", str(finished.study.folder)]) == 0
+    said = capsys.readouterr().out
+    assert "5 of 6 runs finished, 1 failed" in said and "+0.250" in said
 
 
 def test_a_page_before_any_run_finished_says_so(tmp_path, capsys):
     plan = plan_of(tmp_path)
     assert cli.main(["study", str(tmp_path / "study.yaml"), "--report-only"]) == 0
     assert "0 of 4 runs finished; written: " in capsys.readouterr().out
-    text = (plan.study.folder / "study.html").read_text()
-    assert "No run has finished." in text and "gear-4 (not begun, step 0/2)" in text
-    assert json.loads((plan.study.folder / "study.json").read_text())["finished"] == 0
+    shown = describe(plan.study.folder / "study.json")
+    assert "0 of 4 runs finished" in shown["said"] and shown["intervals"] == shown["arms"] == []
+    (open_,) = (table for table in shown["tables"] if table.title == "Not finished")
+    assert ["gear-4", "not begun", "0/2"] in open_.rows
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}'])
+def test_what_is_no_study_is_refused_in_one_line(tmp_path, capsys, content):
+    (tmp_path / "study.json").write_text(content)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no study.json of a study" in said and said.count("\n") == 1
 
 
 def test_a_metric_that_no_run_has_is_named(finished, tmp_path):

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from gear_trainer.report.statistics import paired
-from gear_trainer.report.study import draw_curves, draw_differences
 
 from ..credit_truth.measures import MEASURES, NEAR
 from ..credit_truth.pictures import draw
 from ..harness.environment import PLOTS, RESULTS, ROOT
 from .performance_page import table
+from .study_pictures import draw_curves, draw_differences
 
 PAGE = ROOT / "docs" / "evidence.md"
 FOLDER = RESULTS / "credit_truth"

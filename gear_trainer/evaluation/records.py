@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,18 @@ def record(held: HeldOut, r: Rollout) -> Record:
         "texts_escaped": r.escaped,
         "replies_cut": r.cut,
         "answer": r.problem.answer,
+        "prompt": None if r.sample else decode(r.prompt_ids),  # the same for all samples of a problem
         "response": decode(r.ids),
+        "passages": passages(r, decode),
     }
+
+
+def passages(r: Rollout, decode: Callable[[list[int]], str]) -> list[tuple[int, int]]:
+    """Where the response's turns end: (turn, characters) for each, in order; turn is -1 for the replies between them."""
+    owners = [turn if own else -1 for turn, own in zip(r.turn_ids, r.mask, strict=True)]
+    last = [i for i, owner in enumerate(owners) if owners[i + 1 : i + 2] != [owner]]
+    ends = [len(decode(r.ids[: i + 1])) for i in last]  # of all that is before: a part by itself may decode otherwise
+    return [(owners[i], end - begin) for i, begin, end in zip(last, [0, *ends], ends, strict=False)]
 
 
 class Folder:

@@ -1,4 +1,4 @@
-"""Runs as one page that asks for nothing: curves, rollouts coloured by token credit, warnings; and held-out curves as a figure.
+"""Pages that ask for nothing, of runs, audits, evaluations and studies: figures, curves, rollouts coloured by token credit.
 
 `python -m gear_trainer report runs/NAME` writes `report.html` into the run's folder; with `--together FILE.html` several runs are
 one page. `python -m gear_trainer report --compare FILE.png runs/A runs/B ...` draws their held-out success, one colour a method.
@@ -6,30 +6,66 @@ one page. `python -m gear_trainer report --compare FILE.png runs/A runs/B ...` d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gear_trainer.report import payload
+from gear_trainer.report import evaluation, payload, study
 from gear_trainer.report.pages import run_page
 from gear_trainer.report.plots import pyplot
 from gear_trainer.runs.files import read_metrics, write_whole
+from gear_trainer.runs.study import Plan
 
-PAGE = "report.html"
+PAGES = {"run": "report.html", "audit": "report.html", "evaluation": "result.html", "study": "study.html"}
 BUDGET = 3 << 20  # bytes of rollouts in a page; a third more as text, so that a page stays below 5 MB
 
 
-def write_report(folder: Path) -> str:
-    """Write the page of a run, or of an audit, into its folder. Returns the line that is printed at the end of a run."""
-    write_pages([folder], folder / PAGE)
-    return f"{_summary(read_metrics(folder / 'metrics.jsonl'))}report: {folder / PAGE}"
+def write_report(path: Path) -> str:
+    """Write the page of a run, an audit, an evaluation or a study, where `page_of` says. Returns the line that is printed.
+
+    Raises ConfigError where it is none of them.
+    """
+    page = page_of(path)
+    write_pages([path], page)
+    return f"{_summary(read_metrics(path / 'metrics.jsonl'))}report: {page}"
 
 
-def write_pages(folders: Sequence[Path], file: Path) -> None:
-    """Write one page of these runs and audits. Raises ConfigError where a folder is neither."""
-    shown = payload.manifest(folders)
-    packs = payload.sample(folders, shown, BUDGET)
+def page_of(path: Path) -> Path:
+    """The page of what stands at a path: in its folder, or beside a file under its name. Raises ConfigError."""
+    return path / PAGES[payload.subject(path).kind] if path.is_dir() else path.with_suffix(".html")
+
+
+def write_pages(paths: Sequence[Path], file: Path) -> None:
+    """Write one page of these runs, audits, evaluations and studies. Raises ConfigError where a path is none of them."""
+    shown = payload.manifest(paths)
+    packs = payload.sample(paths, shown, BUDGET)
     write_whole(file, run_page(shown, packs))
+
+
+def write_study(plan: Plan, elsewhere: study.Elsewhere | None = None) -> str:
+    """Write the figures and the page into the study's folder. Returns the line that is printed. Raises ConfigError.
+
+    elsewhere: finished runs that were made in another place, by arm and seed, as `study.read_elsewhere` gives them.
+    """
+    found = study.figures(plan, elsewhere)
+    folder = plan.study.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / study.FIGURES, json.dumps(found, indent=1) + "\n")
+    write_pages([folder], page_of(folder))
+    return f"{found['finished']} of {found['planned']} runs finished; written: {page_of(folder)}, {folder / study.FIGURES}"
+
+
+def write_evaluation(folder: Path, result: dict[str, Any], paper: dict[str, Any] | None = None) -> Path:
+    """Write the page of an evaluation, and the same as Markdown with a plot, into its folder. Returns the page.
+
+    paper: the published figures that it is set beside, see evaluation/paper.py.
+    """
+    write_whole(folder / evaluation.PAPER, json.dumps(paper)) if paper else (folder / evaluation.PAPER).unlink(missing_ok=True)
+    evaluation.draw(result, folder / f"{evaluation.RESULT}.png")
+    write_whole(folder / f"{evaluation.RESULT}.md", evaluation.page(result, paper))
+    write_pages([folder], page_of(folder))
+    return page_of(folder)
 
 
 def draw_comparison(run_dirs: list[Path], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An evaluation as a page in Markdown with a plot; two of them compared, as a page."""
+"""An evaluation as tables, as Markdown and as a plot; two of them compared, as Markdown."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gear_trainer.evaluation.records import ROLLOUTS, read_result
 from gear_trainer.report.plots import pyplot
-from gear_trainer.runs.files import write_whole
+from gear_trainer.report.tables import Interval, Intervals, Table, described, grid, markdown, number, percent, span
+from gear_trainer.runs.files import read_whole, write_whole
 
-RESULT, COMPARISON = "result", "comparison"  # files by these names, with .md, .png, .json
+RESULT, COMPARISON = "result", "comparison"  # files by these names, with .md, .png, .json; the first one's page is RESULT.html
+PAPER = "paper.json"  # the published figures that a result was set beside
+SAMPLES = "samples"  # the key of its rollouts
 _MOST = 40  # categories that are drawn; the table has all
 
 
@@ -18,7 +22,7 @@ def line(result: dict[str, Any]) -> str:
     row, settings = result["overall"], result["settings"]
     if row["mean"] is None:
         return f"{settings['set']}: nothing was scored; {_lost(result)}"
-    parts = [f"held-out success: {row['mean']:.3f} of {row['problems']} problems (95 % interval {_span(row['interval'])})"]
+    parts = [f"held-out success: {row['mean']:.3f} of {row['problems']} problems (95 % interval {span(*row['interval'])})"]
     if row["samples"] > 1:
         parts.append(f"mean of {row['samples']} samples; solved by one of them: {row['pass'][str(row['samples'])]:.3f}")
     if row["samples"] > 2 and row["majority"] is not None:
@@ -28,27 +32,45 @@ def line(result: dict[str, Any]) -> str:
     return f"{settings['set']}: " + ", ".join(parts)
 
 
-def write_page(folder: Path, result: dict[str, Any], paper: dict[str, Any] | None = None) -> Path:
-    """Write the page and its plot into an evaluation's folder. Returns the page."""
-    draw(result, folder / f"{RESULT}.png")
-    write_whole(folder / f"{RESULT}.md", page(result, paper))
-    return folder / f"{RESULT}.md"
-
-
 def page(result: dict[str, Any], paper: dict[str, Any] | None = None) -> str:
-    """The page's Markdown."""
+    """The result as Markdown."""
     s = result["settings"]
-    parts = [f"# {s['set']}: {s['model']}", line(result) + ".", f"![]({RESULT}.png)", _figures(result), _ends(result)]
-    if metrics := _metrics(result):
-        parts.append(metrics)
+    parts = [f"# {s['set']}: {s['model']}", line(result) + ".", f"![]({RESULT}.png)", *map(markdown, tables(result, paper))]
+    rows = [[key, f"`{value}`"] for key, value in s.items()]
+    return "\n\n".join([*parts, markdown(Table("Set-up", ["what", "value"], rows))]) + "\n"
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """A finished evaluation as a page shows it. Raises ConfigError where there is none."""
+    result, paper = read_result(folder), read_whole(folder / PAPER)
+    s, k = result["settings"], result["overall"]["samples"]
+    rows = [
+        Interval(name, row["mean"], row["interval"][0], row["interval"][1])
+        for name, row in _rows(result).items()
+        if row["mean"] is not None
+    ]
+    return described(
+        f"{s['set']}: {s['model']}",
+        "evaluation",
+        said=line(result),
+        task=s["task"],
+        recorded=[SAMPLES] if (folder / ROLLOUTS).is_file() else [],
+        config=json.dumps(s, indent=2),
+        tables=tables(result, paper),
+        intervals=[Intervals(f"mean@{k}", False, rows)] if rows else [],
+    )
+
+
+def tables(result: dict[str, Any], paper: dict[str, Any] | None = None) -> list[Table]:
+    """All figures of a result, beside the paper's where they are given."""
+    found = [_figures(result), _ends(result)]
+    if names := list(result["overall"]["metrics"]):
+        rows = [[name, *(number(row["metrics"].get(n)) for n in names)] for name, row in _rows(result).items()]
+        found.append(Table("The task's own figures", ["category", *names], rows))
     if result["lost"]:
         rows = [[lost["problem"], lost["failure"]] for lost in result["lost"]]
-        parts.append(f"## Left out\n\n{_lost(result)}.\n\n{_table(['problem', 'why'], rows)}")
-    if paper:
-        parts.append(_paper(result, paper))
-    rows = [[key, f"`{value}`"] for key, value in s.items()]
-    parts.append(f"## Set-up\n\n{_table(['what', 'value'], rows)}")
-    return "\n\n".join(parts) + "\n"
+        found.append(Table("Left out", ["problem", "why"], rows, f"{_lost(result)}."))
+    return [*found, _paper(result, paper)] if paper else found
 
 
 def _lost(result: dict[str, Any]) -> str:
@@ -59,7 +81,7 @@ def _rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return result["categories"] | {"all": result["overall"]}
 
 
-def _figures(result: dict[str, Any]) -> str:
+def _figures(result: dict[str, Any]) -> Table:
     whole = result["overall"]
     k = whole["samples"]
     passes = [n for n in whole["pass"] if n != "1"]
@@ -67,46 +89,36 @@ def _figures(result: dict[str, Any]) -> str:
     head += [f"maj@{k}"] * (k > 1) + ["reward", "tool use", "calls", "call errors", "tokens"]
     rows = []
     for name, row in _rows(result).items():
-        cells = [name, str(row["problems"]), _number(row["mean"]), _span(row["interval"])]
-        cells += [_number(row["pass"].get(n)) for n in passes] + [_number(row["majority"])] * (k > 1)
-        cells += [_number(row["reward"]), _percent(row["tool_use"]), _number(row["calls"], 2), _percent(row["call_errors"])]
-        rows.append([*cells, _number(row["tokens"], 0)])
+        cells = [name, str(row["problems"]), number(row["mean"]), span(*row["interval"])]
+        cells += [number(row["pass"].get(n)) for n in passes] + [number(row["majority"])] * (k > 1)
+        cells += [number(row["reward"]), percent(row["tool_use"]), number(row["calls"], 2), percent(row["call_errors"])]
+        rows.append([*cells, number(row["tokens"], 0)])
     said = "Intervals are percentiles of a bootstrap over problems. Tool use: rollouts with a call at least; calls a rollout."
     if k > 1:
-        said += f" Of pass@{k}: {_span(whole['pass_interval'])}" + (
-            f"; of maj@{k}: {_span(whole['majority_interval'])}." if whole["majority_interval"] else "."
+        said += f" Of pass@{k}: {span(*whole['pass_interval'])}" + (
+            f"; of maj@{k}: {span(*whole['majority_interval'])}." if whole["majority_interval"] else "."
         )
-    return f"## Figures\n\n{_table(head, rows)}\n\n{said}"
+    return Table("Figures", head, rows, said)
 
 
-def _ends(result: dict[str, Any]) -> str:
+def _ends(result: dict[str, Any]) -> Table:
     ends = list(result["overall"]["ends"])
-    rows = [[name, *(_percent(row["ends"][end]) for end in ends), str(row["no_room"])] for name, row in _rows(result).items()]
+    rows = [[name, *(percent(row["ends"][end]) for end in ends), str(row["no_room"])] for name, row in _rows(result).items()]
     said = "done: by itself; turns: with its last turn; length: tokens ran out. No room: prompts that fill the context."
     if result["retried"]:
         said += f" {result['retried']} rollout(s) broke off once and were tried again."
-    return f"## Why episodes ended\n\n{_table(['category', *ends, 'no room'], rows)}\n\n{said}"
+    return Table("Why episodes ended", ["category", *ends, "no room"], rows, said)
 
 
-def _metrics(result: dict[str, Any]) -> str:
-    names = list(result["overall"]["metrics"])
-    if not names:
-        return ""
-    rows = [[name, *(_number(row["metrics"].get(n)) for n in names)] for name, row in _rows(result).items()]
-    return f"## The task's own figures\n\n{_table(['category', *names], rows)}"
-
-
-def _paper(result: dict[str, Any], paper: dict[str, Any]) -> str:
+def _paper(result: dict[str, Any], paper: dict[str, Any]) -> Table:
     row = result["overall"]
-    rows = [["this evaluation", result["settings"]["model"], _number(row["mean"]), _span(row["interval"])]]
+    rows = [["this evaluation", result["settings"]["model"], number(row["mean"]), span(*row["interval"])]]
     rows += [
-        [method, model, _number(value), ""] for model, methods in paper["figures"].items() for method, value in methods.items()
+        [method, model, number(value), ""] for model, methods in paper["figures"].items() for method, value in methods.items()
     ]
-    differs = "\n".join(f"* {text}" for text in paper["differs"])
-    return (
-        f"## Beside the paper: {paper['benchmark']}\n\n{_table(['what', 'model', 'figure', '95 % interval'], rows)}\n\n"
-        f"The paper's are single runs, mean@16, without intervals (arXiv 2605.11853). What differs in the set-up:\n\n{differs}"
-    )
+    said = "The paper's are single runs, mean@16, without intervals (arXiv 2605.11853). What differs in the set-up:\n\n"
+    said += "\n".join(f"* {text}" for text in paper["differs"])
+    return Table(f"Beside the paper: {paper['benchmark']}", ["what", "model", "figure", "95 % interval"], rows, said)
 
 
 def write_comparison(folder: Path, found: dict[str, Any]) -> Path:
@@ -122,12 +134,12 @@ def comparison(found: dict[str, Any]) -> str:
     head = ["category", "problems", "A", "B", "B - A", "95 % interval", "tool use, A", "tool use, B"]
     rows = []
     for name, row in (found["categories"] | {"all": found["overall"]}).items():
-        means = [_number(value) for value in row["mean"]]
-        use = [_percent(value) for value in row["tool_use"]]
-        rows.append([name, str(row["problems"]), *means, f"{row['difference']:+.3f}", _span(row["interval"], "+.3f"), *use])
+        means = [number(value) for value in row["mean"]]
+        use = [percent(value) for value in row["tool_use"]]
+        rows.append([name, str(row["problems"]), *means, f"{row['difference']:+.3f}", span(*row["interval"], "+.3f"), *use])
     parts = [
         f"# A: {found['a']}, B: {found['b']}",
-        _table(head, rows),
+        grid(head, rows),
         f"{found['problems']} problems that both have scored ({found['only_a']} more in A, {found['only_b']} in B); the interval "
         "of B - A is that of a bootstrap over problems, paired.",
         f"Solved by more than half of the samples: {found['solved_only_a']} in A alone, {found['solved_only_b']} in B alone; "
@@ -172,20 +184,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes[1].grid(alpha=0.25)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    plain = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *plain])
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _span(ends: list[float], spec: str = ".3f") -> str:
-    return f"{ends[0]:{spec}} to {ends[1]:{spec}}"

@@ -1,4 +1,4 @@
-"""The pages' HTML: templates, and the page of runs with its script, which is put together here from the files in page/."""
+"""The page's HTML, with its script, which is put together here from the files in page/."""
 
 from __future__ import annotations
 
@@ -16,19 +16,15 @@ import jinja2
 
 PAGE = Path(__file__).parent / "page"
 # in the order in which each finds what it imports
-MODULES = ("credit", "text", "data", "state", "figure", "charts", "tokens", "rollout", "view", "divergent", "compare", "main")
+MODULES = (
+    "credit", "text", "data", "state", "figure", "charts", "tables", "tokens", "rollout", "view", "divergent", "compare", "main",
+)  # fmt: skip
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?:async )?(?:function|const) (\w+)", re.MULTILINE)
 
 
-def template(name: str) -> jinja2.Template:
-    """The template NAME.html.jinja of this folder; what it is given is escaped."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=folder, autoescape=True).get_template(f"{name}.html.jinja")
-
-
 def run_page(manifest: dict[str, Any], packs: Mapping[str, bytes]) -> str:
-    """The page of runs, complete in itself: nothing is asked of another host, nor of this one. packs: by `RUN/KEY`, gzipped."""
+    """A page complete in itself: nothing is asked of another host, nor of this one. packs: by `RUN/KEY`, gzipped."""
     data = {"manifest": gzip.compress(json.dumps(manifest).encode(), 9, mtime=0)} | {f"pack/{k}": v for k, v in packs.items()}
     return _page(manifest["title"], {name: base64.b64encode(content).decode() for name, content in data.items()}, "'none'")
 
@@ -47,7 +43,8 @@ def _page(title: str, data: dict[str, str], connect: str) -> str:
         f"default-src 'none'; script-src {_digests(scripts)}; style-src {_digests(styles)}; img-src blob: data:; "
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
-    return template("report").render(title=title, policy=policy, styles=styles, library=library, script=scripts[1], data=data)
+    shell = jinja2.Environment(autoescape=True).from_string((PAGE.parent / "report.html.jinja").read_text())
+    return shell.render(title=title, policy=policy, styles=styles, library=library, script=scripts[1], data=data)
 
 
 def _digests(texts: list[str]) -> str:

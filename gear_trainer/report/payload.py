@@ -1,4 +1,4 @@
-"""A page's data: runs as one JSON object (`manifest`), and the rollouts of a step as packed columns (`pack`).
+"""A page's data: runs, audits, evaluations and studies as one JSON object (`manifest`), rollouts as packed columns (`pack`).
 
 A pack is binary, gzipped: a little-endian uint32, the length of a JSON header; the header; then its columns, each of them a block
 of four byte planes (all lowest bytes first, which compresses better) or, where it is of bytes, as it is. page/data.js reads it.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
+import hashlib
 import json
 import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,81 +23,129 @@ import pyarrow as pa
 from gear_kernels.methods import METHODS
 from gear_trainer.audit import file as audit_file
 from gear_trainer.errors import ConfigError
+from gear_trainer.evaluation.records import RESULT
+from gear_trainer.report import evaluation, study
 from gear_trainer.report.health import silent_tails, warnings
+from gear_trainer.report.samples import samples
 from gear_trainer.report.statistics import band
-from gear_trainer.runs.files import read_metrics, read_whole
-from gear_trainer.runs.records import of_groups, read_table, recorded_steps
+from gear_trainer.report.study import FIGURES
+from gear_trainer.report.tables import described
+from gear_trainer.runs.files import noted_end, read_metrics, read_whole
+from gear_trainer.runs.records import SCHEMA, of_groups, read_table, recorded_steps
 from gear_trainer.runs.registry import look
 from gear_trainer.runs.trackers import flat
 
 AUDIT = "audit.parquet"
+_FILES = {".parquet": "audit", ".json": "study"}  # by suffix, of files of any name but RESULT
 HIDDEN = ("segmenter", "seed", "decay_steps")  # fields of methods that the page offers no control for
 LEFT_OUT = ("random",)  # its places are drawn by Python's generator
 SCALARS = (
     "problem", "group", "sample", "reward", "success", "advantage", "end", "calls", "errors", "truncated", "answer", "reference",
-    "prompt",
+    "prompt", "vote", "deviation", "v0",
 )  # fmt: skip
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------------
 
 
-def manifest(folders: Sequence[Path], live: bool = False) -> dict[str, Any]:
-    """All that a page of these runs shows beside rollouts, as JSON takes it. live: the page is served, and asks again.
+class Subject(NamedTuple):
+    """The subject of a page: `run` and `evaluation` by the folder, `audit` by its Parquet file, `study` by its JSON."""
 
-    Raises ConfigError where a folder is neither a run's nor an audit's.
+    kind: str
+    path: Path
+
+
+def subject(path: Path) -> Subject:
+    """The subject that stands at a path, a folder or a file. Raises ConfigError where it is nothing that has a page."""
+    if (path / "config.json").is_file():
+        return Subject("run", path)
+    if path.is_file() and path.suffix in _FILES:
+        return Subject("evaluation", path.parent) if path.name == RESULT else Subject(_FILES[path.suffix], path)
+    for kind, found in (("audit", path / AUDIT), ("study", path / FIGURES), ("evaluation", path / RESULT)):
+        if found.is_file():
+            return Subject(kind, path if kind == "evaluation" else found)
+    near = ", ".join(sorted(str(p.parent) for name in (RESULT, FIGURES, AUDIT) for p in path.glob(f"*/{name}")))
+    raise ConfigError(
+        f"{path}: no run there (config.json is missing), nor an audit, an evaluation or a study"
+        f"{f'; there are {near}' if near else ''}; give a run's folder, as runs/NAME, or one of theirs"
+    )
+
+
+def manifest(paths: Sequence[Path], live: bool = False) -> dict[str, Any]:
+    """All that a page of these shows beside rollouts, as JSON takes it. live: the page is served, and asks again.
+
+    Raises ConfigError where a path is none of what `subject` knows.
     """
-    runs = [describe(folder) for folder in folders]
+    runs = [describe(path) for path in paths]
     names = [run["name"] for run in runs]
     if len(set(names)) < len(names):  # of the same name in two folders
-        for run, folder in zip(runs, folders, strict=True):
-            run["name"] = str(folder)
+        for run, path in zip(runs, paths, strict=True):
+            run["name"] = str(path)
     return {
         "title": ", ".join(run["name"] for run in runs),
         "live": live,
+        "stamp": stamp(paths) if live else "",
         "runs": runs,
         "bands": bands(runs),
         "methods": methods(),
     }
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """A run as the page shows it; or an audit, which has no steps. Raises ConfigError where it is neither."""
-    if not (folder / "config.json").is_file():
-        if (folder / AUDIT).is_file():
-            return _audit_alone(folder)
-        raise ConfigError(f"{folder}: no run there (config.json is missing); give a run's folder, as runs/NAME, or an audit's")
+def stamp(paths: Sequence[Path]) -> str:
+    """A name of all that `manifest` says of these now; empty where a run goes on, for its state changes without a file's doing.
+
+    Raises ConfigError as `subject` does.
+    """
+    files: list[Path] = []
+    for kind, found in map(subject, paths):
+        if kind == "run" and not noted_end(found):
+            return ""
+        files += (
+            [found, *found.glob("*.json*"), found / "rollouts", *found.glob(f"audit/*/{AUDIT}")] if found.is_dir() else [found]
+        )
+    seen = [(str(file), own.st_mtime_ns, own.st_size) for file in sorted(files) if file.exists() for own in [file.stat()]]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A run, an audit, an evaluation or a study as the page shows it. Raises ConfigError where it is none of them."""
+    kind, found = subject(path)
+    if kind == "audit":
+        _, about = audit_file.read(found)
+        name = found.parent.name if found.name == AUDIT else found.stem
+        config = json.dumps(about, indent=2)
+        return described(name, kind, task=about.get("task", ""), recorded=[kind], config=config)
+    if kind == "evaluation":
+        return evaluation.describe(found)
+    return study.describe(found) if kind == "study" else _run(found)
+
+
+def _run(folder: Path) -> dict[str, Any]:
     cfg = read_whole(folder / "config.json") or {}
-    metrics, run = read_metrics(folder / "metrics.jsonl"), look(folder)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    run = look(folder, metrics)
     steps = recorded_steps(folder)
     credit = cfg.get("credit", "")
-    return {
-        "name": folder.name,
-        "credit": credit,
-        "method": _method(credit, cfg.get("credit_args") or {}),
-        "task": cfg.get("task", ""),
-        "state": run.state,
-        "why": run.why,
-        "step": run.step,
-        "steps": run.steps,
-        "series": series(metrics),
-        "recorded": [*steps, *(f"audit/{path.parent.name}" for path in sorted(folder.glob(f"audit/*/{AUDIT}")))],
-        "config": json.dumps(cfg, indent=2),
-        "warnings": [w._asdict() for w in warnings(metrics, _silent(folder, steps[-1]) if steps else None)],
-    }
+    return described(
+        folder.name,
+        "run",
+        credit=credit,
+        method=_method(credit, cfg.get("credit_args") or {}),
+        task=cfg.get("task", ""),
+        state=run.state,
+        why=run.why,
+        step=run.step,
+        steps=run.steps,
+        series=series(metrics),
+        recorded=[*steps, *(f"audit/{path.parent.name}" for path in sorted(folder.glob(f"audit/*/{AUDIT}")))],
+        config=json.dumps(cfg, indent=2),
+        warnings=[w._asdict() for w in warnings(metrics, _silent(folder, steps[-1]) if steps else None)],
+    )
 
 
 @functools.lru_cache(maxsize=64)  # a live page asks again and again, and a step's file stays as it is
 def _silent(folder: Path, step: int) -> float | None:
     return silent_tails(read_table(folder, step, ["raw_signal", "mask"]))
-
-
-def _audit_alone(folder: Path) -> dict[str, Any]:
-    _, about = audit_file.read(folder / AUDIT)
-    return {
-        "name": folder.name, "credit": "", "method": None, "task": about.get("task", ""), "state": "audit", "why": "", "step": 0,
-        "steps": 0, "series": {}, "recorded": ["audit"], "config": json.dumps(about, indent=2), "warnings": [],
-    }  # fmt: skip
 
 
 def _method(credit: str, args: dict[str, Any]) -> dict[str, Any] | None:
@@ -152,15 +201,19 @@ def methods() -> dict[str, dict[str, Any]]:
 # --- rollouts -----------------------------------------------------------------------------------------------------------------
 
 
-def rollouts(folder: Path, key: int | str, groups: Sequence[int] | None = None) -> pa.Table:
-    """The rollouts of a step, or of an audit (`audit/NAME`, `audit` of a folder that is one's): a row each, all groups or these.
+def rollouts(path: Path, key: int | str, groups: Sequence[int] | None = None) -> pa.Table:
+    """The rollouts of a run's step, of its audit (`audit/NAME`), of an audit (`audit`) or an evaluation (`samples`): a row each.
 
-    Raises FileNotFoundError where there are none.
+    groups: these alone. Raises FileNotFoundError where there are none.
     """
     if isinstance(key, int):
-        return read_table(folder, key, groups=groups)
-    table, _ = audit_file.read((folder if key == "audit" else folder / key) / AUDIT)
-    table = _of_audit(table)
+        return read_table(path, key, groups=groups)
+    if key == evaluation.SAMPLES:
+        return samples(subject(path).path, groups)
+    file = subject(path).path if key == "audit" else path / key / AUDIT
+    if file.suffix != ".parquet":
+        raise FileNotFoundError(f"{path}: {key}")
+    table = _of_audit(audit_file.read(file)[0])
     return table if groups is None else of_groups(table, groups)
 
 
@@ -181,11 +234,13 @@ def _of_audit(table: pa.Table) -> pa.Table:
     return table
 
 
-def rows(folder: Path, key: int | str) -> list[dict[str, Any]]:
+def rows(path: Path, key: int | str) -> list[dict[str, Any]]:
     """The rollouts of a step or an audit without their tokens, prompts and references, see `scalars`."""
-    wanted = [name for name in SCALARS if name not in ("prompt", "reference")]
-    table = read_table(folder, key, [*wanted, "mask"]) if isinstance(key, int) else rollouts(folder, key)
-    return scalars(table.select([name for name in (*wanted, "mask") if name in table.column_names]))
+    wanted = [name for name in (*SCALARS, "mask") if name not in ("prompt", "reference")]
+    if isinstance(key, int):
+        return scalars(read_table(path, key, [name for name in wanted if name in SCHEMA.names]))
+    table = rollouts(path, key)
+    return scalars(table.select([name for name in wanted if name in table.column_names]))
 
 
 def scalars(table: pa.Table) -> list[dict[str, Any]]:
@@ -291,9 +346,10 @@ def _order(recorded: Sequence[int | str]) -> list[int | str]:
 
 
 def _part(table: pa.Table, budget: int) -> bytes | None:
-    """The first groups with an advantage, as many as fit."""
-    advantages = zip(table.column("group").to_pylist(), table.column("advantage").to_pylist(), strict=True)
-    groups = list(dict.fromkeys(group for group, advantage in advantages if advantage))
+    """The first groups with an advantage, or of any where none has one, as many as fit."""
+    own, advantages = table.column("group").to_pylist(), table.column("advantage").to_pylist()
+    taught = any(advantages)
+    groups = list(dict.fromkeys(group for group, advantage in zip(own, advantages, strict=True) if advantage or not taught))
     while groups:
         packed = pack(of_groups(table, groups))
         if len(packed) <= budget:

@@ -1,13 +1,11 @@
-"""A study as one page and as JSON: curves with bands, figures with intervals, differences paired by seed, cost, what failed.
+"""A study's figures, as JSON and as tables: curves with bands, differences paired by seed with intervals, cost, what failed.
 
 Only finished runs are in the figures; the others are named with their state.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import math
 from pathlib import Path
@@ -15,34 +13,32 @@ from typing import Any
 
 from gear_trainer.config import near, read_yaml
 from gear_trainer.errors import ConfigError
-from gear_trainer.report.pages import template
-from gear_trainer.report.plots import pyplot
 from gear_trainer.report.statistics import Difference, Estimate, area, band, estimate, holm, paired
-from gear_trainer.runs.files import read_metrics, write_whole
+from gear_trainer.report.tables import Interval, Intervals, Table, described, number, span
+from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.study import Plan, Standing, standings
 from gear_trainer.runs.trackers import flat
 from gear_trainer.user_code import said
 
-PAGE, FIGURES = "study.html", "study.json"
+FIGURES = "study.json"
 MEASURES = {"area": "mean over the run (area under the curve)", "final": "after the last step"}
 PHASES = ("rollout", "write", "wait", "score", "credit", "update", "push")  # of a step's cost; evaluation is left out
-_COLUMNS = 4  # of panels
+_SET_UP = ("config", "overrides", "seeds", "metric", "baseline", "test", "side_by_side", "settings")
+_MEASURED = {
+    "area": "The area under the curve is taken by trapezoids over the steps and divided by their span: the curve's mean height. ",
+    "final": "",
+}
+_TESTED = (
+    "Intervals are Student's over seeds, those of differences over pairs of runs with one seed, not corrected. Tests: {test}, "
+    "two-sided; the last column is Holm's correction over all arms. With fewer than two pairs there is neither."
+)
 
+_FAILED = (
+    "The same command tries each of them once more, from its last checkpoint on. Until they finish, an arm is judged by the runs "
+    "that survived."
+)
 
 Elsewhere = dict[tuple[str, int], dict[str, Any]]
-
-
-def write_study(plan: Plan, elsewhere: Elsewhere | None = None) -> str:
-    """Write the page and its figures into the study's folder. Returns the line that is printed. Raises ConfigError.
-
-    elsewhere: finished runs that were made in another place, by arm and seed, as `read_elsewhere` gives them.
-    """
-    found = figures(plan, elsewhere)
-    folder = plan.study.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FIGURES, json.dumps(found, indent=1) + "\n")
-    write_whole(folder / PAGE, page(found))
-    return f"{found['finished']} of {found['planned']} runs finished; written: {folder / PAGE}, {folder / FIGURES}"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------------
@@ -169,109 +165,115 @@ def _compare(arms: dict[str, Any], done: dict[str, list[dict[str, Any]]], baseli
             arms[arm]["difference"][measure] = {**difference._asdict(), "p_holm": p}
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------------
+# --- what a page shows of them ------------------------------------------------------------------------------------------------
 
 
-def page(found: dict[str, Any]) -> str:
-    """The page's HTML, complete in itself: nothing is asked of another host."""
+def describe(file: Path) -> dict[str, Any]:
+    """A study by its FIGURES as a page shows it. Raises ConfigError where the file is none."""
+    try:
+        found = json.loads(file.read_text())
+        return described(
+            found["name"],
+            "study",
+            said=_said(found),
+            config=json.dumps({name: found[name] for name in _SET_UP}, indent=2),
+            tables=tables(found),
+            intervals=_intervals(found),
+            arms=[_curves(name, arm, found) for name, arm in found["arms"].items() if arm["curve"]],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: no {FIGURES} of a study ({said(error)}): `gear-trainer study` writes it") from None
+
+
+def _said(found: dict[str, Any]) -> str:
+    failed = sum(run["state"] == "failed" for arm in found["arms"].values() for run in arm["runs"])
+    runs = f"{found['finished']} of {found['planned']} runs finished" + (f", {failed} failed" if failed else "")
+    arms = f"{len(found['arms'])} arms, {len(found['seeds'])} seeds, {found['metric']}, held against {found['baseline']}"
+    return f"{arms}; {runs}"
+
+
+def _curves(name: str, arm: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """An arm's runs, and their mean with its interval: [step, mean, low, high]."""
+    runs = [{"name": run["name"], "points": run["points"]} for run in arm["runs"] if run["points"]]
+    curve = [[point[key] for key in ("step", "mean", "low", "high")] for point in arm["curve"]]
+    about = {"metric": found["metric"], "baseline": name == found["baseline"], "seeds": arm["final"]["n"]}
+    return {"name": name, "curve": curve, "runs": runs} | about
+
+
+def _intervals(found: dict[str, Any]) -> list[Intervals]:
+    """Each measure's differences to the baseline, of the arms that have one."""
+    out = []
+    for measure, title in MEASURES.items():
+        rows = []
+        for name, arm in found["arms"].items():
+            d = arm["difference"][measure] if arm["difference"] else None
+            if d and d["mean"] is not None:
+                sure = d["p_holm"] is not None and d["p_holm"] < 0.05
+                rows.append(Interval(name, d["mean"], d["low"], d["high"], sure))
+        if rows:
+            out.append(Intervals(f"{title}, less {found['baseline']}", True, rows))
+    return out
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """All figures of a study: differences, cost, what failed, what is not finished, arms, runs."""
     runs = [run for arm in found["arms"].values() for run in arm["runs"]]
-    shown = any(arm["curve"] for arm in found["arms"].values())
-    return template("study").render(
-        found=found,
-        measures=MEASURES,
-        differences=_uri(draw_differences(found)) if shown and len(found["arms"]) > 1 else None,
-        curves=_uri(draw_curves(found)) if shown else None,
-        unfinished=[run for run in runs if run["state"] not in ("finished", "failed")],
-        failed=[run for run in runs if run["state"] == "failed"],
-        phases=PHASES,
-        number=_number,
-        span=_span,
-        p_value=_p_value,
-    )
+    parts = [*(_differences(found, measure) for measure in MEASURES), _cost_table(found)]
+    if failed := [run for run in runs if run["state"] == "failed"]:
+        rows = [[run["name"], f"{run['step']}/{run['steps']}", run["why"], run["log"]] for run in failed]
+        said = (
+            "The same command tries each of them once more, from its last checkpoint on. Until they finish, an arm is judged by "
+        )
+        parts.append(Table("Failures", ["run", "step", "why", "log"], rows, f"{said}the runs that survived."))
+    if open_ := [run for run in runs if run["state"] not in ("finished", "failed")]:
+        rows = [[run["name"], run["state"], f"{run['step']}/{run['steps']}"] for run in open_]
+        parts.append(Table("Not finished", ["run", "state", "step"], rows))
+    arms = [[name, " ".join(arm["overrides"]) or "-"] for name, arm in found["arms"].items()]
+    parts.append(Table("Arms", ["arm", "beside the configuration"], arms))
+    rows = [[run["name"], run["state"], *(number(run[m]) for m in MEASURES), _hours(run["cost"])] for run in runs]
+    return [*parts, Table("Runs", ["run", "state", *MEASURES.values(), "hours"], rows)]
 
 
-def _number(value: float | None, spec: str = ".3f") -> str:
-    return "-" if value is None else f"{value:{spec}}"
+def _differences(found: dict[str, Any], measure: str) -> Table:
+    base, rows = found["baseline"], []
+    ran = {name: arm for name, arm in found["arms"].items() if arm[measure]["n"]}
+    for name, arm in ran.items():
+        d = arm["difference"][measure] if arm["difference"] else None
+        own = [name, str(arm[measure]["n"]), _with_interval(arm[measure])]
+        if d is None:
+            rows.append([*own, "the baseline", "", "", ""])
+        else:
+            rows.append([*own, _with_interval(d, "+.3f"), str(d["n"]), _p_value(d["p"]), _p_value(d["p_holm"])])
+    head = ["arm", "seeds", "mean (95 % interval)", f"less {base} (95 % interval)", "pairs", "p", "p, Holm"]
+    test = "Wilcoxon's signed ranks" if found["test"] == "wilcoxon" else "paired t"
+    left = len(found["arms"]) - len(ran)
+    none = f" Of {left} arm(s) no run has finished." if left else ""
+    return Table(f"Paired by seed: {MEASURES[measure]}", head, rows, f"{_MEASURED[measure]}{_TESTED.format(test=test)}{none}")
 
 
-def _span(e: dict[str, Any], spec: str = ".3f") -> str:
+def _cost_table(found: dict[str, Any]) -> Table:
+    rows = []
+    for name, arm in found["arms"].items():
+        if cost := arm["cost"]:
+            phases = [number(cost[phase], 2) for phase in PHASES]
+            tokens = number(cost["policy_tokens"], 0)
+            rows.append([name, _hours(cost), number(cost["step"], 2), number(arm["cost_ratio"], 2), *phases, tokens])
+    head = ["arm", "hours a run", "seconds a step", f"of {found['baseline']}", *PHASES, "policy tokens a step"]
+    together = f" Up to {found['side_by_side']} runs shared the machine." if found["side_by_side"] > 1 else ""
+    said = f"Means over finished runs, seconds by phase; evaluation counts in the hours alone.{together}"
+    return Table("Cost", head, rows, said)
+
+
+def _hours(cost: dict[str, Any] | None) -> str:
+    return number(cost["hours"] if cost else None, 2)
+
+
+def _with_interval(e: dict[str, Any], spec: str = ".3f") -> str:
     """A mean with its interval."""
     if e["mean"] is None:
         return "-"
-    return f"{e['mean']:{spec}}" + ("" if e["low"] is None else f" ({e['low']:{spec}} to {e['high']:{spec}})")
+    return f"{e['mean']:{spec}}" + ("" if e["low"] is None else f" ({span(e['low'], e['high'], spec)})")
 
 
 def _p_value(p: float | None) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def draw_curves(found: dict[str, Any]) -> bytes:
-    """A panel an arm that ran: its runs thin, their mean thick with its band, the baseline's in grey. Returns an SVG."""
-    plt, base = pyplot(), found["arms"][found["baseline"]]
-    ran = {name: arm for name, arm in found["arms"].items() if arm["curve"]}
-    arms = {name: arm for name, arm in ran.items() if name != found["baseline"]} or ran
-    rows = -(-len(arms) // _COLUMNS)
-    columns = min(_COLUMNS, len(arms))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.5 * rows), sharex=True, sharey=True, squeeze=False, constrained_layout=True
-    )
-    for axis, (name, arm) in zip(axes.flat, arms.items(), strict=False):
-        _draw_curve(axis, base["curve"], "0.45")
-        for run in arm["runs"]:
-            if run["points"]:
-                axis.plot(*zip(*run["points"], strict=True), color="C0", lw=0.6, alpha=0.45)
-        _draw_curve(axis, arm["curve"], "C0")
-        axis.set_title(f"{name} ({arm['final']['n']} seeds)", fontsize=9)
-        axis.grid(alpha=0.25)
-    for axis in axes.flat[len(arms) :]:
-        axis.set_visible(False)
-    figure.supxlabel(f"step; grey: {found['baseline']}", fontsize=9)
-    figure.supylabel(found["metric"].replace("_", " "), fontsize=9)
-    return _svg(plt, figure)
-
-
-def _draw_curve(axis: Any, curve: list[dict[str, Any]], color: str) -> None:
-    if not curve:
-        return
-    steps = [point["step"] for point in curve]
-    axis.plot(steps, [point["mean"] for point in curve], color=color, lw=2)
-    if curve[0]["low"] is not None:
-        low, high = ([point[end] for point in curve] for end in ("low", "high"))
-        axis.fill_between(steps, low, high, color=color, alpha=0.18, lw=0)
-
-
-def draw_differences(found: dict[str, Any]) -> bytes:
-    """Each arm's difference to the baseline with its 95 % interval, a panel a measure; arms that ran. Returns an SVG."""
-    plt = pyplot()
-    arms = {name: arm["difference"] for name, arm in found["arms"].items() if arm["difference"] is not None and arm["curve"]}
-    size = 9, max(1.8, 1.0 + 0.26 * len(arms))
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=size, sharey=True, constrained_layout=True)
-    for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
-        for row, difference in enumerate(own[measure] for own in arms.values()):
-            if difference["mean"] is None:
-                continue
-            sure = difference["p_holm"] is not None and difference["p_holm"] < 0.05
-            ends = None
-            if difference["low"] is not None:
-                ends = [[difference["mean"] - difference["low"]], [difference["high"] - difference["mean"]]]
-            axis.errorbar(difference["mean"], row, xerr=ends, fmt="o", ms=4, capsize=3, color="C0" if sure else "0.45")
-        axis.axvline(0, color="black", lw=0.8)
-        axis.set_title(title, fontsize=9)
-        axis.grid(alpha=0.25, axis="x")
-    axes[0].set_yticks(range(len(arms)), list(arms), fontsize=8)
-    axes[0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.supxlabel(f"less {found['baseline']}; blue: below 0.05 after Holm's correction", fontsize=9)
-    return _svg(plt, figure)
-
-
-def _svg(plt: Any, figure: Any) -> bytes:
-    """The figure, the same bytes for the same figure."""
-    out = io.BytesIO()
-    with plt.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return out.getvalue()
-
-
-def _uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"

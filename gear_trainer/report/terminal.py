@@ -1,4 +1,5 @@
-"""A run's report for the terminal: its state, its numbers with a sparkline each, its warnings, a rollout coloured by weight."""
+"""A report for the terminal: a run's state, its numbers with a sparkline each, its warnings, a rollout coloured by weight; the
+tables of an evaluation or a study."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gear_trainer.report import payload
+from gear_trainer.report import payload, tables
 from gear_trainer.runs.records import read_records
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -25,12 +26,15 @@ NUMBERS = (
 
 
 def show(folders: Sequence[Path], out: Console) -> None:
-    """Print the runs one after the other. Raises ConfigError where a folder is no run's."""
+    """Print what is there one after the other. Raises ConfigError where a path is none of what `payload.subject` knows."""
     for folder in folders:
         run = payload.describe(folder)
         out.rule(Text(run["name"]))
         step = f"step {run['step']} of {run['steps']}" if run["steps"] else ""
-        out.print(Text(" · ".join(part for part in (run["credit"], run["task"], step, run["state"], run["why"]) if part)))
+        facts = (run["credit"], run["task"], step, run["state"], run["why"], run["said"])
+        out.print(Text(" · ".join(visible(part) for part in facts if part)))
+        for table in run["tables"]:
+            out.print(_grid(table))
         if run["series"]:
             out.print(_numbers(run["series"]))
         for warning in run["warnings"]:
@@ -49,6 +53,15 @@ def _numbers(series: dict[str, list[list[float]]]) -> Table:
         if name in series:
             values = series[name][1]
             table.add_row(name, f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values))
+    return table
+
+
+def _grid(of: tables.Table) -> Table:
+    table = Table(title=Text(f"\n{of.title}", style="bold"), title_justify="left", box=None, pad_edge=False)
+    for name in of.head:
+        table.add_column(Text(visible(name)))
+    for row in of.rows:
+        table.add_row(*(Text(visible(cell)) for cell in row))
     return table
 
 

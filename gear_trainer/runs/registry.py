@@ -60,10 +60,10 @@ def find_runs(folder: Path) -> list[Run]:
     return sorted((look(path) for path in places), key=lambda run: run.seconds)
 
 
-def look(run_dir: Path) -> Run:
-    """A run by its folder; what cannot be read of it is left out."""
+def look(run_dir: Path, metrics: list[dict[str, Any]] | None = None) -> Run:
+    """A run by its folder; what cannot be read of it is left out. metrics: its steps, where they are read already."""
     cfg = read_whole(run_dir / "config.json") or {}
-    done = read_metrics(run_dir / "metrics.jsonl")
+    done = read_metrics(run_dir / "metrics.jsonl") if metrics is None else metrics
     last: dict[str, Any] = done[-1] if done else {}
     steps = cfg.get("train", {}).get("steps", 0)
     state, why = _state(run_dir, complete=0 < steps <= last.get("step", 0))

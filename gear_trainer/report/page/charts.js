@@ -1,8 +1,8 @@
 // Curves: a panel a number, linked cursors and zoom, several runs overlaid with their mean and its interval. Drawn by uPlot.
 
-import { choice, el, number } from "./text.js";
+import { el, number } from "./text.js";
 import { change, state } from "./state.js";
-import { download } from "./figure.js";
+import { inches, savers, svgOf } from "./figure.js";
 
 export const COLORS = ["#0072b2", "#d55e00", "#009e73", "#b5609a", "#b8860b", "#3a9ad9", "#6a51a3", "#8c564b"];
 const BY_NIGHT = { "#0072b2": "#5ab0ea", "#d55e00": "#f0955a", "#009e73": "#4cc9a2", "#b5609a": "#d995c3", "#6a51a3": "#a896dc", "#8c564b": "#c4948a" };
@@ -16,10 +16,15 @@ const GROUPS = [
 ];
 const FAMILIES = ["outcome", "seconds", "memory", "memory_planned", "mfu"]; // of which one panel shows all
 const WHOLE = [1, 2, 5].flatMap((m) => [0, 1, 2, 3, 4, 5].map((p) => m * 10 ** p)).sort((a, b) => a - b); // steps between ticks
+const GREY = "#70767f"; // of what others are held against
+const NEAR = 300; // px below the window within which panels are drawn
 const drawn = [];
+let waiting = new Map(); // by their place in the page, panels that nobody has come near to yet
 
-/** The panels of the page: {group, title, lines}, a line being {label, color, points, faint, band}; every number of every run is in one. */
-export function panelsOf(manifest) {
+/** The panels of the page: {group, title, lines}, a line being {label, color, points, values, faint, band}; every number of every run is in one. */
+export const panelsOf = (manifest) => [...ofStudies(manifest), ...ofRuns(manifest)];
+
+function ofRuns(manifest) {
   const runs = manifest.runs.filter((run) => Object.keys(run.series).length);
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.series)))];
   const together = (name) => (runs.length === 1 ? FAMILIES.find((family) => name.startsWith(`${family}/`)) : undefined);
@@ -34,10 +39,29 @@ export function panelsOf(manifest) {
   return [...found.values()].sort((a, b) => order(a) - order(b));
 }
 
-const pointsOf = ([steps, values]) => steps.map((step, i) => [step, values[i]]);
+/** A line over steps, whose points are made where they are asked for: most lines of a long run are never looked at. */
+function lineOf([steps, values], about) {
+  return { ...about, values, get points() { return steps.map((step, i) => [step, values[i]]); } };
+}
 
 function family(run, name, place) {
-  return [{ label: name.slice(name.indexOf("/") + 1), color: COLORS[place % COLORS.length], points: pointsOf(run.series[name]), name }];
+  return [lineOf(run.series[name], { label: name.slice(name.indexOf("/") + 1), color: COLORS[place % COLORS.length], name })];
+}
+
+/** A panel an arm of a study: its runs, their mean with its interval, and the baseline's; of a few arms all means together. */
+function ofStudies(manifest) {
+  const meanOf = (arm, color) => ({ label: `${arm.name}, mean of ${arm.seeds}`, color, points: arm.curve.map(([step, mean]) => [step, mean]),
+    values: arm.curve.map(([, mean]) => mean), band: arm.curve.filter(([, , low]) => low !== null).map(([step, , low, high]) => [step, low, high]), name: null });
+  return manifest.runs.flatMap((run) => {
+    const base = run.arms.find((arm) => arm.baseline), others = run.arms.filter((arm) => arm !== base);
+    const reach = run.arms.flatMap((arm) => [...arm.curve.flatMap(([, ...values]) => values), ...arm.runs.flatMap((own) => own.points.map(([, value]) => value))]).filter((v) => v !== null);
+    const about = { group: `${run.name}: ${run.arms[0]?.metric}`, own: true, reach: [Math.min(...reach), Math.max(...reach)] };
+    const faint = (arm) => arm.runs.map((own) => lineOf([own.points.map(([step]) => step), own.points.map(([, value]) => value)], { label: own.name, color: COLORS[0], faint: true, name: null }));
+    const panels = (others.length ? others : run.arms).map((arm) => ({ ...about, title: arm.name,
+      lines: [...(base && base !== arm ? [meanOf(base, GREY)] : []), ...faint(arm), meanOf(arm, COLORS[0])] }));
+    const all = { ...about, title: "all arms", lines: [...(base ? [meanOf(base, GREY)] : []), ...others.map((arm, i) => meanOf(arm, COLORS[i % COLORS.length]))] };
+    return others.length > 1 && others.length <= COLORS.length ? [all, ...panels] : panels;
+  });
 }
 
 function overlaid(manifest, runs, name) {
@@ -48,20 +72,22 @@ function overlaid(manifest, runs, name) {
     if (!run.series[name]) continue;
     const faint = manifest.bands.some((band) => band.series[name] && band.runs.includes(manifest.runs.indexOf(run)));
     const place = manifest.bands.length ? methods.indexOf(run.credit) : runs.indexOf(run);
-    lines.push({ label: several ? run.name : "", color: COLORS[place % COLORS.length], points: pointsOf(run.series[name]), faint, name });
+    lines.push(lineOf(run.series[name], { label: several ? run.name : "", color: COLORS[place % COLORS.length], faint, name }));
   }
   for (const band of manifest.bands) {
     if (!band.series[name]) continue;
     const color = COLORS[methods.indexOf(manifest.runs[band.runs[0]].credit) % COLORS.length];
     const bounds = band.series[name].filter(([, , low]) => low !== null).map(([step, , low, high]) => [step, low, high]);
-    lines.push({ label: band.name, color, points: band.series[name].map(([step, mean]) => [step, mean]), band: bounds, name: null });
+    const means = [band.series[name].map(([step]) => step), band.series[name].map(([, mean]) => mean)];
+    lines.push(lineOf(means, { label: band.name, color, band: bounds, name: null }));
   }
   return lines;
 }
 
 /** uPlot's columns: the steps, then a column a line, and two for each band. */
 function columnsOf(panel, log) {
-  const steps = [...new Set(panel.lines.flatMap((line) => line.points.map(([step]) => step)))].sort((a, b) => a - b);
+  const points = panel.lines.map((line) => line.points);
+  const steps = [...new Set(points.flatMap((own) => own.map(([step]) => step)))].sort((a, b) => a - b);
   const at = new Map(steps.map((step, i) => [step, i]));
   const column = (pairs) => {
     const out = new Array(steps.length).fill(null);
@@ -69,25 +95,29 @@ function columnsOf(panel, log) {
     return out;
   };
   const bands = panel.lines.filter((line) => line.band?.length);
-  return [steps, ...panel.lines.map((line) => column(line.points)),
+  return [steps, ...points.map(column),
     ...bands.flatMap((line) => [column(line.band.map(([s, , high]) => [s, high])), column(line.band.map(([s, low]) => [s, low]))])];
+}
+
+/** The colour as this page's light wants it. */
+function shade(color) {
+  return getComputedStyle(document.body).getPropertyValue("color-scheme") === "dark" ? BY_NIGHT[color] ?? color : color;
 }
 
 function draw(panel, place, said, log) {
   const css = getComputedStyle(document.body), ink = css.getPropertyValue("--faint"), grid = css.getPropertyValue("--line");
-  const night = css.getPropertyValue("color-scheme") === "dark", shade = (color) => (night ? BY_NIGHT[color] ?? color : color);
   const bands = panel.lines.filter((line) => line.band?.length), first = panel.lines.length + 1;
   const series = [
     {},
     ...panel.lines.map((line) => ({ label: line.label, stroke: shade(line.color), width: line.faint ? 0.7 : 1.6, alpha: line.faint ? 0.5 : 1,
-      spanGaps: true, points: { show: line.points.length < 30, size: 4 } })),
+      spanGaps: true, points: { show: !line.faint && line.values.length < 30, size: 4 } })),
     ...bands.flatMap((line) => [1, 2].map(() => ({ stroke: line.color, width: 0, points: { show: false }, spanGaps: true }))),
   ];
   const axis = { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
   const chart = new uPlot({
     width: Math.max(place.clientWidth, 160), height: 170, legend: { show: false }, series,
     bands: bands.map((line, i) => ({ series: [first + 2 * i, first + 2 * i + 1], fill: `${shade(line.color)}2e` })),
-    scales: { x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { distr: log ? 3 : 1, ...(log ? {} : { range: room }) } },
+    scales: { x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { distr: log ? 3 : 1, ...(log ? {} : { range: panel.reach ? () => room(null, ...panel.reach) : room }) } },
     axes: [{ ...axis, size: 26, incrs: WHOLE }, { ...axis, size: 52, values: (_, all) => all.map((v) => (v === null ? "" : number(v, 4))) }],
     cursor: { sync: { key: "step", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 } },
     hooks: { setCursor: [(u) => say(u, panel, said)] },
@@ -99,11 +129,12 @@ function draw(panel, place, said, log) {
 /** Under the panel's name: each line's value at the cursor, or its last. */
 function say(chart, panel, said) {
   const at = chart.cursor.idx;
-  const cells = panel.lines.slice(0, 8).map((line, i) => {
-    const column = chart.data[i + 1];
+  const told = panel.lines.filter((line) => !(panel.own && line.faint)).slice(0, 9);
+  const cells = told.map((line) => {
+    const column = chart.data[panel.lines.indexOf(line) + 1];
     const value = at === null || at === undefined ? column.findLast((v) => v !== null) : column[at];
     const mark = el("i", { class: "swatch" });
-    mark.style.setProperty("background", line.color);
+    mark.style.setProperty("background", shade(line.color));
     return el("span", { class: "value" }, panel.lines.length > 1 ? mark : null, line.label ? `${line.label} ` : "", el("b", {}, number(value)));
   });
   const step = at === null || at === undefined ? [] : [el("span", { class: "value" }, "step ", el("b", {}, number(chart.data[0][at])))];
@@ -112,17 +143,18 @@ function say(chart, panel, said) {
 
 function panelElement(panel, log) {
   const place = el("div", { class: "plot", role: "img", "aria-label": `${panel.title} by step` }), said = el("div", { class: "values" });
-  const width = () => Number(state("inches", "3.3"));
-  const save = (kind) => el("button", { class: "small", title: `save as ${kind}`, "aria-label": `save ${panel.title} as ${kind}`,
-    onclick: () => download({ ...panel, log, range: rangeOf(chart) }, kind, panel.title.replaceAll("/", "-"), width()) }, kind.toUpperCase());
   const box = el("figure", { class: "panel", "data-panel": panel.title },
-    el("figcaption", {}, el("h3", {}, panel.title.replaceAll("_", " ")), save("svg"), save("png")), said, place);
+    el("figcaption", {}, el("h3", {}, panel.own ? panel.title : panel.title.replaceAll("_", " ")), savers(panel.title, (width) => svgOf({ ...panel, log, range: rangeOf(chart) }, width))), said, place);
   let chart;
   return { box, start: () => {
+    const beside = drawn[0]?.chart;
     chart = draw(panel, place, said, log);
+    if (beside && zoomed(beside)) chart.setScale("x", { min: beside.scales.x.min, max: beside.scales.x.max });
     drawn.push({ panel, chart, place });
   } };
 }
+
+const zoomed = ({ data: [steps], scales }) => steps.length > 1 && typeof scales.x.min === "number" && (scales.x.min > steps[0] || scales.x.max < steps.at(-1));
 
 const rangeOf = (chart) => (chart?.scales.x.min === null || !chart ? null : [chart.scales.x.min, chart.scales.x.max]);
 
@@ -133,38 +165,58 @@ function room(_, low, high) {
 
 /** Whether nothing moves in a panel: all of its lines are one number at all of their steps. */
 function constant(panel) {
-  const values = panel.lines.flatMap((line) => line.points.map(([, value]) => value));
-  return values.length > panel.lines.length && values.every((value) => value === values[0]);
+  if (panel.own) return false;
+  const first = panel.lines[0].values[0];
+  return panel.lines.some((line) => line.values.length > 1) && panel.lines.every((line) => line.values.every((value) => value === first));
 }
 
 /** What did not move, in a line rather than as panels. */
 function still(panels) {
   if (!panels.length) return null;
   return el("p", { class: "quiet constants" }, "Constant: ", panels.flatMap((panel, i) => [i ? " \u00b7 " : "",
-    el("span", { "data-panel": panel.title }, `${panel.title.replaceAll("_", " ")} `, el("b", {}, number(panel.lines[0].points[0][1])))]));
+    el("span", { "data-panel": panel.title }, `${panel.title.replaceAll("_", " ")} `, el("b", {}, number(panel.lines[0].values[0])))]));
 }
 
 /** The charts that are drawn: {panel, chart}. */
 export const charts = () => drawn;
 
-/** Draw all panels anew in the section; what is returned starts them, once the section is in the page. */
+/** Draw what waits, all of it or what these places hold. */
+export function drawWaiting(places = [...waiting.keys()]) {
+  for (const place of places) {
+    nearness.unobserve(place);
+    waiting.get(place)?.();
+    waiting.delete(place);
+  }
+}
+
+const nearness = new IntersectionObserver((seen) => drawWaiting(seen.filter((one) => one.isIntersecting).map((one) => one.target)), { rootMargin: `${NEAR}px` });
+addEventListener("beforeprint", () => drawWaiting());
+
+/** Lay out all panels anew in the section; what is returned draws those that are in sight, once the section is in the page. */
 export function showCurves(section, manifest) {
   drawn.splice(0).forEach(({ chart }) => chart.destroy());
+  nearness.disconnect();
+  waiting = new Map();
   const log = state("log") === "1", panels = panelsOf(manifest);
   const made = panels.filter((panel) => !constant(panel)).map((panel) => [panel.group, panelElement(panel, log)]);
   const groups = [...new Set(panels.map((panel) => panel.group))];
   section.replaceChildren(
     el("div", { class: "bar" },
       el("label", { class: "field" }, el("input", { type: "checkbox", checked: log, onchange: (e) => change({ log: e.target.checked ? "1" : null }) }), el("span", {}, "logarithmic")),
-      choice("figures saved", [["3.3", "one column, 3.3 in"], ["6.9", "two columns, 6.9 in"]], state("inches", "3.3"), (v) => change({ inches: v }, true)),
+      inches(),
       el("span", { class: "quiet" }, "Drag across a panel to zoom all of them, double-click for the whole run. ",
+        panels.some((panel) => panel.own) ? "Thin: runs. Thick: their mean over seeds; shaded: its 95 % interval. Grey: the baseline. " : "",
         manifest.bands.length ? "Thick: the mean of a method's runs; shaded: its 95 % interval over runs." : "")),
     ...groups.map((group) => el("section", { class: "group" }, el("h2", {}, group),
       el("div", { class: "panels" }, made.filter(([own]) => own === group).map(([, panel]) => panel.box)),
       still(panels.filter((panel) => panel.group === group && constant(panel))))),
   );
   if (!panels.length) section.append(el("p", {}, "No step was made yet."));
-  return () => made.forEach(([, panel]) => panel.start());
+  return () => {
+    made.forEach(([, panel]) => waiting.set(panel.box, panel.start));
+    drawWaiting(made.map(([, panel]) => panel.box).filter((box) => box.getBoundingClientRect().top < innerHeight));
+    waiting.forEach((_, box) => nearness.observe(box));
+  };
 }
 
 new ResizeObserver(() => drawn.forEach(({ chart, place }) => {

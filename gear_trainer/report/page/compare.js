@@ -21,7 +21,7 @@ export function common(a, b) {
 
 /** Draw the comparison anew in the section. */
 export async function showCompare(section, manifest, source) {
-  const sides = manifest.runs.flatMap((run, i) => (run.sample ?? run.recorded).map((key) => [`${i}:${key}`, `${run.name}, ${typeof key === "number" ? `step ${key}` : key}`]));
+  const sides = manifest.runs.flatMap((run, i) => (run.sample ?? run.recorded).map((key) => [`${i}:${key}`, `${run.name}, ${typeof key === "number" ? `step ${key}` : key.replace("/", " ")}`]));
   if (sides.length < 2) return section.replaceChildren(el("p", {}, "There is one set of rollouts only: nothing to compare it with."));
   const has = (name, fallback) => (sides.some(([key]) => key === state(name)) ? state(name) : fallback);
   const other = sides.findLast(([key]) => !key.startsWith("0:")) ?? sides[0], last = sides.findLast(([key]) => key.startsWith("0:"));

@@ -47,11 +47,14 @@ export function served() {
   const get = async (path) => {
     const answer = await fetch(path);
     if (!answer.ok) throw new Error(`${path}: ${answer.status}`);
-    return unzipped(new Uint8Array(await answer.arrayBuffer()));
+    return answer.status === 204 ? null : unzipped(new Uint8Array(await answer.arrayBuffer()));
   };
   const asked = (run, key) => `run=${run}&key=${encodeURIComponent(key)}`;
   return {
-    manifest: async () => JSON.parse(decode(await get("data/manifest"))),
+    manifest: async (known = "") => { // null where it is the one that is known
+      const found = await get(`data/manifest${known && `?known=${known}`}`);
+      return found && JSON.parse(decode(found));
+    },
     has: () => true,
     pack: async (run, key, groups) => parsePack(await get(`data/pack?${asked(run, key)}&groups=${groups.join(",")}`)),
     rows: async (run, key) => JSON.parse(decode(await get(`data/rows?${asked(run, key)}`))),
@@ -84,7 +87,7 @@ export function rolloutOf(pack, index) {
   const texts = Array.from(columns.piece, (piece) => pack.pieces[piece]);
   const policy = [];
   columns.mask.forEach((own, i) => own && policy.push(i));
-  return { row: pack.rows[index], columns, texts, policy, index };
+  return { row: pack.rows[index], columns, texts, policy, index, plain: !columns.logprobs }; // plain: words, of which no numbers were kept
 }
 
 export const rolloutsOf = (pack) => pack.rows.map((_, index) => rolloutOf(pack, index));

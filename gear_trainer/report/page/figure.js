@@ -1,6 +1,7 @@
-// A panel as a figure of a paper: an SVG of its size in inches with 8-point text, or the same as a PNG of 600 dots an inch.
+// Figures of a paper: an SVG of its size in inches with 8-point text, or the same as a PNG of 600 dots an inch.
 
-import { number } from "./text.js";
+import { choice, el, number } from "./text.js";
+import { change, state } from "./state.js";
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const POINT = 72; // of the SVG's own units, an inch
@@ -67,6 +68,33 @@ export function svgOf({ title, lines, log, range }, width = 3.3, height = width 
   return svg;
 }
 
+const OF_A_PAPER = { ink: "#1c1f24", faint: "#5d6570", grid: "#e3e6ea", paper: "#fff", sure: "#0072b2" };
+
+/** Intervals one under the other. rows: {name, mean, low, high, sure}; differences: around 0, else from 0 to 1. */
+export function forestOf({ title, differences, rows }, width = 6.9, look = OF_A_PAPER) {
+  const names = Math.min(0.45 * width * POINT, 12 + 4.6 * rows.reduce((most, row) => Math.max(most, row.name.length), 0));
+  const w = width * POINT, top = look === OF_A_PAPER ? 18 : 4, line = 12, bottom = top + line * rows.length, left = names, right = w - 106, r = (v) => v.toFixed(2);
+  const ends = rows.flatMap((row) => [row.low ?? row.mean, row.high ?? row.mean]);
+  const [low, high] = differences ? [Math.min(0, ...ends), Math.max(0, ...ends)] : [Math.min(0, ...ends), Math.max(1, ...ends)];
+  const pad = differences ? (high - low || 1) * 0.05 : 0;
+  const px = (v) => left + ((v - low + pad) / (high - low + 2 * pad)) * (right - left);
+  const svg = node("svg", { xmlns: NAMESPACE, viewBox: `0 0 ${r(w)} ${r(bottom + 18)}`, width: `${width}in`, height: `${r((bottom + 18) / POINT)}in`,
+    "font-family": "Helvetica, Arial, sans-serif", "font-size": 8 });
+  svg.append(node("rect", { width: r(w), height: r(bottom + 18), fill: look.paper }), look === OF_A_PAPER ? node("text", { x: 2, y: 10, "font-weight": 600, fill: look.ink }, title) : "");
+  for (const t of ticks(low - pad, high + pad))
+    svg.append(node("line", { x1: r(px(t)), x2: r(px(t)), y1: top, y2: bottom, stroke: t === 0 && differences ? look.ink : look.grid, "stroke-width": 0.6 }),
+      node("text", { x: r(px(t)), y: r(bottom + 11), "text-anchor": "middle", fill: look.faint }, number(t, 3)));
+  const said = (v) => `${differences && v > 0 ? "+" : ""}${v.toFixed(3)}`.replace("-", "\u2212");
+  rows.forEach((row, i) => {
+    const y = top + line * (i + 0.5), color = row.sure ? look.sure : look.faint;
+    if (row.low !== null) svg.append(node("line", { x1: r(px(row.low)), x2: r(px(row.high)), y1: r(y), y2: r(y), stroke: color, "stroke-width": 1.2 }));
+    svg.append(node("text", { x: r(left - 6), y: r(y + 2.8), "text-anchor": "end", fill: look.ink }, row.name),
+      node("circle", { cx: r(px(row.mean)), cy: r(y), r: 2.4, fill: row.sure ? color : look.paper === "none" ? "var(--paper)" : look.paper, stroke: color }),
+      node("text", { x: r(right + 6), y: r(y + 2.8), fill: look.ink }, row.low === null ? said(row.mean) : `${said(row.mean)} (${said(row.low)}, ${said(row.high)})`));
+  });
+  return svg;
+}
+
 export const svgText = (svg) => new XMLSerializer().serializeToString(svg);
 
 function save(blob, name) {
@@ -77,17 +105,24 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(a.href), 10000);
 }
 
-/** Have the browser save the panel as NAME.svg or NAME.png. */
-export async function download(panel, kind, name, width) {
-  const svg = svgOf(panel, width);
+/** The choice of how wide figures are saved. */
+export const inches = () => choice("figures saved", [["3.3", "one column, 3.3 in"], ["6.9", "two columns, 6.9 in"]], state("inches", "3.3"), (v) => change({ inches: v }, true));
+
+/** Two buttons, which save a figure as SVG and as PNG, as wide as the page's `inches` say. make(width): the figure's SVG. */
+export function savers(title, make) {
+  const save = (kind) => download(make(Number(state("inches", "3.3"))), kind, title.replaceAll("/", "-"));
+  return ["svg", "png"].map((kind) => el("button", { class: "small", title: `save as ${kind}`, "aria-label": `save ${title} as ${kind}`, onclick: () => save(kind) }, kind.toUpperCase()));
+}
+
+/** Have the browser save the figure as NAME.svg or NAME.png. */
+export async function download(svg, kind, name) {
   const blob = new Blob([svgText(svg)], { type: "image/svg+xml" });
   if (kind === "svg") return save(blob, `${name}.svg`);
   const image = new Image();
   image.src = URL.createObjectURL(blob);
   await image.decode();
   const canvas = document.createElement("canvas");
-  canvas.width = Math.round(width * 600);
-  canvas.height = Math.round(width * 0.62 * 600);
+  [canvas.width, canvas.height] = ["width", "height"].map((side) => Math.round(Number.parseFloat(svg.getAttribute(side)) * 600));
   canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
   URL.revokeObjectURL(image.src);
   canvas.toBlob((png) => save(png, `${name}.png`), "image/png");

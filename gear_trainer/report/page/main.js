@@ -3,9 +3,10 @@
 import { el, number } from "./text.js";
 import { embedded, kept, parsePack, rolloutsOf, served } from "./data.js";
 import { change, link, onChange, state } from "./state.js";
-import { charts, showCurves } from "./charts.js";
+import { charts, drawWaiting, showCurves } from "./charts.js";
 import { creditWeights } from "./credit.js";
 import { needsOf, packed } from "./tokens.js";
+import { showFigures } from "./tables.js";
 import { showCredit, showing } from "./view.js";
 import { showTokens } from "./divergent.js";
 import { showCompare } from "./compare.js";
@@ -15,20 +16,29 @@ const source = kept(embedded() ?? served());
 const main = document.getElementById("main"), top = document.getElementById("top");
 let manifest;
 
-const VIEWS = {
-  curves: ["Curves", showCurves],
-  credit: ["Credit", showCredit],
-  tokens: ["Divergent tokens", showTokens],
-  health: ["Health", showHealth],
-  compare: ["Compare", showCompare],
-  setup: ["Set-up", showSetup],
+const scored = (run) => run.kind === "run" || run.kind === "audit";
+const VIEWS = { // name, what draws it, and of which runs there is such a view
+  figures: ["Figures", showFigures, (run) => run.tables.length],
+  curves: ["Curves", showCurves, (run) => run.kind === "run" || run.arms.length],
+  credit: ["Credit", showCredit, (run) => run.kind === "run" || run.recorded.length],
+  tokens: ["Divergent tokens", showTokens, scored],
+  health: ["Health", showHealth, (run) => run.kind === "run"],
+  compare: ["Compare", showCompare, (run) => run.recorded.length > (manifest.runs.length === 1)],
+  setup: ["Set-up", showSetup, () => true],
 };
 
-const viewOf = () => (VIEWS[state("view")] ? state("view") : manifest.runs.some((run) => Object.keys(run.series).length) ? "curves" : "credit");
+const views = () => Object.keys(VIEWS).filter((name) => manifest.runs.some(VIEWS[name][2]));
+
+const titleOf = (name) => (name === "credit" && !manifest.runs.some(scored) ? "Rollouts" : VIEWS[name][0]);
+
+function viewOf() {
+  const known = views();
+  return known.includes(state("view")) ? state("view") : known.find((name) => name !== "curves" || manifest.runs.some((run) => run.arms.length || Object.keys(run.series).length));
+}
 
 function facts(run) {
   const held = run.series.held_out_success?.[1] ?? [];
-  const parts = [run.credit || null, run.task || null, run.steps ? `step ${run.step} of ${run.steps}` : null, run.state];
+  const parts = [run.credit || null, run.task || null, run.steps ? `step ${run.step} of ${run.steps}` : null, run.state, run.said || null];
   if (held.length > 1) parts.push(`held-out success ${number(held[0], 3)} \u2192 ${number(held.at(-1), 3)}`);
   return el("p", { class: "facts" }, manifest.runs.length > 1 ? el("b", {}, `${run.name}  `) : null, parts.filter(Boolean).join(" \u00b7 "), run.why ? ` (${run.why})` : "");
 }
@@ -41,8 +51,8 @@ function sampled(run) {
 
 function head() {
   const warned = manifest.runs.reduce((sum, run) => sum + run.warnings.length, 0), now = viewOf();
-  const tabs = Object.entries(VIEWS).map(([name, [said]]) => el("a", { href: link({ ...(name === "credit" || name === "tokens" ? keep() : {}), view: name }), "aria-current": name === now ? "page" : null },
-    said, name === "health" && warned ? el("span", { class: "count" }, String(warned)) : null));
+  const tabs = views().map((name) => el("a", { href: link({ ...(name === "credit" || name === "tokens" ? keep() : {}), view: name }), "aria-current": name === now ? "page" : null },
+    titleOf(name), name === "health" && warned ? el("span", { class: "count" }, String(warned)) : null));
   top.replaceChildren(el("div", { class: "title" }, el("h1", {}, manifest.title), theme()), ...manifest.runs.slice(0, 12).map(facts), ...manifest.runs.map(sampled).filter(Boolean), el("nav", { "aria-label": "views" }, tabs));
 }
 
@@ -56,7 +66,7 @@ function theme() {
 }
 
 function showHealth(section) {
-  const parts = manifest.runs.flatMap((run) => [
+  const parts = manifest.runs.filter((run) => run.kind === "run").flatMap((run) => [
     manifest.runs.length > 1 ? el("h2", {}, run.name) : null,
     ...run.warnings.map((w) => el("article", { class: "warning" }, el("h3", {}, w.found), el("p", {}, w.reason), el("p", {}, el("b", {}, "Mend: "), w.mend), el("p", { class: "quiet" }, "look at ", el("code", {}, w.metric)))),
     run.warnings.length ? null : el("p", {}, Object.keys(run.series).length ? "Nothing to warn of." : "No steps, so nothing to judge."),
@@ -71,7 +81,7 @@ function showSetup(section) {
 async function show() {
   head();
   const section = el("section", { class: "view" });
-  section.setAttribute("aria-label", VIEWS[viewOf()][0]);
+  section.setAttribute("aria-label", titleOf(viewOf()));
   let inPlace; // what can be done only where the section stands in the page: to measure, to focus
   try {
     inPlace = await VIEWS[viewOf()][1](section, manifest, source);
@@ -85,9 +95,9 @@ async function show() {
 
 async function again() {
   try {
-    const next = await source.manifest();
-    const moved = JSON.stringify(next) !== JSON.stringify(manifest);
-    manifest = next;
+    const next = await source.manifest(manifest.stamp);
+    const moved = next && JSON.stringify(next) !== JSON.stringify(manifest);
+    manifest = next ?? manifest;
     if (moved) viewOf() === "curves" || viewOf() === "health" ? await show() : head();
   } catch { /* the host is gone for now: what is shown stays */ }
   setTimeout(again, AGAIN);
@@ -98,6 +108,6 @@ onChange(() => (showingNow = showingNow.then(show)));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => (showingNow = showingNow.then(show)));
 manifest = await source.manifest();
 document.title = manifest.title;
-globalThis.gear = { charts, showing, creditWeights, needsOf, packed, parsePack, rolloutsOf, source, manifest: () => manifest }; // for the console
+globalThis.gear = { charts, drawWaiting, showing, creditWeights, needsOf, packed, parsePack, rolloutsOf, source, manifest: () => manifest }; // for the console
 await show();
 if (manifest.live) setTimeout(again, AGAIN);

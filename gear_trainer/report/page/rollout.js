@@ -42,6 +42,7 @@ export function card(r, { name, apart, look, title }) {
   const list = el("div", { class: "tokens", role: "listbox", tabIndex: 0, "aria-label": `tokens of ${title}` },
     apart === null ? null : part("shared", 0, apart), part("rest", apart ?? 0, tokens.length));
   if (apart !== null && tokens[apart]) tokens[apart].dataset.differs = "";
+  if (r.row.deviation >= 0) tokens[r.row.deviation].dataset.deviates = "";
   const seat = { r, tokens, list, focused: -1 };
   seat.focus = (i) => {
     if (i < 0 || i >= tokens.length) return;
@@ -81,9 +82,12 @@ function move(event, seat) {
 function head(r, title) {
   const fact = (said, value) => el("span", {}, `${said} `, el("b", {}, value));
   const row = r.row;
+  const known = (said, value) => (value === undefined || value === null ? null : fact(said, typeof value === "number" ? number(value) : visible(value)));
+  const deviation = row.deviation >= -1 ? fact("leaves the solution at", row.deviation < 0 ? "no token" : `token ${row.deviation}`) : null;
   return el("header", {}, el("h2", {}, title), el("span", { class: row.success ? "good" : "bad" }, OUTCOME[row.success] ?? ""),
-    fact("reward", number(row.reward)), fact("A", number(row.advantage)), row.end ? fact("end", row.end) : null, fact("tokens", number(r.policy.length)),
-    el("span", { class: "mean" }));
+    fact("reward", number(row.reward)), r.plain ? null : fact("A", number(row.advantage)), row.end ? fact("end", row.end) : null,
+    fact(r.plain ? "words" : "tokens", number(r.policy.length)), known("calls", row.calls), row.errors ? known("failed calls", row.errors) : null,
+    known("answer given", row.vote), known("V0", row.v0), deviation, el("span", { class: "mean" }));
 }
 
 function more(r) {
@@ -106,6 +110,7 @@ export function paint(seat, colour, full) {
     if (credit.segments[i] >= 0 && (next === undefined || credit.segments[next] !== credit.segments[i]))
       tokens[i].classList.add(credit.closed[i] ? "ends" : "open");
   });
+  if (r.plain) return;
   const mean = r.policy.reduce((sum, i) => sum + credit.weights[i], 0) / (r.policy.length || 1);
   const segments = new Set(r.policy.map((i) => credit.segments[i]).filter((s) => s >= 0)).size;
   seat.box.querySelector(".mean").replaceChildren("mean W ", el("b", {}, number(mean, 4)), ` \u00b7 segments `, el("b", {}, number(segments)),

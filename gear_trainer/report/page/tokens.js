@@ -125,13 +125,20 @@ export function numbersOf(r, i) {
     ["forward_kl", "KL(teacher \u2016 student)", column("forward_kl"), "nats"],
     ["trained_weight", "W in training", column("weight"), ""],
     ["true_advantage", "true advantage A*", column("true_advantage"), ""],
-    ["value", "value V", column("value"), ""],
+    ["value", "value V, P(success) after it", column("value"), ""],
+    ["reach", "the solution is", policy && r.row.deviation >= -1 ? reachAt(r, i) : null, ""],
     ["id", "id", c.ids[i], ""],
     ["turn", "turn", policy ? c.turn?.[i] ?? null : null, ""],
   ].filter(([key, , value]) => value !== null && !Number.isNaN(value) && (key !== "turn" || value >= 0));
 }
 
-// --- colours: a token's value on the scale, in [-1, 1] (two hues) or [0, 1] (one) ---
+/** Of an audit whose task knows: whether the solution can still be reached after a token. */
+function reachAt(r, i) {
+  const first = r.row.deviation;
+  return first < 0 || i < first ? "in reach" : i === first ? "out of reach from here on" : "out of reach";
+}
+
+// --- colours: a token's value on the scale, in [-1, 1] (two hues) or [0, 1] (one); `full`, `ends`: of a scale that is the same everywhere ---
 
 export const COLOURS = {
   weight: { said: "weight W", of: (r, i) => r.credit.weights[i] - 1, about: 1, two: true },
@@ -139,11 +146,14 @@ export const COLOURS = {
   signal: { said: "signal, nats", of: (r, i) => r.columns.raw_signal?.[i], about: 0, two: true },
   g: { said: "normalised g", of: (r, i) => r.credit.signal[i], about: 0 },
   entropy: { said: "entropy, nats", of: (r, i) => r.columns.entropy?.[i], about: 0 },
-  truth: { said: "true advantage A*", of: (r, i) => r.columns.true_advantage?.[i], about: 0, two: true },
+  truth: { said: "true advantage A*", of: (r, i) => r.columns.true_advantage?.[i], about: 0, two: true, audit: true },
+  value: { said: "value V", of: (r, i) => r.columns.value?.[i], about: 0, full: 1, audit: true },
+  deviation: { said: "deviation", of: (r, i) => (r.row.deviation < 0 || i < r.row.deviation ? 0 : i === r.row.deviation ? -1 : -0.4), about: 0, two: true, full: 1, ends: ["out of reach", "in reach"], audit: true },
 };
 
 /** The value at which a colour is full: the 98th percentile of what is shown, so that one odd token does not pale the others. */
 export function fullAt(colour, rollouts) {
+  if (COLOURS[colour].full) return COLOURS[colour].full;
   const all = rollouts.flatMap((r) => r.policy.map((i) => Math.abs(COLOURS[colour].of(r, i)))).filter((v) => Number.isFinite(v) && v > 0);
   all.sort((a, b) => a - b);
   return all.length ? all[Math.min(all.length - 1, Math.floor(0.98 * all.length))] : 1;

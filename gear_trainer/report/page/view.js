@@ -28,7 +28,11 @@ export const keyOf = (run) => {
   return wanted ?? steps.at(-1) ?? keys[0];
 };
 
-export const runOf = (manifest) => Math.min(Math.max(0, Number(state("run", "0")) || 0), manifest.runs.length - 1);
+/** The run that is chosen, the first with rollouts where none is. */
+export const runOf = (manifest) => {
+  const first = Math.max(0, manifest.runs.findIndex((run) => keysOf(run).length));
+  return manifest.runs[state("run")] ? Number(state("run")) : first;
+};
 
 // --- filters ---
 
@@ -52,10 +56,10 @@ function filters(manifest, rows) {
     el("input", { type: "number", step: "any", value: state(name), onchange: (e) => change({ [name]: e.target.value || null }) }));
   return el("div", { class: "bar filters" },
     manifest.runs.length > 1 ? choice("run", manifest.runs.map((r, i) => [i, r.name]), runOf(manifest), (v) => change({ run: v, group: null, sample: null, token: null })) : null,
-    choice("step", keysOf(run).map((key) => [key, typeof key === "number" ? `step ${key}` : key.replace("/", " ")]), keyOf(run), (v) => change({ step: v, group: null, sample: null, token: null })),
+    keysOf(run).length > 1 && choice("step", keysOf(run).map((key) => [key, typeof key === "number" ? `step ${key}` : key.replace("/", " ")]), keyOf(run), (v) => change({ step: v, group: null, sample: null, token: null })),
     tasks.length ? choice("task", some("task", tasks), state("task"), (v) => change({ task: v || null })) : null,
     choice("outcome", [["", "any outcome"], ["solved", "solved"], ["failed", "failed"]], state("outcome"), (v) => change({ outcome: v || null })),
-    choice("advantage", [["", "any"], ["yes", "not 0"], ["no", "0"]], state("teaches"), (v) => change({ teaches: v || null })),
+    run.kind === "evaluation" ? null : choice("advantage", [["", "any"], ["yes", "not 0"], ["no", "0"]], state("teaches"), (v) => change({ teaches: v || null })),
     choice("end", some("end", rows.map((row) => row.end)), state("end"), (v) => change({ end: v || null })),
     bound("least", "reward from"), bound("most", "to"),
     el("label", { class: "field" }, el("span", {}, "problem"), el("input", { type: "search", value: state("problem"), onchange: (e) => change({ problem: e.target.value || null }) })));
@@ -111,27 +115,30 @@ function settings(manifest, again) {
     order.filter((f) => FIRST.includes(f)).map(control),
     others.length ? el("details", { class: "field", open: state("all") === "1", ontoggle: (e) => change({ all: e.target.open ? "1" : null }, true) },
       el("summary", {}, "more"), el("div", { class: "bar" }, others.map(control))) : null,
-    el("button", { class: "small", onclick: () => change({ ...clear, method: null }) }, "as the run had it"),
+    el("button", { class: "small", onclick: () => change({ ...clear, method: null }) }, own ? "as the run had it" : "as by default"),
     OF_THE_PACK.includes(method.name) ? el("p", { class: "quiet" }, "This method's level is taken over the rollouts that are read here, in training over all of the step.") : null);
 }
 
 function looks(manifest, audit, rollouts) {
   const others = rollouts.filter((r) => String(r.row.group) === String(state("group", rollouts[0]?.row.group)));
   const beside = [["none", "nothing"], ...others.map((r) => [r.row.sample, `sibling ${r.row.sample}, ${r.row.success ? "solved" : "failed"}`]), ["all", "all siblings"],
-    ...manifest.runs.map((run, i) => [`run${i}`, `${run.name}, same problem`]).filter((_, i) => i !== runOf(manifest))];
-  const has = { truth: audit };
-  const colours = Object.entries(COLOURS).filter(([name]) => has[name] ?? true).map(([name, c]) => [name, c.said]);
-  return el("div", { class: "bar" }, choice("colour", colours, state("colour", "weight"), (v) => change({ colour: v })),
+    ...manifest.runs.map((run, i) => [`run${i}`, `${run.name}, same problem`]).filter((_, i) => i !== runOf(manifest) && keysOf(manifest.runs[i]).length)];
+  const colours = Object.entries(COLOURS).filter(([, c]) => audit || !c.audit).map(([name, c]) => [name, c.said]);
+  const plain = rollouts[0]?.plain;
+  return el("div", { class: "bar" }, plain ? null : choice("colour", colours, colourOf(audit), (v) => change({ colour: v })),
     choice("beside it", beside, state("beside", "none"), (v) => change({ beside: v === "none" ? null : v })),
     audit ? choice("teacher", TEACHERS.map((t) => [t, t]), state("teacher", "truth"), (v) => change({ teacher: v })) : null,
     audit ? choice("signal", [["k1", "k1"], ["reverse_kl", "full KL"]], state("divergence", "k1"), (v) => change({ divergence: v })) : null,
-    el("div", { class: "legend", "aria-hidden": "true" }));
+    plain ? null : el("div", { class: "legend", "aria-hidden": "true" }));
 }
+
+const colourOf = (audit) => (COLOURS[state("colour")] && (audit || !COLOURS[state("colour")].audit) ? state("colour") : audit ? "truth" : "weight");
 
 function legend(place, colour, full) {
   const scale = COLOURS[colour], about = scale.about;
-  place.className = `legend ${scale.two ? "two" : "one"}`;
-  place.replaceChildren(el("span", {}, number(scale.two ? about - full : 0, 3)), el("i"), el("span", {}, number(about + full, 3)));
+  place.className = `legend ${scale.ends ? "lost" : scale.two ? "two" : "one"}`;
+  const [low, high] = scale.ends ?? [number(scale.two ? about - full : 0, 3), number(about + full, 3)];
+  place.replaceChildren(el("span", {}, low), el("i"), el("span", {}, high));
 }
 
 // --- the whole ---
@@ -162,7 +169,8 @@ export async function showCredit(section, manifest, source) {
   if (key === undefined) return section.replaceChildren(el("p", {}, "No rollouts were kept."));
   const all = await source.rows(run, key), rows = filtered(all);
   const sameAs = (row) => String(row.group) === state("group") && (state("sample") === "" || String(row.sample) === state("sample"));
-  const current = rows.find(sameAs) ?? rows.find((row) => row.advantage) ?? rows[0];
+  const linked = rows.find(sameAs), absent = state("group") !== "" && !linked;
+  const current = linked ?? rows.find((row) => row.advantage && row.deviation >= 0) ?? rows.find((row) => row.advantage) ?? rows[0];
   const work = el("div", { class: "work" }), box = el("div", { class: "credit" }, list(rows, current), work);
   section.replaceChildren(filters(manifest, all), box);
   if (!current) return work.replaceChildren(el("p", {}, "No rollout fits the filters."));
@@ -173,24 +181,26 @@ export async function showCredit(section, manifest, source) {
   const panel = el("aside", { class: "inspector", "aria-live": "polite", "aria-label": "the token's numbers" }, el("p", { class: "quiet" }, "Point at a token, or walk with the arrow keys: left and right by token, up and down by segment."));
   const look = (seat, i, focused) => {
     const r = seat.r, where = { view: "credit", run, step: key, group: r.row.group, sample: r.row.sample, token: i };
-    panel.replaceChildren(...inspector(r, i, link(where)));
+    if (!r.plain) panel.replaceChildren(...inspector(r, i, link(where)));
     if (focused && !r.from) change({ view: "credit", run: run || null, step: key, group: own.row.group, sample: own.row.sample, ...(r === own ? { token: i } : {}) }, true);
   };
   const seats = cards.map((r, k) => card(r, { name: `t${k}`, apart, look, title: `${r.from ? `${r.from}: ` : ""}${r.row.problem}, sample ${r.row.sample}` }));
   const controls = looks(manifest, audit, rollouts);
   const again = () => {
-    const method = chosen(manifest, run, key), colour = COLOURS[state("colour")] ? state("colour") : "weight";
+    const method = chosen(manifest, run, key), colour = colourOf(audit);
     giveCredit(rollouts, method);
-    const full = fullAt(colour, cards);
+    const full = own.plain ? 1 : fullAt(colour, cards);
     seats.forEach((seat) => paint(seat, colour, full));
-    legend(controls.querySelector(".legend"), colour, full);
+    if (!own.plain) legend(controls.querySelector(".legend"), colour, full);
     Object.assign(shown, { seats, all: rollouts, method });
     const looked = seats.find((seat) => seat.focused >= 0);
     if (looked) look(looked, looked.focused, false);
   };
-  work.replaceChildren(controls, settings(manifest, again),
-    apart === null ? "" : el("p", { class: "quiet" }, apart ? `The first ${number(apart)} tokens are the same; from the mark on they differ.` : "They differ from the first token on."),
-    el("div", { class: "reading" }, el("div", { class: "cards" }, seats.map((seat) => seat.box)), panel));
+  const pieces = own.plain ? "words" : "tokens";
+  const missed = `Group ${state("group")}${state("sample") && `, sample ${state("sample")}`} is not here: of another step, not kept (rollout.records), or filtered out. This is group ${current.group}, sample ${current.sample}.`;
+  const alike = apart === null ? "" : cards.every((r) => r.texts.length === apart) ? `They are the same, all ${number(apart)} ${pieces}.` : apart ? `The first ${number(apart)} ${pieces} are the same; from the mark on they differ.` : `They differ from the first ${pieces.slice(0, -1)} on.`;
+  work.replaceChildren(absent ? el("p", { class: "bad" }, missed) : "", controls, own.plain ? "" : settings(manifest, again), alike && el("p", { class: "quiet" }, alike),
+    el("div", { class: own.plain ? "reading plain" : "reading" }, el("div", { class: "cards" }, seats.map((seat) => seat.box)), own.plain ? "" : panel));
   again();
   const token = state("token");
   return () => {
