@@ -222,7 +222,7 @@ class Totals:
 
 @dataclass
 class SparseBackward:
-    """A backward pass. state [N, 9], noted [blocks, columns]: the forward's; grads [N, 7]; needed: of hidden, weight and bias."""
+    """A backward pass. state [N, 9], noted [blocks, columns]: the forward's; grads [N, 10]; needed: of hidden, weight and bias."""
 
     call: Linear
     state: torch.Tensor
@@ -268,8 +268,8 @@ class SparseBackward:
         """A guess at what the left-out |dz| may add up to: a share of the tolerance times the sizes of the rows' gradients."""
         sizes = torch.zeros_like(self.factor.plain)
         for name, g in self.row_grads.items():
-            of = self.named["mixture_kl" if name == "jsd" else name]
-            size = -torch.expm1(of) if name == "logprobs" else of.clamp(0, 1)
+            of = self.named[{"jsd": "mixture_kl", "logsumexp": "log_z"}.get(name, name)]
+            size = -torch.expm1(of) if name == "logprobs" else torch.ones_like(of) if name == "logsumexp" else of.clamp(0, 1)
             sizes += torch.where(self.call.task.rows.keep(), g, 0).abs() * size
         return (_FIRST * self.tolerance * self.scale * (sizes * self.call.task.rows.inv_temperature)).sum().item()
 

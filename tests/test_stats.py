@@ -115,6 +115,7 @@ def cancelling(student, teacher, targets, *, stats, temperature=1.0, jsd_beta=0.
         "reverse_kl": lambda: s.p * _mean_and_self(s, d.abs(), both),
         "forward_kl": lambda: s.p * s.blur + t.p * t.blur,
         "jsd": lambda: (1 - jsd_beta) * s.p * _mean_and_self(s, from_s.abs(), both),
+        "logsumexp": lambda: s.p * s.blur,
     }
     out = exact(student, teacher, targets, stats=stats, temperature=temperature, ignore_index=ignore_index, jsd_beta=jsd_beta)
     for name, weight in row_weights(out).items():
@@ -155,7 +156,8 @@ def test_all_statistics_and_gradients(backend, vocab, dtype):
 
 
 def test_reference_agrees_with_log_softmax():
-    student, teacher, targets = logits_case(3, 4, 50)
+    student, teacher, targets = logits_case(3, 40, 50)
+    targets[::2] = student[::2].argmax(-1)
     s, t = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
     mixture = (0.3 * t.exp() + 0.7 * s.exp()).log()
     want = TokenStats(
@@ -166,7 +168,11 @@ def test_reference_agrees_with_log_softmax():
         (s.exp() * (s - t)).sum(-1),
         (t.exp() * (t - s)).sum(-1),
         0.3 * (t.exp() * (t - mixture)).sum(-1) + 0.7 * (s.exp() * (s - mixture)).sum(-1),
+        student.double().logsumexp(-1),
+        (s.argmax(-1) == targets).double(),
+        (s.argmax(-1) == t.argmax(-1)).double(),
     )
+    assert 0 < want.argmax_agreement.mean() < 1 and want.top1.any()
     got = exact(student, teacher, targets, stats=ALL, jsd_beta=0.3)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

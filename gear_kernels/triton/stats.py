@@ -18,19 +18,21 @@ import triton
 import triton.language as tl
 
 from ..records import Tile, TileTask
-from ..reference.stats import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES, needs_teacher
+from ..reference.stats import ARGMAX_NAMES, FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES, needs_teacher
 from .candidates import CONFIGS, TRIED, Config
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr  # the compiler takes globals only as constexpr, the interpreter never
 _INTERPRETER, _LOWEST, _FARTHEST = (_constant(x) for x in (INTERPRETED, LOWEST, FARTHEST))
 _SUMS, _STATE, _VALUES = (_constant(len(names)) for names in (SUM_NAMES, STATE_NAMES, STAT_NAMES))
-# Bits of WANT: one for each statistic, but that both log-probs share the sum that they are made of; and one for a teacher.
-_BITS = {name: 1 << i for i, name in enumerate(STAT_NAMES)}
+# Bits of WANT: one for each statistic, but that both log-probs share the sum that they are made of, and that torch finds where the
+# largest logits stand; and one for a teacher.
+_BITS = {name: 0 if name in ARGMAX_NAMES else 1 << i for i, name in enumerate(STAT_NAMES)}
 _BITS["teacher_logprobs"] = _BITS["logprobs"]
 _TEACHER_BIT = 1 << len(STAT_NAMES)
-LOGPROBS, ENTROPY, TEACHER_ENTROPY, REVERSE_KL, FORWARD_KL, JSD = (
-    _constant(_BITS[name]) for name in ("logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd")
+LOGPROBS, ENTROPY, TEACHER_ENTROPY, REVERSE_KL, FORWARD_KL, JSD, LOGSUMEXP = (
+    _constant(_BITS[name])
+    for name in ("logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd", "logsumexp")
 )
 TEACHER = _constant(_TEACHER_BIT)
 # Columns of SUMS: a head's four stand together, the student's first.
@@ -47,8 +49,8 @@ _ENTROPY, _REVERSE_KL, _FORWARD_KL, _LOGPROB, _MIXTURE_KL = (
     _constant(STATE_NAMES.index(name)) for name in ("entropy", "reverse_kl", "forward_kl", "logprobs", "mixture_kl")
 )
 # Columns of the gradients.
-_D_LOGPROB, _D_ENTROPY, _D_REVERSE_KL, _D_FORWARD_KL, _D_JSD = (
-    _constant(STAT_NAMES.index(name)) for name in ("logprobs", "entropy", "reverse_kl", "forward_kl", "jsd")
+_D_LOGPROB, _D_ENTROPY, _D_REVERSE_KL, _D_FORWARD_KL, _D_JSD, _D_LOGSUMEXP = (
+    _constant(STAT_NAMES.index(name)) for name in ("logprobs", "entropy", "reverse_kl", "forward_kl", "jsd", "logsumexp")
 )
 
 
@@ -67,7 +69,7 @@ class Saved(NamedTuple):
     """The tables that the gradient kernel reads a row of."""
 
     state: Any  # [n, 9], of finish
-    grads: Any  # [n, 7], with respect to each statistic
+    grads: Any  # [n, 10], with respect to each statistic
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -392,7 +394,9 @@ def _divergence(cross, z, log_z, other_log_z, outside):
 
 @triton.jit(do_not_specialize=["n", "splits"])
 def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT: tl.constexpr, ROWS: tl.constexpr):
-    """A block of rows: SUMS [splits, n, 12] of disjoint columns -> VALUES [7, n] and STATE [n, 9]; jsd's places get 0."""
+    """A block of rows: SUMS [splits, n, 12] of disjoint columns -> VALUES [10, n] and STATE [n, 9]; jsd's, top1's and
+    argmax_agreement's places get 0.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < n
     inv_t = tl.load(R.inv_temperature + rows, mask=mask, other=1.0).to(tl.float64)
@@ -421,7 +425,7 @@ def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT
         reverse_kl = _divergence(s_cross, s_z, log_z, log_w, outside)
         forward_kl = _divergence(t_cross, t_z, log_w, log_z, t_outside)
     # in the orders of STAT_NAMES and STATE_NAMES
-    values = (logprob, t_logprob, entropy, t_entropy, reverse_kl, forward_kl, zero)
+    values = (logprob, t_logprob, entropy, t_entropy, reverse_kl, forward_kl, zero, s_max * inv_t + log_z, zero, zero)
     state = (s_max, log_z, t_max, log_w, entropy, reverse_kl, forward_kl, logprob, zero)
     for i in tl.static_range(_VALUES):
         tl.store(VALUES + i * n + rows, tl.where(keep, values[i], 0.0).to(tl.float32), mask=mask)
@@ -522,6 +526,8 @@ def _gradient_kernel(
         other -= tl.where(cols == tl.load(R.targets + row) - first, g, 0.0)
     if WANT & ENTROPY:
         factor -= tl.load(grads + _D_ENTROPY) * (x + tl.load(state + _ENTROPY))
+    if WANT & LOGSUMEXP:
+        factor += tl.load(grads + _D_LOGSUMEXP)
     if WANT & REVERSE_KL:
         kl = tl.load(state + _REVERSE_KL)
         g = _usable(tl.load(grads + _D_REVERSE_KL), kl)
