@@ -126,7 +126,7 @@ def to_keep(call: LinearCall) -> str:
 
     "logits": those of all heads that a gradient reads, in the dtype of the statistics; the backward makes none of them anew.
     "difference": teacher minus student in bfloat16, for bfloat16 inputs and no divergence but reverse_kl, in which it is linear;
-    the backward makes the student's alone. It moves a row's gradient by 2^-9 of its terms, as dz' own rounding does.
+    the backward makes the student's alone. It moves each term of the gradient by 2^-9 of itself on average, as dz' own rounding does.
     """
     room, through = call.workspace_bytes - tiling.limits(call.student.device).workspace, _through(call.stats)
     if room <= 0 or not through or call.tolerance or call.rows_sharded:
@@ -316,7 +316,9 @@ def _backward_in_turn(call: LinearCall, state: Tensor, table: Tensor, needed: Se
     own, total = None, [None, None]
     for rank, part in enumerate(_rows_in_turn(call)):
         tables = (parallel.sent(x, rank, call.group) for x in (state, table))
-        hidden, *head = tiled(part).backward(*tables, needed)
+        body = tiled(part)
+        body.unrounded = True
+        hidden, *head = body.backward(*tables, needed)
         own = hidden if rank == parallel.resolve(call.group).rank() else own
         total = [None if g is None else g.to(state.dtype) if t is None else t.add_(g) for t, g in zip(total, head, strict=True)]
     like = (call.weight, call.bias)
@@ -348,6 +350,8 @@ def _save_linear(ctx, inputs, output):
 
 def _linear_gradient(ctx, grads, *_):
     *tensors, state, noted, kept = ctx.saved_tensors
+    if grads is None:  # of no output
+        return (None,) * len(LinearCall._fields)
     call = LinearCall(*tensors, *ctx.constants)
     weights = {"head.weight": call.weight, "head.bias": call.bias, "teacher_head.weight": call.teacher_weight}
     for name, tensor in weights.items():

@@ -88,6 +88,7 @@ class Linear:
     workspace: int
     shards: Sequence[int] = ()  # columns of every rank's shard; () for equal ones
     kept: Kept | None = None
+    unrounded: bool = False  # the weight's gradient stays in the dtype of its sums
 
     def __post_init__(self):
         self.tiles, self.on_gpu = BACKENDS[self.backend], on_gpu(self.student.device)
@@ -295,7 +296,7 @@ class Linear:
         head, (hidden, weight, bias) = self.head, needed
         out = _Sums(
             torch.zeros_like(self.student, dtype=self.wide) if hidden else None,
-            torch.empty_like(head.weight) if weight else None,
+            torch.empty_like(head.weight, dtype=self.wide if self.unrounded else None) if weight else None,
             torch.zeros_like(head.bias, dtype=self.wide) if bias and head.bias is not None else None,
         )
         grads, unit = self.scaled(grads)
@@ -308,8 +309,10 @@ class Linear:
             for part in pieces(slice(0, len(self.student)), rows):
                 dz = self._dz(part, span, shape, per_row)
                 self._add(out, block, dz, part, span)
+            if block is not None and unit is not None:
+                block *= unit
             if own and out.weight is not None and block is not None:
-                out.weight[span] = block if unit is None else block.mul_(unit)
+                out.weight[span] = block
         if out.weight is not None:
             out.weight[head.columns :] = 0
             if not len(self.student):
@@ -319,7 +322,7 @@ class Linear:
                 total *= unit
         if self.group and out.hidden is not None:
             parallel.add_up(out.hidden, self.group)
-        like = (self.student, head.weight, head.bias)
+        like = (self.student, *((out.weight, out.bias) if self.unrounded else (head.weight, head.bias)))
         return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
 
     def scaled(self, grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

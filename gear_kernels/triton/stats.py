@@ -18,12 +18,15 @@ import triton
 import triton.language as tl
 
 from ..records import Tile, TileTask
+from ..reference import sparse
 from ..reference.stats import ARGMAX_NAMES, FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES, needs_teacher
 from .candidates import CONFIGS, TRIED, Config
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr  # the compiler takes globals only as constexpr, the interpreter never
 _INTERPRETER, _LOWEST, _FARTHEST = (_constant(x) for x in (INTERPRETED, LOWEST, FARTHEST))
+_ROWS_AT_ONCE = 8  # of the note kernel
+_NOTED, _FARTHEST_NOTED, _AT_ONCE = (_constant(x) for x in (sparse.ROWS, sparse.FARTHEST, _ROWS_AT_ONCE))
 _SUMS, _STATE, _VALUES = (_constant(len(names)) for names in (SUM_NAMES, STATE_NAMES, STAT_NAMES))
 # Bits of WANT: one for each statistic, but that both log-probs share the sum that they are made of, and that torch finds where the
 # largest logits stand; and one for a teacher.
@@ -548,13 +551,54 @@ def _gradient_kernel(
     _store(out, dz, mask, ROUND)
 
 
+# --- notes for the sparse backward --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n", "first_row"])
+def _note_kernel(
+    S, T, R, NORM, TEACHER_NORM, n, first_row, NOTED, stride, columns, MASKED: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program (block of rows, block of columns): adds the rows' importances p (1 + |log p/q|) + q to NOTED, one sum a column.
+
+    NORM, TEACHER_NORM: log sum e^(z / T) of each row, or less.  first_row: the tile's first row within its first block.
+    """
+    block = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    begin = tl.maximum(block * _NOTED - first_row, 0)
+    end = tl.minimum(block * _NOTED - first_row + _NOTED, n)
+    for start in range(begin, end, _AT_ONCE):
+        row = start + tl.arange(0, _AT_ONCE)[:, None]
+        keep = row < end
+        if MASKED:
+            keep = keep & (tl.load(R.targets + row, mask=keep, other=R.ignore_index) != R.ignore_index)
+        mask = keep & (cols[None, :] < columns)
+        places = cols[None, :] + tl.zeros((_AT_ONCE, 1), tl.int32)
+        inv_t = tl.load(R.inv_temperature + row, mask=keep, other=1.0)
+        x = _logits(S, row.to(tl.int64), places, mask) * inv_t - tl.load(NORM + row, mask=keep, other=0.0)
+        x = _at_least(x, _LOWEST)
+        u = tl.exp(x)
+        if WANT & TEACHER:
+            y = _logits(T, row.to(tl.int64), places, mask) * inv_t - tl.load(TEACHER_NORM + row, mask=keep, other=0.0)
+            y = _at_least(y, _LOWEST)
+            if WANT & REVERSE_KL:
+                apart = tl.abs(x - y)
+                u += u * tl.where(apart > _FARTHEST_NOTED, _FARTHEST_NOTED, apart)
+            u += tl.exp(y)
+        sums += tl.sum(u, 0)
+    at = NOTED + block.to(tl.int64) * stride + cols
+    inside = cols < columns
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + sums, mask=inside)
+
+
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
 # Chosen by kernel and architecture; no autotuning at the first call. 2048 columns keep the sums of the default set at 8 lanes a
 # thread on NVIDIA; narrower rows take fewer warps, for the end of a tile costs each warp as much as 500 columns. Registers and
 # spills: benchmarks/results/compile_report.md. Not yet measured on a GPU; what is to be measured: candidates.py.
-_BLOCKS = {"sweep": 2048, "mixture": 2048, "gradient": 1024}  # columns; 2048 spilled in the gradient of float16 on sm_100
+# The note kernel takes 128 columns of eight rows at a time: a tile of 2048 x 2048 logits is 256 programs, for 132 multiprocessors.
+_BLOCKS = {"sweep": 2048, "mixture": 2048, "gradient": 1024, "note": 128}  # columns; 2048 spilled in the gradient of float16, sm_100
 _LANES = 256  # columns to a warp of 32
 _INTERPRETED = Config(32768, 1)  # there the cost is per tile operation, hardly per element
 
@@ -566,7 +610,7 @@ def config(kernel: str, columns: int, dtype: torch.dtype) -> Config:
         return _INTERPRETED._replace(block=min(_INTERPRETED.block, needed))
     target = triton.runtime.driver.active.get_current_target()
     lanes = _LANES * target.warp_size // 32
-    default = Config(_BLOCKS[kernel], _BLOCKS[kernel] // lanes)
+    default = Config(_BLOCKS[kernel], _BLOCKS[kernel] * (_ROWS_AT_ONCE if kernel == "note" else 1) // lanes)
     chosen = TRIED.get(kernel) or CONFIGS.get((kernel, str(target.arch), str(dtype).removeprefix("torch.")), default)
     block = min(chosen.block, needed)
     return Config(block, max(1, chosen.num_warps * block // chosen.block))
@@ -706,3 +750,23 @@ def gradient(
         tensors = (first.z, first.bias, second.z, second.bias, rows.targets, rows.inv_temperature, state, grads, dz)
         arguments = (first, second, rows, task.first, Saved(state, grads), out, columns, task.beta)
         plan.launch((n, -(-columns // plan.block), 1), arguments, shape, tensors)
+
+
+def note(
+    student: Tile,
+    teacher: Tile | None,
+    task: TileTask,
+    norms: tuple[torch.Tensor, torch.Tensor | None],
+    first_row: int,
+    noted: torch.Tensor,
+) -> None:
+    """Backend.note."""
+    n, columns = student.z.shape
+    if n:
+        plan = _plan(task, "note", student, WANT=want(task.stats))
+        first, second = _both(student, teacher)
+        own, other = norms[0], norms[0] if norms[1] is None else norms[1]
+        arguments = (first, second, task.rows, own, other, n, first_row, noted, noted.stride(0), columns)
+        shape = (columns, first.row, first.col, second.row, second.col, noted.stride(0))
+        tensors = (first.z, first.bias, second.z, second.bias, task.rows.targets, task.rows.inv_temperature, own, other, noted)
+        plan.launch((len(noted), -(-columns // plan.block), 1), arguments, shape, tensors)
