@@ -18,7 +18,6 @@ from .backends import BACKENDS, TileTask, on_device, wide
 from .errors import bad_input
 from .reference.stats import BY_NAME, STAT_NAMES, STATE_NAMES, needs_teacher
 
-
 Body = TypeVar("Body", bound=tiling.Linear)
 
 
@@ -121,12 +120,12 @@ def plan(call: LinearCall) -> Plan:
 
 
 def to_keep(call: LinearCall) -> str:
-    """What this call may hold from forward to backward: the first of these that fits what workspace_bytes leaves beside the tiles'
+    """What this call may hold from forward to backward: the first of these that fits what workspace_bytes has beyond the tiles'
     default.
 
     "logits": those of all heads that a gradient reads, in the dtype of the statistics; the backward makes none of them anew.
     "difference": teacher minus student in bfloat16, for bfloat16 inputs and no divergence but reverse_kl, in which it is linear;
-    the backward makes the student's alone. It moves each term of the gradient by 2^-9 of itself on average, as dz' own rounding does.
+    the backward makes the student's alone. It moves each term of the gradient by 2^-9 of itself on average, as rounding dz does.
     """
     room, through = call.workspace_bytes - tiling.limits(call.student.device).workspace, _through(call.stats)
     if room <= 0 or not through or call.tolerance or call.rows_sharded:
@@ -247,8 +246,8 @@ _TENSORS = 8  # of a LinearCall
     "gear_kernels::linear_token_stats", mutates_args=(), schema=f"({_LINEAR}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def linear_token_stats(*arguments):
-    """Statistics of hidden states [N, D]: values [10, N], state [N, 9], the sparse backward's notes ([0, 0] for an exact one), and
-    the logits that are held for the backward ([0, 0, 0] for none).
+    """Statistics of hidden states [N, D]: values [10, N], state [N, 9], the sparse backward's notes ([0, 0] for an exact one),
+    and the logits that are held for the backward ([0, 0, 0] for none).
     """
     call = LinearCall(*arguments)
     call = call._replace(teacher=_used_teacher(call.teacher, call.stats))
@@ -310,8 +309,8 @@ def _(student, weight, bias, *rest):
 
 
 def _backward_in_turn(call: LinearCall, state: Tensor, table: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-    """The backward where each rank has rows of its own: the hidden states' gradient is of them, the head's of all ranks' rows, summed
-    in float32 and rounded once.
+    """The backward where each rank has rows of its own: the hidden states' gradient is of them, the head's of all ranks' rows,
+    summed in float32 and rounded once.
     """
     own, total = None, [None, None]
     for rank, part in enumerate(_rows_in_turn(call)):
@@ -326,8 +325,8 @@ def _backward_in_turn(call: LinearCall, state: Tensor, table: Tensor, needed: Se
 
 
 def tiled(call: LinearCall, kept: tiling.Kept | None = None, of: type[Body] = tiling.Linear) -> Body:
-    """The call as tiling.py takes it: both heads as this rank has them, rows as the back ends read them, what tiles may use of the
-    workspace.
+    """The call as tiling.py takes it: both heads as this rank has them, rows as the back ends read them, what tiles may use of
+    the workspace.
     """
     first, columns = call.first, call.columns
     head = tiling.HeadPart(call.weight, call.bias, call.softcap, call.scale, columns)

@@ -2,11 +2,11 @@
 
 What crosses the ranks is a row's twelve partial sums, never logits. Collectives of one `linear_token_stats` call: one all_gather
 of [N, 12] float64 in forward (and one all_reduce of [N, 2] float64 for jsd, one all_gather of [N, 4] float64 for top1 and
-argmax_agreement), one all_reduce of the hidden states' gradient [N, D] in float32 in backward, where that gradient is asked for. None
-of them waits for the device.
+argmax_agreement), one all_reduce of the hidden states' gradient [N, D] in float32 in backward, where that gradient is asked for.
+None of them waits for the device.
 
-Where the rows are sharded too (Head.sequence_parallel), each rank's rows go round in turn: its hidden states are broadcast, then come
-the collectives above for them, so that a rank holds at most another rank's rows beside its own, never all of them.
+Where the rows are sharded too (Head.sequence_parallel), each rank's rows go round in turn: its hidden states are broadcast, then
+come the collectives above for them, so that a rank holds at most another rank's rows beside its own, never all of them.
 
 Either all ranks pass the argument checks or none does: these run before the first collective and ask no other rank. Where one
 rank alone raises (a target out of range in its copy), the others wait in the all_gather until the group's timeout ends it.
@@ -82,7 +82,10 @@ def add_up(tensor: torch.Tensor, name: str) -> None:
 
 
 def first_largest(values: torch.Tensor, columns: torch.Tensor, name: str) -> torch.Tensor:
-    """The columns [heads, n] of the largest of all ranks' values [heads, n] float64, the first rank's of equal ones; one all_gather."""
+    """The columns [heads, n] of the largest of all ranks' values [heads, n] float64, the first rank's of equal ones.
+
+    One all_gather.
+    """
     mine = torch.stack([values, columns.to(values.dtype)])
     everyone = mine.new_empty((resolve(name).size(), *mine.shape))
     dist.all_gather(list(everyone.unbind(0)), mine, group=resolve(name))

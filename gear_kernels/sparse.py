@@ -223,7 +223,7 @@ class Totals:
 
 @dataclass
 class SparseBackward:
-    """A backward pass. state [N, 9], noted [blocks, columns]: the forward's; grads [N, 10]; needed: of hidden, weight and bias."""
+    """A backward pass. state [N, 9], noted [blocks, columns]: the forward's; grads [N, 10]; needed: of hidden, weight, bias."""
 
     call: Linear
     state: torch.Tensor
@@ -363,10 +363,12 @@ class SparseBackward:
     def _align(self, tile: Tile, head: HeadPart, top: torch.Tensor) -> None:
         """Shift a row's logits, in place, so that its largest is the forward's, where they differ by rounding.
 
-        A product of gathered columns rounds otherwise than one of all: 1e-5 of a logit of 100, and by as much 1 - p of a token that
-        the policy is sure of, 1e-6, was off: 0.3 % of a whole gradient where 0.14 % was promised.
+        A product of gathered columns rounds otherwise than one of all: 1e-5 of a logit of 100, and by as much 1 - p of a token
+        that the policy is sure of, 1e-6, was off: 0.3 % of a whole gradient where 0.14 % was promised.
         """
-        if head.softcap is not None and self.call.tiles.fused_head:  # raw logits, whose shift is not theirs; a softcap keeps them small
+        if (
+            head.softcap is not None and self.call.tiles.fused_head
+        ):  # raw logits, whose shift is not theirs; a softcap keeps them small
             return
         gap = top - finished(tile).amax(-1)
         shift = torch.where(gap.abs() <= _NEAR * (1 + top.abs()), gap, 0)

@@ -132,8 +132,8 @@ def linear_token_stats(
     need one valid_vocab on both.  targets, temperature, ignore_index, stats, jsd_beta: as in `token_stats`, as are all rules on
     -inf, NaN and ignored rows.  workspace_bytes: bound on the logits tiles and dz alive at a time (at least 64 columns of one
     row); None means 24 MiB on a CPU, 160 MiB on a GPU. What is given beyond that holds logits from forward to backward, where all
-    fit, and saves their products: `ops.plan` of `linear_call` says what and how many, `ops.to_keep` when. Besides them the backward
-    holds the hidden states' gradient in float32, and for half inputs a block of the weight's, unless one product gives it.
+    fit, and saves their products: `ops.plan` of `linear_call` says what and how many, `ops.to_keep` when. Besides them the
+    backward holds the hidden states' gradient in float32, and for half inputs a block of the weight's, unless one product gives it.
 
     Logits are float32 whatever the inputs (float64 for float64), never rounded to bfloat16: that alone would bias KL by about
     1e-4 nats. On CUDA, and with bfloat16 on processors with AVX512-BF16, the backward's GEMMs read dz rounded to the inputs'
@@ -316,7 +316,9 @@ def _checked_shards(name: str, head: Head) -> int:
     group = "" if head.group is None else parallel.group_name(name, head.group)
     for option in ("shards", "sequence_parallel"):
         if getattr(head, option) and not group:
-            raise bad_input(f"{name}.{option} was given without a group", "both or neither", "pass group, the ranks that share the head")
+            raise bad_input(
+                f"{name}.{option} was given without a group", "both or neither", "pass group, the ranks that share the head"
+            )
     if not head.shards:
         return head.weight.shape[0] * parallel.ranks(group)
     rank, own = parallel.resolve(group).rank(), head.weight.shape[0]

@@ -253,7 +253,7 @@ class Linear:
     # --- forward ---
 
     def forward(self, note: Note | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The forward pass: values [10, N] and state [N, 9]. note: called on each tile when it is summed, with the sums so far."""
+        """The forward pass: values [10, N] and state [N, 9]. note: called on each tile that is summed, with the sums so far."""
         rows, columns = self.tile_shape()
         splits = self.tiles.splits(rows, columns)
         sums = self.student.new_zeros((splits, len(self.student), len(SUM_NAMES)), dtype=torch.float64)

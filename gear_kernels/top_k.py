@@ -1,7 +1,7 @@
 """Log-probs of a few tokens a row from hidden states, the mass of all others beside them, and divergences over that support.
 
-One product of hidden states with the head gives both, tile by tile: torch takes the tokens' logits out of a tile, the back end sums
-what is left. One more in the backward makes the tiles anew, two give the gradients. What it means is reference/top_k.py's.
+One product of hidden states with the head gives both, tile by tile: torch takes the tokens' logits out of a tile, the back end
+sums what is left. One more in the backward makes the tiles anew, two give the gradients. What it means is reference/top_k.py's.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _IGNORED = -100
 class TokenLogprobs(NamedTuple):
     """Log-probs of K tokens a row, as may be kept of a teacher in place of its hidden states.
 
-    tokens: int64 [..., K], distinct within a row; -1 stands for none.  logprobs: [..., K], nats, -inf for none.  rest: [...], log of
-    what all other tokens' probabilities add up to, -inf where there are none.
+    tokens: int64 [..., K], distinct within a row; -1 stands for none.  logprobs: [..., K], nats, -inf for none.  rest: [...], log
+    of what all other tokens' probabilities add up to, -inf where there are none.
     """
 
     tokens: Tensor
@@ -59,21 +59,23 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """The log-probs of K tokens a row, and of the rest, without ever holding [N, V] logits.
 
-    hidden: [N, D] (or [..., D]).  head: a Head, or just its weight [V, D]; not a vocabulary shard.  tokens: ids [..., K], int64, -1 for
-    none; or a number K: each row's K most likely tokens, in falling order, -1 where fewer have a finite logit. Among equal logits it
-    is open which are taken.  mask: bool [...], False on rows that return tokens -1 and zeros, and pass no gradient.  temperature,
-    workspace_bytes: as in `linear_token_stats`, as are dtypes and accuracy.
+    hidden: [N, D] (or [..., D]).  head: a Head, or just its weight [V, D]; not a vocabulary shard.  tokens: ids [..., K], int64,
+    -1 for none; or a number K: each row's K most likely tokens, in falling order, -1 where fewer have a finite logit. Among equal
+    logits it is open which are taken.  mask: bool [...], False on rows that return tokens -1 and zeros, and pass no gradient.
+    temperature, workspace_bytes: as in `linear_token_stats`, as are dtypes and accuracy; nothing is held for the backward.
 
     Differentiable in hidden states, weight and bias, through `logprobs` and `rest` at once; which tokens are the most likely is a
-    constant. Raises GearKernelsError as `linear_token_stats`, for K below 1 or above the vocabulary, and on the CPU for tokens out
-    of range or twice in a row.
+    constant. Raises GearKernelsError as `linear_token_stats`, for K below 1 or above the vocabulary, and on the CPU for tokens
+    out of range or twice in a row.
     """
     shape = hidden.shape[:-1]
     targets = None if mask is None else torch.where(_checked_mask(mask, shape), 0, _IGNORED)
     given = {"temperature": temperature, "ignore_index": _IGNORED, "stats": _STATS, "workspace_bytes": workspace_bytes}
     call = linear_call(hidden, head, targets, **given)
     if call.group:
-        raise bad_input("head is a vocabulary shard", "the whole head on each rank", "gather the shards, or use linear_token_stats")
+        raise bad_input(
+            "head is a vocabulary shard", "the whole head on each rank", "gather the shards, or use linear_token_stats"
+        )
     ids, k = _checked_tokens(tokens, shape, call)
     found = _op(*_arguments(call, ids, k))
     return TokenLogprobs(*(x.reshape(*shape, *x.shape[1:]) for x in found[:3]))
@@ -82,9 +84,9 @@ def linear_token_logprobs(
 def top_k_divergences(student: TokenLogprobs, teacher: TokenLogprobs) -> TopKDivergences:
     """Reverse and forward KL over the same K tokens and one bucket of all others; the gradient goes to the student alone.
 
-    For SDPO's support pass the student's own K most likely tokens to the teacher, for verl's and TRL's the teacher's to the student;
-    without the bucket, subtract each one's logprobs.logsumexp(-1) and leave `rest` at -inf. Raises GearKernelsError where the two are
-    of other shapes; that the tokens are the same is looked at on the CPU alone.
+    For SDPO's support pass the student's own K most likely tokens to the teacher, for verl's and TRL's the teacher's to the
+    student; without the bucket, subtract each one's logprobs.logsumexp(-1) and set `rest` to -inf. Raises GearKernelsError where
+    the two are of other shapes; that the tokens are the same is looked at on the CPU alone.
     """
     if student.logprobs.shape != teacher.logprobs.shape:
         given = f"the student has log-probs {tuple(student.logprobs.shape)}, the teacher {tuple(teacher.logprobs.shape)}"
@@ -133,7 +135,18 @@ def _check_values(tokens: Tensor | None, call: LinearCall) -> None:
 
 # --- the operator ---------------------------------------------------------------------------------------------------------------
 
-_FIELDS = ("student", "weight", "bias", "targets", "inv_temperature", "backend", "workspace_bytes", "softcap", "scale", "valid_vocab")
+_FIELDS = (
+    "student",
+    "weight",
+    "bias",
+    "targets",
+    "inv_temperature",
+    "backend",
+    "workspace_bytes",
+    "softcap",
+    "scale",
+    "valid_vocab",
+)
 _SCHEMA = (
     "Tensor student, Tensor weight, Tensor? bias, Tensor? targets, Tensor inv_temperature, str backend, int workspace_bytes, "
     "float? softcap, float? scale, int? valid_vocab, Tensor? tokens, int k"
@@ -313,7 +326,9 @@ class _Body(Linear):
             self.own = both[:, grads.shape[1] :] * inverse
         return both[:, : grads.shape[1]].contiguous(), unit
 
-    def tile_dz(self, rows: slice, columns: slice, pair: Pair, task: TileTask, per_row: tuple[Tensor, Tensor], target: Tensor) -> None:
+    def tile_dz(
+        self, rows: slice, columns: slice, pair: Pair, task: TileTask, per_row: tuple[Tensor, Tensor], target: Tensor
+    ) -> None:
         """See Linear.tile_dz."""
         z = finished(pair[0])
         at, inside = _places(self.tokens[rows], columns)

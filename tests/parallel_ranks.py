@@ -141,7 +141,11 @@ def whole_head_and_sharded_rows():
 def refused_shards(group):
     """What is said of shards that are not this rank's, and of options that need a group."""
     student, _, weight, _, _, _ = tensors(torch.float32)
-    heads = (Head(weight[:366], group=group, shards=(300, 432)), Head(weight, shards=(366, 366)), Head(weight, sequence_parallel=True))
+    heads = (
+        Head(weight[:366], group=group, shards=(300, 432)),
+        Head(weight, shards=(366, 366)),
+        Head(weight, sequence_parallel=True),
+    )
     said = []
     for head in heads:
         try:

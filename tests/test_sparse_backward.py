@@ -189,13 +189,17 @@ def test_gradcheck(stats):
 
 @pytest.mark.parametrize("stats", SETS, ids="+".join)
 def test_importance_bounds_dz(stats):
-    """|dz| <= plain u + entropy p |log p| but at the target, also with norms that fall short; sums to 0 over the vocabulary, that of
-    logsumexp to its row gradient.
+    """|dz| <= plain u + entropy p |log p| but at the target, also with norms that fall short; sums to 0 over the vocabulary, that
+    of logsumexp to its row gradient.
     """
     _, (*_, rows, student, other, named, _, table) = by_definition(make(30, 200, 6), stats, 0.0)
     grads = {name: table[:, reference.STAT_NAMES.index(name)] for name in stats}
     dz = reference.gradient(student, other, rows, named, grads, 0, 0.3)
-    total = torch.where(rows.keep(), grads["logsumexp"] * rows.inv_temperature, 0) if "logsumexp" in grads else torch.zeros(30).double()
+    total = (
+        torch.where(rows.keep(), grads["logsumexp"] * rows.inv_temperature, 0)
+        if "logsumexp" in grads
+        else torch.zeros(30).double()
+    )
     torch.testing.assert_close(dz.sum(-1), total, atol=1e-12, rtol=0)
     if "logprobs" in stats:
         dz[torch.arange(30), rows.targets] = 0

@@ -1,4 +1,4 @@
-"""linear_token_logprobs and the divergences over K tokens and a bucket, every back end of this machine, against float64 logits."""
+"""linear_token_logprobs and the divergences over K tokens and a bucket, every back end of this machine against float64 logits."""
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_a_rest_that_is_tiny_keeps_its_gradient(backend):
 
 
 def test_divergences_are_those_of_the_buckets_and_at_most_the_whole(backend):
-    """SDPO's: both heads on the student's most likely tokens, and what they leave. Its own reference cuts log(1 - sum p) at -1e-7."""
+    """SDPO's: both heads on the student's most likely tokens, and what they leave. Its own code cuts log sum p at -1e-7."""
     hidden, weight, _, _ = make(3, n=30)
     teacher = hidden + 0.4 * make(4, n=30)[0]
     hidden.requires_grad_()

@@ -42,7 +42,7 @@ from rich.progress import Progress
 
 from gear_kernels.methods import METHODS, NORMALIZERS, Gear
 
-from ..harness.cases import OUTPUTS, plain
+from ..harness.cases import OUTPUTS, SEVEN, plain
 from ..harness.environment import RESULTS, ROOT
 from ..harness.internals import (
     IGNORED,
@@ -124,8 +124,7 @@ class Family:
     launches: Callable[[ModuleType], list[Launch]]
 
 
-DEFAULT, STUDENT = OUTPUTS, OUTPUTS[:2]
-EVERY = tuple(name for name in STAT_NAMES if name not in ("logsumexp", "top1", "argmax_agreement"))  # the others add no sum
+DEFAULT, STUDENT, EVERY = OUTPUTS, OUTPUTS[:2], SEVEN
 _NAMES = {DEFAULT: "default", STUDENT: "student only", EVERY: "all seven"}
 SUBSETS = (DEFAULT, STUDENT, EVERY, ("reverse_kl",), ("forward_kl",), ("jsd",))
 HEADS = {"": {}, "bias": {"bias": True}, "bias scale softcap": {"bias": True, "scale": 0.0625, "softcap": 30.0}}

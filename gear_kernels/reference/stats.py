@@ -68,7 +68,10 @@ class _NotLogits(GearKernelsError, AttributeError):
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics in nats (the last two are 0 or 1), each of the rows' shape; float32 (float64 for float64 inputs); None where not asked for."""
+    """Per-token statistics in nats (the last two are 0 or 1), each of the rows' shape; None where not asked for.
+
+    float32, or float64 for float64 inputs.
+    """
 
     logprobs: torch.Tensor | None = None  # log-prob of the target token
     teacher_logprobs: torch.Tensor | None = None
@@ -213,7 +216,8 @@ def merge(sums: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def finish(sums: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
-    """Sums [n, 12] over the whole vocabulary -> every statistic but jsd and ARGMAX_NAMES, and the rest of STATE_NAMES but mixture_kl, [n] each.
+    """Sums [n, 12] over the whole vocabulary -> every statistic but jsd and ARGMAX_NAMES, and the rest of STATE_NAMES but
+    mixture_kl, [n] each.
 
     A row of nothing but -inf has no distribution: NaN. KL(p || q) is +inf where q is -inf under a finite p, without a gradient.
     """

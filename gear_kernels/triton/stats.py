@@ -28,14 +28,13 @@ _INTERPRETER, _LOWEST, _FARTHEST = (_constant(x) for x in (INTERPRETED, LOWEST, 
 _ROWS_AT_ONCE = 8  # of the note kernel
 _NOTED, _FARTHEST_NOTED, _AT_ONCE = (_constant(x) for x in (sparse.ROWS, sparse.FARTHEST, _ROWS_AT_ONCE))
 _SUMS, _STATE, _VALUES = (_constant(len(names)) for names in (SUM_NAMES, STATE_NAMES, STAT_NAMES))
-# Bits of WANT: one for each statistic, but that both log-probs share the sum that they are made of, and that torch finds where the
-# largest logits stand; and one for a teacher.
+# Bits of WANT: one for each statistic, but that both log-probs share the sum that they are made of, and that torch finds where
+# the largest logits stand; and one for a teacher.
 _BITS = {name: 0 if name in ARGMAX_NAMES else 1 << i for i, name in enumerate(STAT_NAMES)}
 _BITS["teacher_logprobs"] = _BITS["logprobs"]
 _TEACHER_BIT = 1 << len(STAT_NAMES)
 LOGPROBS, ENTROPY, TEACHER_ENTROPY, REVERSE_KL, FORWARD_KL, JSD, LOGSUMEXP = (
-    _constant(_BITS[name])
-    for name in ("logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd", "logsumexp")
+    _constant(_BITS[name]) for name in ("logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd", "logsumexp")
 )
 TEACHER = _constant(_TEACHER_BIT)
 # Columns of SUMS: a head's four stand together, the student's first.
@@ -556,7 +555,19 @@ def _gradient_kernel(
 
 @triton.jit(do_not_specialize=["n", "first_row"])
 def _note_kernel(
-    S, T, R, NORM, TEACHER_NORM, n, first_row, NOTED, stride, columns, MASKED: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr
+    S,
+    T,
+    R,
+    NORM,
+    TEACHER_NORM,
+    n,
+    first_row,
+    NOTED,
+    stride,
+    columns,
+    MASKED: tl.constexpr,
+    WANT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program (block of rows, block of columns): adds the rows' importances p (1 + |log p/q|) + q to NOTED, one sum a column.
 
@@ -597,8 +608,13 @@ def _note_kernel(
 # Chosen by kernel and architecture; no autotuning at the first call. 2048 columns keep the sums of the default set at 8 lanes a
 # thread on NVIDIA; narrower rows take fewer warps, for the end of a tile costs each warp as much as 500 columns. Registers and
 # spills: benchmarks/results/compile_report.md. Not yet measured on a GPU; what is to be measured: candidates.py.
-# The note kernel takes 128 columns of eight rows at a time: a tile of 2048 x 2048 logits is 256 programs, for 132 multiprocessors.
-_BLOCKS = {"sweep": 2048, "mixture": 2048, "gradient": 1024, "note": 128}  # columns; 2048 spilled in the gradient of float16, sm_100
+# The note kernel takes 128 columns of eight rows at a time: a tile of 2048 x 2048 logits is 256 programs for 132 multiprocessors.
+_BLOCKS = {
+    "sweep": 2048,
+    "mixture": 2048,
+    "gradient": 1024,
+    "note": 128,
+}  # columns; 2048 spilled in the gradient of float16, sm_100
 _LANES = 256  # columns to a warp of 32
 _INTERPRETED = Config(32768, 1)  # there the cost is per tile operation, hardly per element
 
