@@ -94,8 +94,8 @@ class LinearCall(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `plan` says of a call: what is held from forward to backward, in bytes, and the products of [N, D] with the head that
-    are made: in the forward pass, anew in the backward pass, and for the gradients.
+    """A call's memory and products: what is held from forward to backward, in bytes, and the products of [N, D] with the head
+    that are made: in the forward pass, anew in the backward pass, and for the gradients.
     """
 
     keeps: str
@@ -120,7 +120,7 @@ def plan(call: LinearCall) -> Plan:
 
 
 def to_keep(call: LinearCall) -> str:
-    """What this call may hold from forward to backward: the first of these that fits what workspace_bytes has beyond the tiles'
+    """The logits that this call may hold from forward to backward: the first of these that fits what workspace_bytes has beyond the tiles'
     default.
 
     "logits": those of all heads that a gradient reads, in the dtype of the statistics; the backward makes none of them anew.
@@ -314,10 +314,10 @@ def _backward_in_turn(call: LinearCall, state: Tensor, table: Tensor, needed: Se
     """
     own, total = None, [None, None]
     for rank, part in enumerate(_rows_in_turn(call)):
-        tables = (parallel.sent(x, rank, call.group) for x in (state, table))
+        own_state, own_table = (parallel.sent(x, rank, call.group) for x in (state, table))
         body = tiled(part)
         body.unrounded = True
-        hidden, *head = body.backward(*tables, needed)
+        hidden, *head = body.backward(own_state, own_table, needed)
         own = hidden if rank == parallel.resolve(call.group).rank() else own
         total = [None if g is None else g.to(state.dtype) if t is None else t.add_(g) for t, g in zip(total, head, strict=True)]
     like = (call.weight, call.bias)

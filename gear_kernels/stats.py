@@ -133,7 +133,7 @@ def linear_token_stats(
     -inf, NaN and ignored rows.  workspace_bytes: bound on the logits tiles and dz alive at a time (at least 64 columns of one
     row); None means 24 MiB on a CPU, 160 MiB on a GPU. What is given beyond that holds logits from forward to backward, where all
     fit, and saves their products: `ops.plan` of `linear_call` says what and how many, `ops.to_keep` when. Besides them the
-    backward holds the hidden states' gradient in float32, and for half inputs a block of the weight's, unless one product gives it.
+    backward holds the hidden states' gradient in float32, and for half inputs a block of the weight's, or one product gives it.
 
     Logits are float32 whatever the inputs (float64 for float64), never rounded to bfloat16: that alone would bias KL by about
     1e-4 nats. On CUDA, and with bfloat16 on processors with AVX512-BF16, the backward's GEMMs read dz rounded to the inputs'

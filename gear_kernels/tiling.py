@@ -459,7 +459,7 @@ class Largest:
         if not self.heads:
             return
         columns = parallel.first_largest(self.values, self.columns, group) if group else self.columns
-        named = dict(zip(STATE_NAMES, state.unbind(-1), strict=True))
+        named: dict[str, torch.Tensor] = dict(zip(STATE_NAMES, state.unbind(-1), strict=True))
         for name, value in agreements(columns, task.rows, named, task.stats).items():
             values[STAT_NAMES.index(name)] = torch.where(task.rows.keep(), value, 0)
 

@@ -1,8 +1,8 @@
 """Log-probs of a few tokens of each row, the mass of all others in one bucket, and divergences over that support; plain torch.
 
-For tokens S of a row: log p_v of v in S, and log r, r = sum of p_v over all others. With the tokens as K buckets and the others as
-one more, KL(P' || Q') <= KL(P || Q), as for any sums of probabilities: the support of SDPO (arXiv 2601.20802), whose tokens are the
-student's most likely ones, and of caches of a teacher's top K.
+For tokens S of a row: log p_v of v in S, and log r, r = sum of p_v over all others. With the tokens as K buckets and the others
+as one more, KL(P' || Q') <= KL(P || Q), as for any sums of probabilities. SDPO (arXiv 2601.20802) takes this support with the
+student's most likely tokens, a cache of a teacher with its own.
 """
 
 from __future__ import annotations

@@ -74,6 +74,13 @@ class Saved(NamedTuple):
     grads: Any  # [n, 10], with respect to each statistic
 
 
+class Norms(NamedTuple):
+    """The numbers that the note kernel takes for each row's log Z, [n] each."""
+
+    student: Any
+    teacher: Any
+
+
 # --- device functions -------------------------------------------------------------------------------------------------
 
 
@@ -558,8 +565,7 @@ def _note_kernel(
     S,
     T,
     R,
-    NORM,
-    TEACHER_NORM,
+    NORMS,
     n,
     first_row,
     NOTED,
@@ -571,7 +577,7 @@ def _note_kernel(
 ):
     """Program (block of rows, block of columns): adds the rows' importances p (1 + |log p/q|) + q to NOTED, one sum a column.
 
-    NORM, TEACHER_NORM: log sum e^(z / T) of each row, or less.  first_row: the tile's first row within its first block.
+    NORMS: log sum e^(z / T) of each row, or less.  first_row: the tile's first row within its first block.
     """
     block = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -586,11 +592,11 @@ def _note_kernel(
         mask = keep & (cols[None, :] < columns)
         places = cols[None, :] + tl.zeros((_AT_ONCE, 1), tl.int32)
         inv_t = tl.load(R.inv_temperature + row, mask=keep, other=1.0)
-        x = _logits(S, row.to(tl.int64), places, mask) * inv_t - tl.load(NORM + row, mask=keep, other=0.0)
+        x = _logits(S, row.to(tl.int64), places, mask) * inv_t - tl.load(NORMS.student + row, mask=keep, other=0.0)
         x = _at_least(x, _LOWEST)
         u = tl.exp(x)
         if WANT & TEACHER:
-            y = _logits(T, row.to(tl.int64), places, mask) * inv_t - tl.load(TEACHER_NORM + row, mask=keep, other=0.0)
+            y = _logits(T, row.to(tl.int64), places, mask) * inv_t - tl.load(NORMS.teacher + row, mask=keep, other=0.0)
             y = _at_least(y, _LOWEST)
             if WANT & REVERSE_KL:
                 apart = tl.abs(x - y)
@@ -782,7 +788,7 @@ def note(
         plan = _plan(task, "note", student, WANT=want(task.stats))
         first, second = _both(student, teacher)
         own, other = norms[0], norms[0] if norms[1] is None else norms[1]
-        arguments = (first, second, task.rows, own, other, n, first_row, noted, noted.stride(0), columns)
+        arguments = (first, second, task.rows, Norms(own, other), n, first_row, noted, noted.stride(0), columns)
         shape = (columns, first.row, first.col, second.row, second.col, noted.stride(0))
         tensors = (first.z, first.bias, second.z, second.bias, task.rows.targets, task.rows.inv_temperature, own, other, noted)
         plan.launch((len(noted), -(-columns // plan.block), 1), arguments, shape, tensors)
