@@ -120,8 +120,8 @@ def plan(call: LinearCall) -> Plan:
 
 
 def to_keep(call: LinearCall) -> str:
-    """The logits that this call may hold from forward to backward: the first of these that fits what workspace_bytes has beyond the tiles'
-    default.
+    """The logits that this call may hold from forward to backward: the first of these that fits what workspace_bytes has beyond
+    the tiles' default.
 
     "logits": those of all heads that a gradient reads, in the dtype of the statistics; the backward makes none of them anew.
     "difference": teacher minus student in bfloat16, for bfloat16 inputs and no divergence but reverse_kl, in which it is linear;
