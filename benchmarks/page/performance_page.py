@@ -147,7 +147,7 @@ def slower(report: dict) -> list[str]:
 
 def few(results: Path) -> list[str]:
     """Products and times of few rows, ours with the logits held too; where they have been measured."""
-    text = f"Forward and backward of few rows, with logits held and without: `python -m benchmarks.reports.{Path(few_rows.FILE).stem}`"
+    text = "Forward and backward of few rows, with logits held and without: `python -m benchmarks.reports.few_rows`"
     if not (results / few_rows.FILE).is_file():
         return [f"{text}; not measured yet.", ""]
     found, rows = _read(results, few_rows.FILE), []

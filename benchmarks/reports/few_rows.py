@@ -1,7 +1,7 @@
 """Few rows from hidden states, forward and backward: `python -m benchmarks.reports.few_rows [--quick] [--no-compile]`.
 
-Who keeps all logits from forward to backward makes fewer products. Written to few_rows.json: the products of each entrant, ours with
-the default workspace and with one that holds the logits, and their times in turn; measure these on a quiet machine.
+Who keeps all logits from forward to backward makes fewer products. Written to few_rows.json: the products of each entrant, ours
+with the default workspace and with one that holds the logits, and their times in turn; measure these on a quiet machine.
 """
 
 from __future__ import annotations
