@@ -30,9 +30,12 @@ class Head:
     weight: [V, D], or this rank's [V / ranks, D] where a group is given.  bias: [V] or None, sharded likewise.  softcap: Gemma's
     final_logit_softcapping.  scale: a factor on the logits (Cohere's logit_scale; Granite's logits_scaling is a divisor: pass its
     inverse).  valid_vocab: columns from here on are padding, they count as -inf and are never computed; always counted over the
-    whole vocabulary.  group: the process group (or one-dimensional DeviceMesh) whose ranks hold equal shards of the vocabulary in
-    rank order, as Megatron and vLLM cut it; hidden states, targets and results are the same on all of them. See parallel.py for
-    the collectives.
+    whole vocabulary.  group: the process group (or one-dimensional DeviceMesh) whose ranks hold shards of the vocabulary in rank
+    order, as Megatron and vLLM cut it; hidden states, targets and results are the same on all of them. See parallel.py for the
+    collectives.  shards: the rows of every rank's shard, where they are not equal; the same list on all ranks.
+    sequence_parallel: each rank of the group has hidden states, targets and results of rows of its own, as many rows on each (pad
+    with ignored ones); they are sent round, never gathered. The weight's gradient is that of all ranks' rows. Without a group,
+    where each rank has the whole head, rows may be sharded as they are: the weight's gradient is then this rank's rows' part.
     """
 
     weight: torch.Tensor
@@ -41,6 +44,8 @@ class Head:
     scale: float | None = None
     valid_vocab: int | None = None
     group: Any = None
+    shards: Sequence[int] | None = None
+    sequence_parallel: bool = False
 
     @classmethod
     def from_model(cls, model: torch.nn.Module) -> Head:
@@ -126,8 +131,9 @@ def linear_token_stats(
     the teacher's own; None means that it shares `head`, and then both rows go through one GEMM. Heads of unequal width (padding)
     need one valid_vocab on both.  targets, temperature, ignore_index, stats, jsd_beta: as in `token_stats`, as are all rules on
     -inf, NaN and ignored rows.  workspace_bytes: bound on the logits tiles and dz alive at a time (at least 64 columns of one
-    row); None means 24 MiB on a CPU, 160 MiB on a GPU. Besides them the backward holds the hidden states' gradient in float32,
-    and for half inputs a block of the weight's, unless one product gives it.
+    row); None means 24 MiB on a CPU, 160 MiB on a GPU. What is given beyond that holds logits from forward to backward, where all
+    fit, and saves their products: `ops.plan` of `linear_call` says what and how many, `ops.to_keep` when. Besides them the
+    backward holds the hidden states' gradient in float32, and for half inputs a block of the weight's, or one product gives it.
 
     Logits are float32 whatever the inputs (float64 for float64), never rounded to bfloat16: that alone would bias KL by about
     1e-4 nats. On CUDA, and with bfloat16 on processors with AVX512-BF16, the backward's GEMMs read dz rounded to the inputs'
@@ -159,7 +165,7 @@ def linear_token_stats(
         backward=backward,
         backward_tolerance=backward_tolerance,
     )
-    values, _, _ = ops.linear_token_stats(*call)
+    values, *_ = ops.linear_token_stats(*call)
     return _pack(values, tuple(call.stats), student_hidden.shape[:-1])
 
 
@@ -199,7 +205,7 @@ def linear_call(
 def _linear_call(rows, head: Head, own: Head | None, names, workspace_bytes: int | None, **constants) -> ops.LinearCall:
     """The checked call as the operator takes it. rows: student and teacher hidden states, targets, 1 / temperature."""
     student_hidden, teacher_hidden, targets, inverse = rows
-    return ops.LinearCall(
+    call = ops.LinearCall(
         student=student_hidden.flatten(0, -2),
         weight=head.weight,
         bias=head.bias,
@@ -218,7 +224,10 @@ def _linear_call(rows, head: Head, own: Head | None, names, workspace_bytes: int
         teacher_scale=None if own is None else _number(own.scale),
         valid_vocab=None if head.valid_vocab is None else int(head.valid_vocab),
         group="" if head.group is None else parallel.group_name("head", head.group),
+        shards=tuple(head.shards or ()),
+        rows_sharded=head.sequence_parallel,
     )
+    return call._replace(keeps=ops.to_keep(call)) if _differentiates(head, student_hidden) else call
 
 
 # --- argument checks ---------------------------------------------------------------------------------------------------
@@ -292,7 +301,7 @@ def _checked_head(name: str, head: Head | torch.Tensor) -> Head:
     if head.group is None and getattr(head.weight, "tensor_model_parallel", False):
         given = f"{name}.weight is marked tensor_model_parallel: a vocabulary shard without its group"
         raise bad_input(given, "Head(weight, group=...)", "pass the tensor-parallel process group")
-    total = head.weight.shape[0] * parallel.ranks("" if head.group is None else parallel.group_name(name, head.group))
+    total = _checked_shards(name, head)
     if head.valid_vocab is not None and not 0 < head.valid_vocab <= total:
         raise bad_input(f"{name}.valid_vocab is {head.valid_vocab}", f"1 to V = {total}", "count the real tokens")
     for option in ("softcap", "scale"):
@@ -300,6 +309,23 @@ def _checked_head(name: str, head: Head | torch.Tensor) -> Head:
         if value is not None and not (math.isfinite(value) and value != 0 and (option == "scale" or value > 0)):
             raise bad_input(f"{name}.{option} is {value}", "a finite number, softcap above 0, scale not 0", "use None for none")
     return head
+
+
+def _checked_shards(name: str, head: Head) -> int:
+    """The rows of the whole head, all ranks' together."""
+    group = "" if head.group is None else parallel.group_name(name, head.group)
+    for option in ("shards", "sequence_parallel"):
+        if getattr(head, option) and not group:
+            raise bad_input(
+                f"{name}.{option} was given without a group", "both or neither", "pass group, the ranks that share the head"
+            )
+    if not head.shards:
+        return head.weight.shape[0] * parallel.ranks(group)
+    rank, own = parallel.resolve(group).rank(), head.weight.shape[0]
+    if len(head.shards) != parallel.ranks(group) or min(head.shards) < 1 or head.shards[rank] != own:
+        wanted = f"{parallel.ranks(group)} numbers of rows, that of rank {rank} {own}"
+        raise bad_input(f"{name}.shards is {list(head.shards)}", wanted, "pass the rows of every rank's shard in rank order")
+    return sum(head.shards)
 
 
 def _check_bias(name: str, bias: torch.Tensor, weight: torch.Tensor) -> None:
@@ -348,6 +374,8 @@ def _check_heads_match(own: Head, head: Head) -> None:
         raise bad_input(f"teacher_head has {count} tokens", f"the student's {wanted}", "cut both by valid_vocab")
     if (own.weight.dtype == torch.float64) != (head.weight.dtype == torch.float64):
         raise bad_input(f"teacher_head is {own.weight.dtype}", f"the student's {head.weight.dtype}", "cast one of them")
+    if tuple(own.shards or ()) != tuple(head.shards or ()) or own.sequence_parallel != head.sequence_parallel:
+        raise bad_input("teacher_head is sharded otherwise than head", "the same shards", "shard both heads and their rows alike")
     if own.group is not head.group:
         raise bad_input("teacher_head.group is not head.group", "one group", "shard both heads over the same ranks")
     if head.group is not None and own.weight.shape[0] != head.weight.shape[0]:
@@ -416,9 +444,11 @@ def _checked_tolerance(backward: str, tolerance: float, head: Head, hidden: torc
     if head.group is not None:
         given = 'backward="sparse" with a vocabulary shard'
         raise bad_input(given, "the whole head on each rank", 'use backward="exact" with Head(group=...)')
-    leaves = (hidden, head.weight, head.bias)
-    differentiates = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    return float(tolerance) if differentiates else 0.0
+    return float(tolerance) if _differentiates(head, hidden) else 0.0
+
+
+def _differentiates(head: Head, hidden: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, head.weight, head.bias))
 
 
 def _number(value: float | None) -> float | None:
@@ -426,6 +456,6 @@ def _number(value: float | None) -> float | None:
 
 
 def _pack(values: torch.Tensor, names: tuple[str, ...], shape: torch.Size) -> TokenStats:
-    """[7, n] -> the asked-for fields; those without a gradient, the teacher's own, never carry one."""
+    """[10, n] -> the asked-for fields; those without a gradient, the teacher's own, never carry one."""
     out = dict(zip(STAT_NAMES, values.unbind(0), strict=True))
     return TokenStats(**{name: (out[name] if BY_NAME[name].gradient else out[name].detach()).reshape(shape) for name in names})

@@ -15,8 +15,8 @@ from typing import Generic, NamedTuple, TypeVarTuple, cast
 import torch
 
 from . import parallel
-from .backends import BACKENDS, Tile, TileTask, wide
-from .reference.stats import STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, jsd
+from .backends import BACKENDS, Tile, TileTask, finished, wide
+from .reference.stats import ARGMAX_NAMES, STAT_NAMES, STATE_NAMES, SUM_NAMES, Rows, agreements, jsd, largest, merge
 
 Cuts = TypeVarTuple("Cuts")  # tensors that a _Cut cuts, None among them
 
@@ -86,6 +86,9 @@ class Linear:
     backend: str
     group: str  # "" for none
     workspace: int
+    shards: Sequence[int] = ()  # columns of every rank's shard; () for equal ones
+    kept: Kept | None = None
+    unrounded: bool = False  # the weight's gradient stays in the dtype of its sums
 
     def __post_init__(self):
         self.tiles, self.on_gpu = BACKENDS[self.backend], on_gpu(self.student.device)
@@ -176,7 +179,8 @@ class Linear:
             self.operands.clear()
             first = task.first + block.start
             for part, student, teacher, own in parts:
-                yield part, block, self.logits(student, teacher, block), TileTask(own, task.stats, task.beta, first, task.kept)
+                pair = self.logits(student, teacher, block) if self.kept is None else self.kept.pair(self, part, block)
+                yield part, block, pair, TileTask(own, task.stats, task.beta, first, task.kept)
 
     def logits(self, student: torch.Tensor, teacher: torch.Tensor | None, columns: slice) -> Pair:
         """Both heads' tiles of these hidden states; one GEMM over the stacked rows where they are few and the head is shared."""
@@ -196,6 +200,14 @@ class Linear:
         weight, bias = self.operands.get(head is self.head) or self._operand(head, columns)
         z = self.buffer(name + " logits", hidden.shape[0], columns.stop - columns.start, dtype=self.wide)
         self.product(hidden, weight, z)
+        return self._with_options(head, z, bias)
+
+    def kept_tile(self, head: HeadPart, z: torch.Tensor, columns: slice) -> Tile:
+        """The tile of logits that were made before."""
+        bias = None if head.bias is None else head.bias[columns]
+        return Tile(z, bias, head.scale, head.softcap) if self.tiles.fused_head else Tile(z)
+
+    def _with_options(self, head: HeadPart, z: torch.Tensor, bias: torch.Tensor | None) -> Tile:
         if self.tiles.fused_head:
             return Tile(z, bias, head.scale, head.softcap)
         if bias is not None:
@@ -241,18 +253,24 @@ class Linear:
     # --- forward ---
 
     def forward(self, note: Note | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The forward pass: values [7, N] and state [N, 9]. note: called on each tile when it is summed, with the sums so far."""
+        """The forward pass: values [10, N] and state [N, 9]. note: called on each tile that is summed, with the sums so far."""
         rows, columns = self.tile_shape()
         splits = self.tiles.splits(rows, columns)
         sums = self.student.new_zeros((splits, len(self.student), len(SUM_NAMES)), dtype=torch.float64)
         cut, whole = _Cut(sums, dim=1), (slice(0, len(self.student)), slice(0, self.head.columns))
+        tops = Largest(self.student, self.task.stats)
         for part, block, pair, task in self.walk(*whole, (rows, columns)):
             self.tiles.sweep(*pair, task, *cut[part])
+            tops.add(part, pair, task.first)
             if note is not None:
                 note(part, block, pair, task, *cut[part])
-        if self.group:
-            sums = parallel.gather_sums(sums, len(self.head.weight), self.group)
+        if self.kept is not None:
+            self.kept.full = True
+        if self.group:  # shards of unequal width may have been cut into unequal numbers of splits
+            sums = merge(sums, self.task.rows)[None]
+            sums = parallel.gather_sums(sums, len(self.head.weight), self.group, self.shards)
         values, state = self.tiles.finish(sums, self.task)
+        tops.finish(values, state, self.task, self.group)
         if "jsd" in self.task.stats:
             add_jsd(values, state, self._mixture(state, rows, columns, splits), self.task)
         return values, state
@@ -278,7 +296,7 @@ class Linear:
         head, (hidden, weight, bias) = self.head, needed
         out = _Sums(
             torch.zeros_like(self.student, dtype=self.wide) if hidden else None,
-            torch.empty_like(head.weight) if weight else None,
+            torch.empty_like(head.weight, dtype=self.wide if self.unrounded else None) if weight else None,
             torch.zeros_like(head.bias, dtype=self.wide) if bias and head.bias is not None else None,
         )
         grads, unit = self.scaled(grads)
@@ -291,8 +309,10 @@ class Linear:
             for part in pieces(slice(0, len(self.student)), rows):
                 dz = self._dz(part, span, shape, per_row)
                 self._add(out, block, dz, part, span)
+            if block is not None and unit is not None:
+                block *= unit
             if own and out.weight is not None and block is not None:
-                out.weight[span] = block if unit is None else block.mul_(unit)
+                out.weight[span] = block
         if out.weight is not None:
             out.weight[head.columns :] = 0
             if not len(self.student):
@@ -302,7 +322,7 @@ class Linear:
                 total *= unit
         if self.group and out.hidden is not None:
             parallel.add_up(out.hidden, self.group)
-        like = (self.student, head.weight, head.bias)
+        like = (self.student, *((out.weight, out.bias) if self.unrounded else (head.weight, head.bias)))
         return [None if g is None or t is None else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
 
     def scaled(self, grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -342,12 +362,25 @@ class Linear:
     def _dz(self, part: slice, span: slice, shape: tuple[int, int], per_row: _Cut[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """dz of a round, tile by tile. per_row: of state and row gradients."""
         dz = self.buffer("dz", part.stop - part.start, span.stop - span.start, dtype=self.dz_dtype)
-        for rows, block, (student, teacher), task in self.walk(part, span, shape):
+        for rows, block, pair, task in self.walk(part, span, shape):
             target = self._window(dz, rows.start - part.start, rows.stop - part.start, block.start - span.start, block)
-            self.tiles.gradient(student, teacher, task, *per_row[rows], target)
-            if not self.tiles.fused_head:
-                through_head(self.head, student.z, target)
+            self.tile_dz(rows, block, pair, task, per_row[rows], target)
         return dz
+
+    def tile_dz(
+        self,
+        rows: slice,
+        columns: slice,
+        pair: Pair,
+        task: TileTask,
+        per_row: tuple[torch.Tensor, torch.Tensor],
+        target: torch.Tensor,
+    ) -> None:
+        """The dz of a tile, of its raw GEMM output, written to `target`. per_row: its rows of state and row gradients."""
+        self.tiles.gradient(*pair, task, *per_row, target)
+        if not self.tiles.fused_head:
+            z, spare = pair[0].z, self.kept is not None and self.head.softcap is not None  # kept logits may serve once more
+            through_head(self.head, z.clone() if spare else z, target)
 
     def _window(self, dz: torch.Tensor, top: int, bottom: int, left: int, columns: slice) -> torch.Tensor:
         """A tile's place in dz, a view of `buffer`; every span has the same ones."""
@@ -366,6 +399,69 @@ class Linear:
                 self.product(own, self.wide_weight(self.head.weight, piece), out.hidden[part], add=True)
         if block is not None:
             self.product(dz.T, self.student[part], block, add=part.start > 0)
+
+
+@dataclass
+class Kept:
+    """Logits that a call holds from its forward to its backward pass. how: "logits", of all heads as `Linear.logits` has them,
+    memory [heads, N, columns]; "difference", teacher minus student in bfloat16, memory [1, N, columns], from which the teacher's
+    are made anew without a product. full: the forward pass is over.
+    """
+
+    how: str
+    memory: torch.Tensor
+    full: bool = False
+
+    def pair(self, call: Linear, rows: slice, columns: slice) -> Pair:
+        """Both heads' logits in a tile, made and kept, or as they were kept."""
+        heads, own = (call.head, call.teacher_head), self.memory[:, rows, columns]
+        if self.full and self.how == "logits":
+            first, *rest = (call.kept_tile(head, z, columns) for head, z in zip(heads, own, strict=False))
+            return first, rest[0] if call.teacher is not None and rest else None
+        student, teacher, *_ = call.cut[rows]
+        if self.full:
+            first = call.logits(student, None, columns)[0]
+            z = call.buffer("teacher logits", *first.z.shape, dtype=call.wide)
+            torch.add(first.z, own[0], out=z).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)  # -inf + inf
+            return first, call.kept_tile(call.teacher_head, z, columns)
+        pair = call.logits(student, teacher, columns)
+        first, other = pair
+        if self.how == "logits":
+            for z, tile in zip(own, pair, strict=False):
+                assert tile is not None
+                z.copy_(tile.z)
+        elif other is not None:
+            own[0].copy_((other.z - first.z).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf))  # -inf - -inf
+        return pair
+
+
+class Largest:
+    """Where the largest logits of rows stand, tile by tile; nothing is looked for where no statistic asks."""
+
+    def __init__(self, like: torch.Tensor, stats: Sequence[str]):
+        self.heads = 0 if not set(ARGMAX_NAMES) & set(stats) else 2 if "argmax_agreement" in stats else 1
+        if self.heads:
+            self.values = like.new_full((2, len(like)), -torch.inf, dtype=torch.float64)
+            self.columns = torch.full((2, len(like)), -1, dtype=torch.int64, device=like.device)
+
+    def add(self, rows: slice, pair: Pair, first: int) -> None:
+        """A tile whose first column is `first` in the vocabulary; tiles of a row come in the order of their columns."""
+        for i, tile in enumerate(pair[: self.heads]):
+            assert tile is not None
+            values, columns = self.values[i, rows], self.columns[i, rows]
+            value, at = largest(finished(tile))
+            rises = value > values
+            columns.copy_(torch.where(rises, at + first, columns))
+            values.copy_(torch.where(rises, value.to(values.dtype), values))
+
+    def finish(self, values: torch.Tensor, state: torch.Tensor, task: TileTask, group: str = "") -> None:
+        """Fill in the places of `values` [10, N] that the back ends leave."""
+        if not self.heads:
+            return
+        columns = parallel.first_largest(self.values, self.columns, group) if group else self.columns
+        named: dict[str, torch.Tensor] = dict(zip(STATE_NAMES, state.unbind(-1), strict=True))
+        for name, value in agreements(columns, task.rows, named, task.stats).items():
+            values[STAT_NAMES.index(name)] = torch.where(task.rows.keep(), value, 0)
 
 
 @cache
@@ -428,12 +524,15 @@ def add_jsd(values: torch.Tensor, state: torch.Tensor, shares: torch.Tensor, tas
 
 
 def logits_forward(student: torch.Tensor, teacher: torch.Tensor | None, task: TileTask, backend: str):
-    """The forward pass of given logits [N, V]: values [7, N], state [N, 9]; one tile that covers the vocabulary."""
+    """The forward pass of given logits [N, V]: values [10, N], state [N, 9]; one tile that covers the vocabulary."""
     tiles, first, second = BACKENDS[backend], Tile(student), None if teacher is None else Tile(teacher)
     splits = tiles.splits(*student.shape)
     sums = student.new_zeros((splits, len(student), len(SUM_NAMES)), dtype=torch.float64)
     tiles.sweep(first, second, task, sums)
     values, state = tiles.finish(sums, task)
+    tops = Largest(student, task.stats)
+    tops.add(slice(0, len(student)), (first, second), 0)
+    tops.finish(values, state, task)
     if "jsd" in task.stats:
         assert second is not None
         shares = torch.zeros_like(sums[..., :2])

@@ -13,7 +13,7 @@ import gear_kernels
 from gear_kernels import backends, credit_weights, linear_token_stats, token_stats
 
 N, V, D = 7, 301, 12
-STATS = ("logprobs", "entropy", "log_normalizers")
+STATS = ("logprobs", "entropy", "energy")
 WITH_TEACHER = (*STATS, "reverse_kl", "jsd")
 
 
@@ -24,7 +24,7 @@ def difference(got, want):
     return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
-# --- log_normalizers: log sum exp(z / T), its gradient the student's probabilities ---------------------------------------------
+# --- energy: -log sum exp(z / T), its gradient the student's probabilities, negative -------------------------------------------
 
 
 def statistic():
@@ -34,7 +34,7 @@ def statistic():
     targets = torch.randint(V, (N,), generator=g)
     targets[2] = -100
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
-    values = ((exact[0] @ exact[1].T) / temperature.double()[:, None]).logsumexp(-1)
+    values = -((exact[0] @ exact[1].T) / temperature.double()[:, None]).logsumexp(-1)
     kept = torch.where(targets < 0, 0, values)
     wanted = {}
     for name, value in (("all", values), ("kept", kept)):
@@ -53,7 +53,7 @@ def statistic():
                 ),
             }
             for run, (which, out) in runs.items():
-                got = (out.log_normalizers.detach(), *torch.autograd.grad((out.log_normalizers * sent).sum(), leaves))
+                got = (out.energy.detach(), *torch.autograd.grad((out.energy * sent).sum(), leaves))
                 found[f"{name} {run}"] = max(difference(a, b) for a, b in zip(got, wanted[which], strict=True))
     return found
 

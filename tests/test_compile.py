@@ -39,8 +39,9 @@ def test_opcheck(backend):
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     constants = ops.LinearCall(*[None] * 8, ALL, backend, 10**5, -100, 0.3, 5.0, 1.2, 290, None, 0.5)[8:]
     for tail in ((teacher_hidden, None, None), (torch.randn(6, 5), torch.randn(300, 5), torch.randn(300))):
-        for tolerance in (0.0, 0.1):
-            calls.append((linear, (*leaves, *tail, targets.clamp_max(289), inverse, *constants[:-1], tolerance)))
+        for tolerance, keeps in ((0.0, ""), (0.1, ""), (0.0, "logits")):
+            own = (*constants[:-4], tolerance, (), False, keeps)
+            calls.append((linear, (*leaves, *tail, targets.clamp_max(289), inverse, *own)))
     for operator, arguments in calls:
         assert set(torch.library.opcheck(operator.default, arguments).values()) == {"SUCCESS"}
 

@@ -273,13 +273,14 @@ def test_K4_every_launch_has_its_tensors_device(current, monkeypatch):
             targets, inverse = torch.empty(8, dtype=torch.int64), torch.empty(8)
         stats_ = ["logprobs", "jsd"]
         linear_ = ops.LinearCall(hidden, weight, None, hidden, None, None, targets, inverse, stats_, "triton", 10**8)
-        state, grads = torch.empty(8, 9, device="meta"), torch.empty(7, 8, device="meta")
+        state, grads = torch.empty(8, 9, device="meta"), torch.empty(10, 8, device="meta")
         given = (logits, logits, targets, inverse)
+        held = (torch.empty(0, 0, device="meta"), torch.empty(0, 0, 0, device="meta"))  # nothing
         calls = {
             "token_stats": (*given, -100, stats_, 0.5, "triton"),
             "token_stats_backward": (*given, -100, stats_, 0.5, "triton", state, grads),
             "linear_token_stats": linear_,
-            "linear_token_stats_backward": (*linear_, state, torch.empty(0, 0, device="meta"), grads, [True, True, False]),
+            "linear_token_stats_backward": (*linear_, state, *held, grads, [True, True, False]),
         }
         for name, arguments in calls.items():
             before = len(seen)

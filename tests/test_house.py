@@ -32,7 +32,7 @@ FLOORS = {
         ("ops",),
         ("model_head",),
         ("stats",),
-        ("credit", "losses", "head"),
+        ("credit", "losses", "head", "top_k"),
         ("integrations",),
         ("__init__",),
     ),

@@ -28,11 +28,28 @@ def test_shards_equal_the_whole_head(results, case):
 
 
 def test_number_of_collectives_is_as_documented(results):
-    """Forward: the gather of sums, the mixture's all_reduce (jsd); backward: the hidden gradient's all_reduce."""
-    assert results["collectives"] == {"all_gather": 1, "all_reduce": 2}
+    """Forward: the gathers of sums and of where the largest logits stand, the mixture's all_reduce (jsd); backward: the hidden
+    gradient's all_reduce.
+    """
+    assert results["collectives"] == {"all_gather": 2, "all_reduce": 2}
 
 
-def test_unequal_shards_are_refused_on_every_rank(results):
+def test_few_rows_over_unequal_columns(results):
+    """The ranks cut their tiles into unequal numbers of splits: what they gather has one shape all the same."""
+    assert results["few rows"] < 1e-6
+
+
+def test_rows_may_be_sharded_under_a_whole_head(results):
+    assert results["whole head"] < 1e-6
+
+
+def test_shards_that_are_not_the_rank_s_are_refused(results):
+    first, second, third = results["refused"]
+    assert first.startswith("head.shards is [300, 432]; expected 2 numbers of rows, that of rank 0 366")
+    assert second.startswith("head.shards was given without a group") and third.startswith("head.sequence_parallel was given")
+
+
+def test_unequal_shards_are_refused_unless_they_are_named(results):
     assert "the ranks' vocabulary shards have [366, 365] rows; expected shards of one size" in results["unequal"]
 
 

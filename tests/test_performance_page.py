@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.harness.environment import RESULTS
 from benchmarks.harness.peers import EAGER, OURS
 from benchmarks.page import performance_page, plots
-from benchmarks.reports import demo, projections, scaling, sparse_backward
+from benchmarks.reports import demo, few_rows, projections, scaling, sparse_backward
 from gear_kernels import tiling
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +130,23 @@ def test_quick_sparse_report_is_told_and_drawn(tmp_path):
     assert all(name in text for name in names) and "(plots/sparse_backward.png)" in text
     committed = json.loads((RESULTS / sparse_backward.FILE).read_text())
     assert [path.name for path in plots.draw_sparse(committed, tmp_path)] == ["sparse_backward.png"]
+
+
+# --- few rows ------------------------------------------------------------------------------------------------------------------
+
+
+def test_quick_few_rows_report_counts_products_and_is_told(tmp_path):
+    """Ours with the logits held makes as many products as eager torch, which keeps them; every answer is right."""
+    assert "not measured yet" in performance_page.few(tmp_path)[0]
+    found = few_rows.run(few_rows.QUICK, tmp_path, compiled=False)
+    for one in found["races"]:
+        made = {row["name"]: row["products"] for row in one["rows"]}
+        both = "reverse_kl" in one["gives"]
+        assert made[performance_page.OURS] == (6 if both else 4) and made[few_rows.HELD] == (4 if both else 3)
+        assert not both or made["eager torch"] == 4
+        assert all(error < 0.1 for row in one["rows"] for error in row["errors"].values() if row["name"].startswith("gear"))
+    text = "\n".join(performance_page.few(tmp_path))
+    assert text.count(few_rows.HELD) == len(found["races"]) == 8
 
 
 # --- scaling -------------------------------------------------------------------------------------------------------------------

@@ -189,11 +189,18 @@ def test_gradcheck(stats):
 
 @pytest.mark.parametrize("stats", SETS, ids="+".join)
 def test_importance_bounds_dz(stats):
-    """|dz| <= plain u + entropy p |log p| but at the target, also with norms that fall short; sums to 0 over the vocabulary."""
+    """|dz| <= plain u + entropy p |log p| but at the target, also with norms that fall short; sums to 0 over the vocabulary, that
+    of logsumexp to its row gradient.
+    """
     _, (*_, rows, student, other, named, _, table) = by_definition(make(30, 200, 6), stats, 0.0)
     grads = {name: table[:, reference.STAT_NAMES.index(name)] for name in stats}
     dz = reference.gradient(student, other, rows, named, grads, 0, 0.3)
-    torch.testing.assert_close(dz.sum(-1), torch.zeros(30).double(), atol=1e-12, rtol=0)
+    total = (
+        torch.where(rows.keep(), grads["logsumexp"] * rows.inv_temperature, 0)
+        if "logsumexp" in grads
+        else torch.zeros(30).double()
+    )
+    torch.testing.assert_close(dz.sum(-1), total, atol=1e-12, rtol=0)
     if "logprobs" in stats:
         dz[torch.arange(30), rows.targets] = 0
     factor = definition.row_factor(rows, named, grads, 0.3)
@@ -210,7 +217,8 @@ def test_importance_bounds_dz(stats):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("teacher", [False, True])
-def test_compiled_notes_equal_the_definition(dtype, teacher):
+@pytest.mark.parametrize("compiled", ["native", "triton"])
+def test_compiled_notes_equal_the_definition(compiled, dtype, teacher):
     """Ignored rows, -inf, a tile that begins within a block, ragged columns, every instruction set's own lanes."""
     g = torch.Generator().manual_seed(0)
     n, columns, first_row = 150, 2100, 100
@@ -222,13 +230,33 @@ def test_compiled_notes_equal_the_definition(dtype, teacher):
     norms = [(x.float() * rows.inv_temperature[:, None]).nan_to_num(0, neginf=-math.inf).logsumexp(-1) for x in (z, t)]
     task = TileTask(rows, ("logprobs", "reverse_kl") if teacher else ("logprobs",), 0.5)
     found = []
-    for backend in BACKENDS:
+    for backend in ("reference", compiled):
         noted = torch.zeros(2, columns)
         pair = (Tile(z), Tile(t) if teacher else None)
         backends.BACKENDS[backend].note(*pair, task, (norms[0], norms[1] if teacher else None), first_row, noted)
         found.append(noted)
     assert found[0].isfinite().all() and (found[0].sum(1) > 1).all()
     torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("stats", [("logprobs", "reverse_kl"), ("entropy",), ("forward_kl",)], ids="+".join)
+def test_the_note_kernel_finishes_raw_logits(stats):
+    """Bias, scale and softcap, fewer rows than it takes at a time, strided columns, memory that holds notes already."""
+    g = torch.Generator().manual_seed(1)
+    z, t = (torch.randn(5, 600, generator=g)[:, ::2] for _ in range(2))
+    bias = torch.randn(300, generator=g)
+    pair = [Tile(x, bias, 1.3, 4.0) for x in (z, t)]
+    rows = Rows(None, 0.5 + torch.rand(5, generator=g), -100)
+    norms = [(backends.finished(tile) * rows.inv_temperature[:, None]).logsumexp(-1) for tile in pair]
+    if not reference.needs_teacher(stats):
+        pair[1] = norms[1] = None
+    found = []
+    for backend in ("reference", "triton"):
+        noted = torch.ones(1, 400)[:, 50:350]
+        backends.BACKENDS[backend].note(*pair, TileTask(rows, stats), norms, 0, noted)
+        found.append(noted)
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=1e-9)
+    assert (found[0] > 1).all()
 
 
 # --- the tolerance ------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from rich.progress import Progress
 
 from gear_kernels.methods import METHODS, NORMALIZERS, Gear
 
-from ..harness.cases import OUTPUTS, plain
+from ..harness.cases import OUTPUTS, SEVEN, plain
 from ..harness.environment import RESULTS, ROOT
 from ..harness.internals import (
     IGNORED,
@@ -124,7 +124,7 @@ class Family:
     launches: Callable[[ModuleType], list[Launch]]
 
 
-DEFAULT, STUDENT, EVERY = OUTPUTS, OUTPUTS[:2], STAT_NAMES
+DEFAULT, STUDENT, EVERY = OUTPUTS, OUTPUTS[:2], SEVEN
 _NAMES = {DEFAULT: "default", STUDENT: "student only", EVERY: "all seven"}
 SUBSETS = (DEFAULT, STUDENT, EVERY, ("reverse_kl",), ("forward_kl",), ("jsd",))
 HEADS = {"": {}, "bias": {"bias": True}, "bias scale softcap": {"bias": True, "scale": 0.0625, "softcap": 30.0}}
@@ -180,12 +180,21 @@ def statistics_cases() -> list[Variant]:
         Variant(STUDENT, _F32, _BF16, head="bias scale softcap"),
         Variant(DEFAULT, columns=1),
         Variant(EVERY, _BF16, strided=True),
+        *(Variant(("logsumexp",), out=out, masked=False) for out in (None, _BF16)),
     ]
     return cases
 
 
+def note_cases() -> list[Variant]:
+    """Specialisations of the sparse backward's notes: by dtype, of one head and of two, with and without the divergence."""
+    subsets = (DEFAULT, STUDENT, ("forward_kl",))
+    cases = [Variant(s, dtype, masked="logprobs" in s) for s in subsets for dtype in (_F32, _BF16, _F16)]
+    cases += [Variant(DEFAULT, columns=columns) for columns in (RAGGED, 1)]  # one of 512 columns takes the same block
+    return cases + [Variant(DEFAULT, head=head) for head in HEADS if head] + [Variant(DEFAULT, _BF16, strided=True)]
+
+
 def statistics_launches(module: ModuleType) -> list[Launch]:
-    """Sweep and gradient for all of `statistics_cases`, mixture and finish for those that they tell apart."""
+    """Sweep and gradient for all of `statistics_cases`, notes, mixture and finish for those that they tell apart."""
     found = []
     for case in statistics_cases():
         found.append(Launch(case.name, lambda case=case: _gradient(module, case)))
@@ -199,6 +208,7 @@ def statistics_launches(module: ModuleType) -> list[Launch]:
         Variant(("jsd",), head="bias scale softcap"),
     ]
     found += [Launch(case.name, lambda case=case: _mixture(module, case)) for case in jsd]
+    found += [Launch(case.name, lambda case=case: _note(module, case)) for case in note_cases()]
     return found + [
         Launch("masked" if masked else "unmasked", lambda masked=masked: _finish(module, masked)) for masked in (True, False)
     ]
@@ -236,6 +246,11 @@ def _gradient(module: ModuleType, case: Variant) -> None:
 
 def _finish(module: ModuleType, masked: bool) -> None:
     module.finish(_sums(), _task(EVERY, masked))
+
+
+def _note(module: ModuleType, case: Variant) -> None:
+    pair, norms = _pair(case), (_meta(_ROWS), _meta(_ROWS) if needs_teacher(case.stats) else None)
+    module.note(*pair, _task(case.stats, case.masked), norms, 0, _meta(1, case.columns))
 
 
 def _mixture(module: ModuleType, case: Variant) -> None:

@@ -17,9 +17,9 @@ import torch
 
 from gear_kernels import linear_token_stats
 
-from ..harness.cases import HEAD_SHAPE, OUTPUTS, PASSES, SMALL, Case, definition, make_case, plain, runner
+from ..harness.cases import HEAD_SHAPE, OUTPUTS, PASSES, SEVEN, SMALL, Case, definition, make_case, plain, runner
 from ..harness.credit_inputs import SMALL_PACK, TOKEN_BYTES, Pack, credit_packs, pack
-from ..harness.internals import STAT_NAMES, replaced, serving
+from ..harness.internals import replaced, serving
 from ..harness.measure import MIB, ReadBandwidth, extra_memory
 from ..harness.peers import OURS, UPDATE_PEERS, Peer, PeerMissing, named, ours_call, peers, trl_kernels
 from .checks import weighted
@@ -154,7 +154,7 @@ def _bare(setting: Setting, passes: str) -> dict:
 
 def speed_items(setting: Setting) -> list[Item]:
     """Ours beyond the headline: all outputs, given logits, credit."""
-    found = _ours_items(setting, "all seven", STAT_NAMES)
+    found = _ours_items(setting, "all seven", SEVEN)
     found += [Item(f"credit, {name}", lambda n=name: credit_speed(setting, n)) for name in credit_packs(1 << 10)]
     for dtype in (BF16, F32):
         peer = next(p for p in peers("logits") if p.name == OURS)

@@ -14,6 +14,7 @@ from . import internals
 DTYPES = (torch.float32, torch.bfloat16)
 PASSES = ("forward", "forward+backward")
 OUTPUTS = ("logprobs", "entropy", "reverse_kl")
+SEVEN = ("logprobs", "teacher_logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd")  # all that have sums
 TERMS = {"logprobs": "logprobs", "entropy": "entropy", "reverse_kl": "reverse_kl", "mean_reverse_kl": "reverse_kl"}
 # kind: N, V and, with a head, D; a ragged vocabulary, a few MiB: what the gates and the pytest benchmarks run on a CPU
 SMALL = {"logits": (32, 32003), "hidden": (32, 32003, 128)}

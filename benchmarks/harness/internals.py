@@ -22,6 +22,7 @@ from gear_kernels.reference import (
     needs_teacher,
     token_stats,
 )
+from gear_kernels.stats import linear_call
 
 __all__ = [
     "BACKENDS",
@@ -47,6 +48,8 @@ __all__ = [
     "joins_in_one_call",
     "body_of",
     "linear_body",
+    "default_workspace",
+    "plan",
 ]
 IGNORED = -100  # the target of a row that gives nothing
 KERNEL_MODULES = ("gear_kernels.triton.stats", "gear_kernels.triton.scan")  # imported where they are used: they need triton
@@ -100,3 +103,13 @@ def linear_body(student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tens
     targets, inverse = torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, device=device)
     tensors = (student, weight, None, teacher, None, None, targets, inverse)
     return ops.tiled(ops.LinearCall(*tensors, stats, "triton", tiling.limits(device).workspace))
+
+
+def default_workspace(device: torch.device) -> int:
+    """Bytes that tiles take by default on this device."""
+    return tiling.limits(device).workspace
+
+
+def plan(*arguments, **options) -> ops.Plan:
+    """The memory and products of a call of linear_token_stats with these arguments."""
+    return ops.plan(linear_call(*arguments, **options))

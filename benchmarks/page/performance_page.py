@@ -17,7 +17,7 @@ from ..harness.cases import HEAD_SHAPE, PASSES
 from ..harness.environment import PLOTS, RESULTS, ROOT
 from ..harness.peers import EAGER, OURS
 from ..harness.tables import markdown_table
-from ..reports import demo, sparse_backward, step_beside_trl
+from ..reports import demo, few_rows, sparse_backward, step_beside_trl
 from ..reports.credit import LOOP, TYPICAL
 from ..reports.scaling import AXES, FILE, GEMMS, series
 from .plots import draw, draw_demo, draw_sparse
@@ -136,12 +136,29 @@ def slower(report: dict) -> list[str]:
         rows += [[heading(section), r["name"], f"{r['timing']['median_ms'] / ours:.2f}", *_answer(r)] for r in quicker]
     text = (
         f"Every peer that takes less time than {OURS} in any table of the CPU report; the ratio is its time over ours. For few "
-        "rows eager torch and torch.compile can keep all logits for the backward and save two of six products; a peer that gives "
-        "log-prob alone has no teacher to multiply; and bfloat16 products with bfloat16 results are quicker, and off by "
-        "the error shown."
+        "rows eager torch and torch.compile keep all logits for the backward and make four products where the default workspace "
+        "makes six; a peer that gives log-prob alone has no teacher to multiply, and makes three where it keeps them; and "
+        "bfloat16 products with bfloat16 results are quicker, and off by the error shown. A `workspace_bytes` that holds the "
+        "logits too makes four, and three for log-probs alone, as they do ([operators.md](operators.md#numbers))."
     )
     heads = ["table", "peer", "its time / ours", "gives", "largest error, nats"]
     return ["## What is not faster than the peers", "", text, "", *table(heads, rows)]
+
+
+def few(results: Path) -> list[str]:
+    """Products and times of few rows, ours with the logits held too; where they have been measured."""
+    text = "Forward and backward of few rows, with logits held and without: `python -m benchmarks.reports.few_rows`"
+    if not (results / few_rows.FILE).is_file():
+        return [f"{text}; not measured yet.", ""]
+    found, rows = _read(results, few_rows.FILE), []
+    for one in found["races"]:
+        ours = next(row for row in one["rows"] if row["name"] == OURS)["timing"]["median_ms"]
+        case = f"{', '.join(one['gives'])}, N = {one['shape'][0]}, {one['dtype']}"
+        for row in one["rows"]:
+            ms = row["timing"]["median_ms"]
+            rows.append([case, row["name"], str(row["products"] or "-"), f"{ms:.4g} ms", f"{ms / ours:.2f}"])
+    lines = [f"{text}: {origin(found)}. {load_note([found['other_load']])}", ""]
+    return lines + table(["", "", "products", "median", "time / ours"], rows)
 
 
 def _answer(row: dict) -> list[str]:
@@ -466,6 +483,7 @@ def page(results: Path = RESULTS) -> str:
         logits(cpu)
         + hidden(cpu)
         + slower(cpu)
+        + few(results)
         + sparse(_read(results, sparse_backward.FILE))
         + credit(scan)
         + growth(found)

@@ -45,7 +45,7 @@ class Backend:
         raise NotImplementedError
 
     def finish(self, sums: torch.Tensor, task: TileTask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums [K, n, 12] -> values [7, n] and state [n, 9] in float32, or float64 for float64 rows.
+        """Sums [K, n, 12] -> values [10, n] and state [n, 9] in float32, or float64 for float64 rows.
 
         The jsd, and where the statistics need no teacher its entries, are left 0.
         """
@@ -79,7 +79,7 @@ class Backend:
     def gradient(
         self, student: Tile, teacher: Tile | None, task: TileTask, state: torch.Tensor, grads: torch.Tensor, dz: torch.Tensor
     ) -> None:
-        """Row gradients [n, 7] -> dz [n, c], d loss / d (raw GEMM output), rounded to dz's dtype."""
+        """Row gradients [n, 10] -> dz [n, c], d loss / d (raw GEMM output), rounded to dz's dtype."""
         raise NotImplementedError
 
     def multiplies(self, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from ..reference import stats
 from .base import Backend, wide
 
 # what of `finish` is there without a teacher
-_STUDENT = {"max", "log_z", *(stat.name for stat in stats.STATISTICS if not stat.needs_teacher)}
+_STUDENT = {"max", "log_z", *(stat.name for stat in stats.STATISTICS if not stat.needs_teacher)} - set(stats.ARGMAX_NAMES)
 
 
 class Reference(Backend):

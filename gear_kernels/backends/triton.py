@@ -57,6 +57,10 @@ class Triton(Backend):
         """See Backend.mixture."""
         load()[0].mixture(student, teacher, task, state, shares)
 
+    def note(self, student, teacher, task, norms, first_row, noted):
+        """See Backend.note."""
+        load()[0].note(student, teacher, task, norms, first_row, noted)
+
     def gradient(self, student, teacher, task, state, grads, dz):
         """See Backend.gradient."""
         load()[0].gradient(student, teacher, task, state, grads, dz)

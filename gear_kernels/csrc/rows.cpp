@@ -384,6 +384,7 @@ void finish_row(const Problem& p, int64_t row, int) {
     const double lz = log_z(h.s), lz_t = p.has_teacher ? log_z(h.t) : 0;
     v[kLogprob] = (float)logprob(rest[mTarget], h.s, lz, inv_t);
     v[kEntropy] = (float)not_negative(lz - h.s.first / h.s.z);
+    v[kLogSumExp] = (float)(h.s.max * inv_t + lz);
     if (p.has_teacher) {
       v[kTeacherLogprob] = (float)logprob(rest[mTeacherTarget], h.t, lz_t, inv_t);
       v[kTeacherEntropy] = (float)not_negative(lz_t - h.t.first / h.t.z);
@@ -436,18 +437,18 @@ void mixture_row(const Problem& p, int64_t row, int split) {
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 struct RowGrads {
-  float logprob, entropy, reverse_kl, forward_kl, jsd;
+  float logprob, entropy, reverse_kl, forward_kl, jsd, logsumexp;
 };
 
 // dz_v = gl (1[v = y] - p_v) - gH p_v (log p_v + H) + gK p_v (log p_v - log q_v - KL) + gF (p_v - q_v)
-//        + gJ (1 - beta) p_v (log p_v/m_v - KL(S||M)), over temperature; the 1[v = y] term is added by the caller.
+//        + gJ (1 - beta) p_v (log p_v/m_v - KL(S||M)) + gZ p_v, over temperature; the 1[v = y] term is added by the caller.
 template <bool kTeacher, bool kForward, bool kMixture>
 void gradient_block(const float* s, const float* t, int n, const float* state, RowGrads g, float inv_t, float beta, Ahead s_next,
                     Ahead t_next, float* out) {
   const Normal student(state[sMax], inv_t, state[sLogZ]), teacher(state[sTeacherMax], inv_t, state[sTeacherLogZ]);
   const float reverse_kl = g.reverse_kl == 0 ? 0 : state[sReverseKl];  // unused it may be infinite
   const float jsd = g.jsd * (1 - beta), entropy = g.entropy * kLn2, divergence = g.reverse_kl * kLn2;
-  const float constant = g.forward_kl - g.logprob - g.entropy * state[sEntropy] - g.reverse_kl * reverse_kl;
+  const float constant = g.forward_kl + g.logsumexp - g.logprob - g.entropy * state[sEntropy] - g.reverse_kl * reverse_kl;
   for (int i = 0; i < n; i += W) {
     s_next.fetch(i);
     const vf x = student.log2_prob(s + i), p = exp2_lanes(x);
@@ -467,11 +468,11 @@ void gradient_block(const float* s, const float* t, int n, const float* state, R
 RowGrads usable_grads(const Problem& p, int64_t row) {
   const float* g = p.grads + row * kValues;
   const float* state = p.state + row * kState;
-  if (ignored(p, row)) return {0, 0, 0, 0, 0};
+  if (ignored(p, row)) return {0, 0, 0, 0, 0, 0};
   const bool teacher = p.has_teacher;
   return {p.targets && state[sLogprob] != -INFINITY ? g[kLogprob] : 0, g[kEntropy],
           teacher && state[sReverseKl] != INFINITY ? g[kReverseKl] : 0,
-          teacher && state[sForwardKl] != INFINITY ? g[kForwardKl] : 0, teacher ? g[kJsd] : 0};
+          teacher && state[sForwardKl] != INFINITY ? g[kForwardKl] : 0, teacher ? g[kJsd] : 0, g[kLogSumExp]};
 }
 
 template <bool kTeacher, bool kForward, bool kMixture>
@@ -504,7 +505,7 @@ void backward_row(const Problem& p, int64_t row, int) {
     gradient_row<true, true, false>(p, row, g);
   else if (g.reverse_kl != 0)
     gradient_row<true, false, false>(p, row, g);
-  else if (g.logprob != 0 || g.entropy != 0)
+  else if (g.logprob != 0 || g.entropy != 0 || g.logsumexp != 0)
     gradient_row<false, false, false>(p, row, g);
   else
     zero_row(p, row);  // nothing to pass: the logits are not read

@@ -10,10 +10,11 @@
   X(teacher_max, mTeacher) X(teacher_z, mTeacherZ) X(teacher_first, mTeacherFirst) X(teacher_cross, mTeacherCross)            \
   X(target, mTarget) X(teacher_target, mTeacherTarget) X(outside, mOutside) X(teacher_outside, mTeacherOutside)
 
-// reference.STAT_NAMES, the rows of `values` [7, rows] and the columns of `grads` [rows, 7]
+// reference.STAT_NAMES, the rows of `values` [10, rows] and the columns of `grads` [rows, 10]
 #define GEAR_VALUES(X)                                                                                                        \
   X(logprobs, kLogprob) X(teacher_logprobs, kTeacherLogprob) X(entropy, kEntropy) X(teacher_entropy, kTeacherEntropy)         \
-  X(reverse_kl, kReverseKl) X(forward_kl, kForwardKl) X(jsd, kJsd)
+  X(reverse_kl, kReverseKl) X(forward_kl, kForwardKl) X(jsd, kJsd) X(logsumexp, kLogSumExp) X(top1, kTop1)                    \
+  X(argmax_agreement, kArgmaxAgreement)
 
 // reference.STATE_NAMES, the columns of `state` [rows, 9]: all that the backward needs beside the logits
 #define GEAR_STATE(X)                                                                                                         \

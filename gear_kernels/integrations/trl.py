@@ -124,7 +124,7 @@ class GearLogProb(torch.autograd.Function):
         given = HeadCall(*arguments)
         asked = given.cast()
         call = asked.operator(("logprobs", "entropy") if "entropy" in given.outputs else ("logprobs",))
-        values, state, _ = linear_token_stats(*call)
+        values, state, *_ = linear_token_stats(*call)
         ctx.set_materialize_grads(False)  # an entropy that is only logged brings no gradient
         ctx.save_for_backward(given.hidden, given.weight, given.bias, given.targets, state)
         ctx.constants, ctx.count = arguments[4:], len(arguments)
@@ -148,7 +148,7 @@ class GearLogProb(torch.autograd.Function):
         autocast = torch.autocast(state.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None)
         with maybe_gather_lm_head_ctx(given.weight, given.bias), autocast:
             call = given.cast().operator(tuple(arrived))
-            out = linear_token_stats_backward(*call, state, state.new_empty((0, 0)), table, needed)
+            out = linear_token_stats_backward(*call, state, state.new_empty((0, 0)), state.new_empty((0, 0, 0)), table, needed)
         own = (x.to(of.dtype) if need else None for x, of, need in zip(out, given[:3], needed, strict=True))
         return *own, *[None] * (ctx.count - 3)
 
@@ -157,7 +157,7 @@ def _others(call: HeadCall, logprobs: Tensor, state: Tensor) -> tuple[Tensor | N
     """log_sum_sq_probs, mean_logits and is_top1 of a cast call: no gradient comes through them."""
     spread = mean = top = None
     if "log_sum_sq_probs" in call.outputs:  # log sum p^2 = 2 log p(y) - log q(y), q the distribution at half the temperature
-        values, _, _ = linear_token_stats(*call.operator(("logprobs",), call.temperature / 2))
+        values, *_ = linear_token_stats(*call.operator(("logprobs",), call.temperature / 2))
         spread = 2 * logprobs - values[STAT_NAMES.index("logprobs")]
     if "mean_logits" in call.outputs:
         mean = _mean_logits(call) if call.softcap is None else _by_trl(call, "mean_logits")
@@ -221,7 +221,7 @@ class _BothHidden:
             operator = linear_call(
                 call.hidden, call.head, call.targets, self.teacher, temperature=call.temperature, stats=self.stats
             )
-            values, _, _ = linear_token_stats(*operator)
+            values, *_ = linear_token_stats(*operator)
             self.found = torch.stack([values[STAT_NAMES.index(name)] for name in self.stats])
         zero = call.hidden.new_zeros(rows, dtype=torch.float32)
         return zero, zero, None, None, None

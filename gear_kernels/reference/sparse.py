@@ -93,6 +93,8 @@ def row_factor(rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torc
         plain += g["reverse_kl"].abs() * _finite(state["reverse_kl"]).clamp_min(1)
     if "forward_kl" in g:
         plain += g["forward_kl"].abs()
+    if "logsumexp" in g:
+        plain += g["logsumexp"].abs()
     if "jsd" in g:
         plain += g["jsd"].abs() * (1 - beta) * (state["mixture_kl"] - math.log1p(-beta)).clamp_min(beta)
     return Factor(plain, entropy).times(rows.inv_temperature)
@@ -167,7 +169,8 @@ class Left(NamedTuple):
 
 
 def left_out(kept: Mass, rows: Rows, state: dict[str, torch.Tensor], grads: dict[str, torch.Tensor], beta: float) -> Left:
-    """The left-out dz of each row from the mass of its kept columns, because every statistic's terms sum to 0.
+    """The left-out dz of each row from the mass of its kept columns, because every statistic's terms sum to 0, and
+    those of logsumexp to its row gradient.
 
     p log p/q + q - p is never negative, so the left-out |p log p/q| add up to KL_out + 2 q_out at most; |p log p/m| is at most
     p log 1/(1 - beta) + beta q.
@@ -178,6 +181,8 @@ def left_out(kept: Mass, rows: Rows, state: dict[str, torch.Tensor], grads: dict
     signed = most = torch.zeros_like(p)
     if "logprobs" in g:
         signed, most = signed - g["logprobs"] * p, most + g["logprobs"].abs() * p
+    if "logsumexp" in g:
+        signed, most = signed + g["logsumexp"] * p, most + g["logsumexp"].abs() * p
     if "entropy" in g:
         own = (of["entropy"] - kept.entropy).clamp_min(0)
         signed = signed + g["entropy"] * (own - of["entropy"] * p)

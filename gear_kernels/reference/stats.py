@@ -40,9 +40,13 @@ STATISTICS = (
     Stat("reverse_kl", needs_teacher=True, gradient=True),
     Stat("forward_kl", needs_teacher=True, gradient=True, teacher_moments=True),
     Stat("jsd", needs_teacher=True, gradient=True),
+    Stat("logsumexp", gradient=True),
+    Stat("top1", needs_target=True),
+    Stat("argmax_agreement", needs_teacher=True),
 )
 BY_NAME = {stat.name: stat for stat in STATISTICS}
 STAT_NAMES = tuple(BY_NAME)
+ARGMAX_NAMES = ("top1", "argmax_agreement")  # what needs to know where the largest logit stands; no sum says it
 GRADIENT_NAMES = tuple(stat.name for stat in STATISTICS if stat.gradient)
 # The columns of `sums`. max: largest logit, 0 while all are -inf; z: sum e^x; first: sum e^x x; cross: sum e^x (x - y); target:
 # the target's logit, 0 in tiles without it; outside: above 0 where a logit is finite and the other head's -inf.
@@ -64,7 +68,10 @@ class _NotLogits(GearKernelsError, AttributeError):
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics in nats, each of the rows' shape; float32 (float64 for float64 inputs); None where not asked for."""
+    """Per-token statistics in nats (the last two are 0 or 1), each of the rows' shape; None where not asked for.
+
+    float32, or float64 for float64 inputs.
+    """
 
     logprobs: torch.Tensor | None = None  # log-prob of the target token
     teacher_logprobs: torch.Tensor | None = None
@@ -73,6 +80,9 @@ class TokenStats(NamedTuple):
     reverse_kl: torch.Tensor | None = None  # KL(student || teacher)
     forward_kl: torch.Tensor | None = None  # KL(teacher || student)
     jsd: torch.Tensor | None = None  # beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student
+    logsumexp: torch.Tensor | None = None  # log sum exp(z / T)
+    top1: torch.Tensor | None = None  # 1 where the target is the student's most likely token (the first of equals), else 0
+    argmax_agreement: torch.Tensor | None = None  # 1 where student and teacher have the same most likely token, else 0
 
     @property
     def dtype(self):
@@ -143,6 +153,9 @@ def token_stats(student, teacher, rows: Rows, stats, jsd_beta: float = 0.5) -> d
         assert t is not None
         mixture = _mixture(s, state["log_z"], t, state["teacher_log_z"], jsd_beta)
         state["jsd"] = jsd(mixture.sum(-2), jsd_beta)
+    if set(ARGMAX_NAMES) & set(stats):
+        columns = torch.stack([largest(head.z)[1] for head in (s, s if t is None else t)])
+        state |= agreements(columns, rows, state, stats)
     return {name: torch.where(keep, state[name], 0) for name in stats}
 
 
@@ -203,7 +216,8 @@ def merge(sums: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def finish(sums: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
-    """Sums [n, 12] over the whole vocabulary -> every statistic but jsd, and the rest of STATE_NAMES but mixture_kl, [n] each.
+    """Sums [n, 12] over the whole vocabulary -> every statistic but jsd and ARGMAX_NAMES, and the rest of STATE_NAMES but
+    mixture_kl, [n] each.
 
     A row of nothing but -inf has no distribution: NaN. KL(p || q) is +inf where q is -inf under a finite p, without a gradient.
     """
@@ -213,6 +227,7 @@ def finish(sums: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
     out["logprobs"] = _logprob(s["target"], s["max"], log_z, inv_t)
     out["teacher_logprobs"] = _logprob(s["teacher_target"], s["teacher_max"], log_w, inv_t)
     out["entropy"] = _not_negative(log_z - s["first"] / s["z"])
+    out["logsumexp"] = s["max"] * inv_t + log_z
     out["teacher_entropy"] = _not_negative(log_w - s["teacher_first"] / s["teacher_z"])
     for name, cross, z, p, q, outside in (
         ("reverse_kl", s["cross"], s["z"], log_z, log_w, s["outside"]),
@@ -228,6 +243,30 @@ def _logprob(target, top, log_z, inv_t):
     impossible = target == -torch.inf
     value = (torch.where(impossible, 0, target) - top) * inv_t - log_z
     return torch.where(impossible, torch.where(log_z.isnan(), torch.nan, -torch.inf), value)
+
+
+# --- where the largest logit stands ------------------------------------------------------------------------------------------
+
+
+def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row [n] and its column int64 [n], the first of equal ones."""
+    top = logits.detach().max(-1)
+    return top.values, top.indices
+
+
+def agreements(columns: torch.Tensor, rows: Rows, state: dict[str, torch.Tensor], stats) -> dict[str, torch.Tensor]:
+    """Those of ARGMAX_NAMES that `stats` has, [n] each, from the columns [2, n] of student's and teacher's largest logits.
+
+    NaN where a head that is read has no distribution. A tie goes to the first column, so a target that is as likely as one before
+    it is not top1.
+    """
+    others = {"top1": (rows.targets, 0), "argmax_agreement": (columns[1], state["teacher_log_z"])}
+    found = {}
+    for name in (name for name in ARGMAX_NAMES if name in stats):
+        other, log_w = others[name]
+        same = (columns[0] == other).to(state["log_z"].dtype)
+        found[name] = torch.where((state["log_z"].detach() + log_w).isnan(), torch.nan, same)
+    return found
 
 
 # --- the mixture of both heads, and the gradient --------------------------------------------------------------------------
@@ -267,7 +306,8 @@ def gradient(
 ):
     """The gradient of sum(grads * statistics) in a tile [n, c] of student logits: what autograd makes of `token_stats`.
 
-    dz_v = [gl (1[v = y] - p) - gH p (log p + H) + gK p (log p/q - KL) + gF (p - q) + gJ (1 - beta) p (log p/m - KL(S||M))] / T.
+    dz_v = [gl (1[v = y] - p) - gH p (log p + H) + gK p (log p/q - KL) + gF (p - q) + gJ (1 - beta) p (log p/m - KL(S||M))
+    + gZ p] / T.
     state, grads: [n] each, by name; an output that is infinite, and an ignored row, passes none.
     """
     keep, s = rows.keep(), _relative(student, rows, state["max"])
@@ -283,6 +323,8 @@ def gradient(
         dz += g["logprobs"] * (hit.to(p.dtype) - p)
     if "entropy" in g:
         dz -= g["entropy"] * p * (log_p + of["entropy"])
+    if "logsumexp" in g:
+        dz += g["logsumexp"] * p
     if teacher is not None:
         t = _relative(teacher, rows, state["teacher_max"])
         log_q = t.x - of["teacher_log_z"]

@@ -18,19 +18,23 @@ import triton
 import triton.language as tl
 
 from ..records import Tile, TileTask
-from ..reference.stats import FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES, needs_teacher
+from ..reference import sparse
+from ..reference.stats import ARGMAX_NAMES, FARTHEST, LOWEST, STAT_NAMES, STATE_NAMES, SUM_NAMES, needs_teacher
 from .candidates import CONFIGS, TRIED, Config
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported: numpy on a CPU, for tests
 _constant = (lambda x: x) if INTERPRETED else tl.constexpr  # the compiler takes globals only as constexpr, the interpreter never
 _INTERPRETER, _LOWEST, _FARTHEST = (_constant(x) for x in (INTERPRETED, LOWEST, FARTHEST))
+_ROWS_AT_ONCE = 8  # of the note kernel
+_NOTED, _FARTHEST_NOTED, _AT_ONCE = (_constant(x) for x in (sparse.ROWS, sparse.FARTHEST, _ROWS_AT_ONCE))
 _SUMS, _STATE, _VALUES = (_constant(len(names)) for names in (SUM_NAMES, STATE_NAMES, STAT_NAMES))
-# Bits of WANT: one for each statistic, but that both log-probs share the sum that they are made of; and one for a teacher.
-_BITS = {name: 1 << i for i, name in enumerate(STAT_NAMES)}
+# Bits of WANT: one for each statistic, but that both log-probs share the sum that they are made of, and that torch finds where
+# the largest logits stand; and one for a teacher.
+_BITS = {name: 0 if name in ARGMAX_NAMES else 1 << i for i, name in enumerate(STAT_NAMES)}
 _BITS["teacher_logprobs"] = _BITS["logprobs"]
 _TEACHER_BIT = 1 << len(STAT_NAMES)
-LOGPROBS, ENTROPY, TEACHER_ENTROPY, REVERSE_KL, FORWARD_KL, JSD = (
-    _constant(_BITS[name]) for name in ("logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd")
+LOGPROBS, ENTROPY, TEACHER_ENTROPY, REVERSE_KL, FORWARD_KL, JSD, LOGSUMEXP = (
+    _constant(_BITS[name]) for name in ("logprobs", "entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd", "logsumexp")
 )
 TEACHER = _constant(_TEACHER_BIT)
 # Columns of SUMS: a head's four stand together, the student's first.
@@ -47,8 +51,8 @@ _ENTROPY, _REVERSE_KL, _FORWARD_KL, _LOGPROB, _MIXTURE_KL = (
     _constant(STATE_NAMES.index(name)) for name in ("entropy", "reverse_kl", "forward_kl", "logprobs", "mixture_kl")
 )
 # Columns of the gradients.
-_D_LOGPROB, _D_ENTROPY, _D_REVERSE_KL, _D_FORWARD_KL, _D_JSD = (
-    _constant(STAT_NAMES.index(name)) for name in ("logprobs", "entropy", "reverse_kl", "forward_kl", "jsd")
+_D_LOGPROB, _D_ENTROPY, _D_REVERSE_KL, _D_FORWARD_KL, _D_JSD, _D_LOGSUMEXP = (
+    _constant(STAT_NAMES.index(name)) for name in ("logprobs", "entropy", "reverse_kl", "forward_kl", "jsd", "logsumexp")
 )
 
 
@@ -67,7 +71,14 @@ class Saved(NamedTuple):
     """The tables that the gradient kernel reads a row of."""
 
     state: Any  # [n, 9], of finish
-    grads: Any  # [n, 7], with respect to each statistic
+    grads: Any  # [n, 10], with respect to each statistic
+
+
+class Norms(NamedTuple):
+    """The numbers that the note kernel takes for each row's log Z, [n] each."""
+
+    student: Any
+    teacher: Any
 
 
 # --- device functions -------------------------------------------------------------------------------------------------
@@ -392,7 +403,9 @@ def _divergence(cross, z, log_z, other_log_z, outside):
 
 @triton.jit(do_not_specialize=["n", "splits"])
 def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT: tl.constexpr, ROWS: tl.constexpr):
-    """A block of rows: SUMS [splits, n, 12] of disjoint columns -> VALUES [7, n] and STATE [n, 9]; jsd's places get 0."""
+    """A block of rows: SUMS [splits, n, 12] of disjoint columns -> VALUES [10, n] and STATE [n, 9]; jsd's, top1's and
+    argmax_agreement's places get 0.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < n
     inv_t = tl.load(R.inv_temperature + rows, mask=mask, other=1.0).to(tl.float64)
@@ -421,7 +434,7 @@ def _finish_kernel(SUMS, R, VALUES, STATE, n, splits, MASKED: tl.constexpr, WANT
         reverse_kl = _divergence(s_cross, s_z, log_z, log_w, outside)
         forward_kl = _divergence(t_cross, t_z, log_w, log_z, t_outside)
     # in the orders of STAT_NAMES and STATE_NAMES
-    values = (logprob, t_logprob, entropy, t_entropy, reverse_kl, forward_kl, zero)
+    values = (logprob, t_logprob, entropy, t_entropy, reverse_kl, forward_kl, zero, s_max * inv_t + log_z, zero, zero)
     state = (s_max, log_z, t_max, log_w, entropy, reverse_kl, forward_kl, logprob, zero)
     for i in tl.static_range(_VALUES):
         tl.store(VALUES + i * n + rows, tl.where(keep, values[i], 0.0).to(tl.float32), mask=mask)
@@ -522,6 +535,8 @@ def _gradient_kernel(
         other -= tl.where(cols == tl.load(R.targets + row) - first, g, 0.0)
     if WANT & ENTROPY:
         factor -= tl.load(grads + _D_ENTROPY) * (x + tl.load(state + _ENTROPY))
+    if WANT & LOGSUMEXP:
+        factor += tl.load(grads + _D_LOGSUMEXP)
     if WANT & REVERSE_KL:
         kl = tl.load(state + _REVERSE_KL)
         g = _usable(tl.load(grads + _D_REVERSE_KL), kl)
@@ -542,13 +557,70 @@ def _gradient_kernel(
     _store(out, dz, mask, ROUND)
 
 
+# --- notes for the sparse backward --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n", "first_row"])
+def _note_kernel(
+    S,
+    T,
+    R,
+    NORMS,
+    n,
+    first_row,
+    NOTED,
+    stride,
+    columns,
+    MASKED: tl.constexpr,
+    WANT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (block of rows, block of columns): adds the rows' importances p (1 + |log p/q|) + q to NOTED, one sum a column.
+
+    NORMS: log sum e^(z / T) of each row, or less.  first_row: the tile's first row within its first block.
+    """
+    block = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    begin = tl.maximum(block * _NOTED - first_row, 0)
+    end = tl.minimum(block * _NOTED - first_row + _NOTED, n)
+    for start in range(begin, end, _AT_ONCE):
+        row = start + tl.arange(0, _AT_ONCE)[:, None]
+        keep = row < end
+        if MASKED:
+            keep = keep & (tl.load(R.targets + row, mask=keep, other=R.ignore_index) != R.ignore_index)
+        mask = keep & (cols[None, :] < columns)
+        places = cols[None, :] + tl.zeros((_AT_ONCE, 1), tl.int32)
+        inv_t = tl.load(R.inv_temperature + row, mask=keep, other=1.0)
+        x = _logits(S, row.to(tl.int64), places, mask) * inv_t - tl.load(NORMS.student + row, mask=keep, other=0.0)
+        x = _at_least(x, _LOWEST)
+        u = tl.exp(x)
+        if WANT & TEACHER:
+            y = _logits(T, row.to(tl.int64), places, mask) * inv_t - tl.load(NORMS.teacher + row, mask=keep, other=0.0)
+            y = _at_least(y, _LOWEST)
+            if WANT & REVERSE_KL:
+                apart = tl.abs(x - y)
+                u += u * tl.where(apart > _FARTHEST_NOTED, _FARTHEST_NOTED, apart)
+            u += tl.exp(y)
+        sums += tl.sum(u, 0)
+    at = NOTED + block.to(tl.int64) * stride + cols
+    inside = cols < columns
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + sums, mask=inside)
+
+
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
 # Chosen by kernel and architecture; no autotuning at the first call. 2048 columns keep the sums of the default set at 8 lanes a
 # thread on NVIDIA; narrower rows take fewer warps, for the end of a tile costs each warp as much as 500 columns. Registers and
 # spills: benchmarks/results/compile_report.md. Not yet measured on a GPU; what is to be measured: candidates.py.
-_BLOCKS = {"sweep": 2048, "mixture": 2048, "gradient": 1024}  # columns; 2048 spilled in the gradient of float16 on sm_100
+# The note kernel takes 128 columns of eight rows at a time: a tile of 2048 x 2048 logits is 256 programs for 132 multiprocessors.
+_BLOCKS = {
+    "sweep": 2048,
+    "mixture": 2048,
+    "gradient": 1024,
+    "note": 128,
+}  # columns; 2048 spilled in the gradient of float16, sm_100
 _LANES = 256  # columns to a warp of 32
 _INTERPRETED = Config(32768, 1)  # there the cost is per tile operation, hardly per element
 
@@ -560,7 +632,7 @@ def config(kernel: str, columns: int, dtype: torch.dtype) -> Config:
         return _INTERPRETED._replace(block=min(_INTERPRETED.block, needed))
     target = triton.runtime.driver.active.get_current_target()
     lanes = _LANES * target.warp_size // 32
-    default = Config(_BLOCKS[kernel], _BLOCKS[kernel] // lanes)
+    default = Config(_BLOCKS[kernel], _BLOCKS[kernel] * (_ROWS_AT_ONCE if kernel == "note" else 1) // lanes)
     chosen = TRIED.get(kernel) or CONFIGS.get((kernel, str(target.arch), str(dtype).removeprefix("torch.")), default)
     block = min(chosen.block, needed)
     return Config(block, max(1, chosen.num_warps * block // chosen.block))
@@ -700,3 +772,23 @@ def gradient(
         tensors = (first.z, first.bias, second.z, second.bias, rows.targets, rows.inv_temperature, state, grads, dz)
         arguments = (first, second, rows, task.first, Saved(state, grads), out, columns, task.beta)
         plan.launch((n, -(-columns // plan.block), 1), arguments, shape, tensors)
+
+
+def note(
+    student: Tile,
+    teacher: Tile | None,
+    task: TileTask,
+    norms: tuple[torch.Tensor, torch.Tensor | None],
+    first_row: int,
+    noted: torch.Tensor,
+) -> None:
+    """Backend.note."""
+    n, columns = student.z.shape
+    if n:
+        plan = _plan(task, "note", student, WANT=want(task.stats))
+        first, second = _both(student, teacher)
+        own, other = norms[0], norms[0] if norms[1] is None else norms[1]
+        arguments = (first, second, task.rows, Norms(own, other), n, first_row, noted, noted.stride(0), columns)
+        shape = (columns, first.row, first.col, second.row, second.col, noted.stride(0))
+        tensors = (first.z, first.bias, second.z, second.bias, task.rows.targets, task.rows.inv_temperature, own, other, noted)
+        plan.launch((len(noted), -(-columns // plan.block), 1), arguments, shape, tensors)
