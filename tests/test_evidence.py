@@ -34,8 +34,8 @@ def test_pictures_of_the_page_are_there():
 def test_the_papers_figures_are_drawn_from_the_committed_files(tmp_path):
     assert figures.check() == []
     named = [line.split("](plots/")[1].rstrip(")") for line in figures.PAGE.read_text().splitlines() if line.startswith("![")]
-    (_, study), weighed = evidence_page.read(), figures.weighed()
-    drawn = figures.pictures(study, weighed, tmp_path)
+    weighed = figures.weighed()
+    drawn = figures.pictures(figures.committed(), weighed, tmp_path)
     assert [path.name for path in drawn] == named and all((figures.PLOTS / name).is_file() for name in named)
     shown = weighed.rows[figures.telling(weighed)]
     assert not shown["success"] and shown["deviation"] >= 0

@@ -136,7 +136,7 @@ def comparison(found: dict[str, Any]) -> str:
     for name, row in (found["categories"] | {"all": found["overall"]}).items():
         means = [number(value) for value in row["mean"]]
         use = [percent(value) for value in row["tool_use"]]
-        rows.append([name, str(row["problems"]), *means, f"{row['difference']:+.3f}", span(*row["interval"], "+.3f"), *use])
+        rows.append([name, str(row["problems"]), *means, f"{row['difference']:+.3f}", span(*row["interval"], spec="+.3f"), *use])
     parts = [
         f"# A: {found['a']}, B: {found['b']}",
         grid(head, rows),
