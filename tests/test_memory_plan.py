@@ -57,6 +57,13 @@ def test_a_card_is_sold_in_gb_that_are_gib():
     assert card(cfg, 80).gpu and "sold as 80 GB (78.8 GiB" in card(cfg, 80).name and not card(cfg, 80).assumed
 
 
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """As DeepSpeed leaves its variables in a process that it was initialised in, another file's tests may have."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_the_machine_or_an_assumed_card():
     demo, large = (load_config(CONFIGS / f"{name}.yaml") for name in ("mathapi_cpu", "qwen3_8b"))
