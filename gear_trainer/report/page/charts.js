@@ -1,6 +1,6 @@
 // Curves: a panel a number, linked cursors and zoom, several runs overlaid with their mean and its interval. Drawn by uPlot.
 
-import { el, number } from "./text.js";
+import { el, number, tick } from "./text.js";
 import { change, state } from "./state.js";
 import { inches, savers, svgOf } from "./figure.js";
 
@@ -118,7 +118,7 @@ function draw(panel, place, said, log) {
     width: Math.max(place.clientWidth, 160), height: 170, legend: { show: false }, series,
     bands: bands.map((line, i) => ({ series: [first + 2 * i, first + 2 * i + 1], fill: `${shade(line.color)}2e` })),
     scales: { x: { time: false, range: (_, low, high) => (low === high ? [low - 1, high + 1] : [low, high]) }, y: { distr: log ? 3 : 1, ...(log ? {} : { range: panel.reach ? () => room(null, ...panel.reach) : room }) } },
-    axes: [{ ...axis, size: 26, incrs: WHOLE }, { ...axis, size: 52, values: (_, all) => all.map((v) => (v === null ? "" : number(v, 4))) }],
+    axes: [{ ...axis, size: 26, incrs: WHOLE }, { ...axis, size: 52, values: (_, all) => all.map((v) => (v === null ? "" : tick(v))) }],
     cursor: { sync: { key: "step", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 } },
     hooks: { setCursor: [(u) => say(u, panel, said)] },
   }, columnsOf(panel, log), place);

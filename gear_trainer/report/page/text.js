@@ -39,6 +39,12 @@ export function number(value, digits = 6) {
   return String(Number(value.toPrecision(digits))).replace("-", "\u2212");
 }
 
+/** A number in little room, as beside an axis: four digits, in the shorter of both spellings. */
+export function tick(value) {
+  const plain = number(value, 4), power = Number(value.toPrecision(4)).toExponential().replaceAll("-", "\u2212");
+  return plain.length > 7 && power.length < plain.length ? power : plain;
+}
+
 export const percent = (share) => `${number(100 * share, 3)} %`;
 
 /** A select with a label. options: [value, said] pairs. */
