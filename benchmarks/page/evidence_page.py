@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gear_trainer.report.statistics import paired
@@ -186,11 +187,13 @@ def learning(stem: str, study: dict[str, Any]) -> list[str]:
 
 
 def _wall(study: dict[str, Any], ran: dict[str, Any]) -> str:
-    """What the study took, and what all of it would take."""
-    hours = [run["cost"]["hours"] for arm in ran.values() for run in arm["runs"] if run["cost"]]
-    beside, mean = study["side_by_side"], sum(hours) / len(hours)
-    took, whole = (f"{n * mean / beside:.1f} hours" for n in (len(hours), study["planned"]))
-    return f"They took {took}, {beside} at a time on two cores that did other work too; all {study['planned']} runs: {whole}."
+    """What a run took, and what all of the study would take; a median, for a run that was paused counts its pause."""
+    run = median(run["cost"]["hours"] for arm in ran.values() for run in arm["runs"] if run["cost"])
+    beside, planned = study["side_by_side"], study["planned"]
+    return (
+        f"A run took {60 * run:.0f} minutes (the median; {beside} at a time on two cores that did other work too): all {planned} "
+        f"would take about {planned * run / beside:.0f} hours."
+    )
 
 
 def choice(ran: dict[str, Any]) -> list[str]:
