@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from gear_trainer.report.statistics import paired
+from gear_trainer.report.tables import p_value
 
 from ..credit_truth.measures import MEASURES, NEAR
 from ..credit_truth.pictures import draw
@@ -157,7 +158,7 @@ def learning(stem: str, study: dict[str, Any]) -> list[str]:
         own = [f"`{name}`", str(arm["area"]["n"]), _mean(arm["area"]), _mean(arm["final"])]
         more = [_mean(arm["difference"][m]) for m in ("area", "final")] if arm["difference"] else ["", ""]
         holm = arm["difference"]["area"]["p_holm"] if arm["difference"] else None
-        rows.append([*own, *more, "" if holm is None else "< 0.001" if holm < 0.001 else f"{holm:.3f}"])
+        rows.append([*own, *more, "" if holm is None else p_value(holm)])
     heads = [
         "arm",
         "seeds",

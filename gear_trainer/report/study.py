@@ -14,7 +14,7 @@ from typing import Any
 from gear_trainer.config import near, read_yaml
 from gear_trainer.errors import ConfigError
 from gear_trainer.report.statistics import Difference, Estimate, area, band, estimate, holm, paired
-from gear_trainer.report.tables import Interval, Intervals, Table, described, number, span
+from gear_trainer.report.tables import Interval, Intervals, Table, described, number, p_value, span
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.study import Plan, Standing, standings
 from gear_trainer.runs.trackers import flat
@@ -221,10 +221,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     parts = [*(_differences(found, measure) for measure in MEASURES), _cost_table(found)]
     if failed := [run for run in runs if run["state"] == "failed"]:
         rows = [[run["name"], f"{run['step']}/{run['steps']}", run["why"], run["log"]] for run in failed]
-        said = (
-            "The same command tries each of them once more, from its last checkpoint on. Until they finish, an arm is judged by "
-        )
-        parts.append(Table("Failures", ["run", "step", "why", "log"], rows, f"{said}the runs that survived."))
+        parts.append(Table("Failures", ["run", "step", "why", "log"], rows, _FAILED))
     if open_ := [run for run in runs if run["state"] not in ("finished", "failed")]:
         rows = [[run["name"], run["state"], f"{run['step']}/{run['steps']}"] for run in open_]
         parts.append(Table("Not finished", ["run", "state", "step"], rows))
@@ -243,7 +240,7 @@ def _differences(found: dict[str, Any], measure: str) -> Table:
         if d is None:
             rows.append([*own, "the baseline", "", "", ""])
         else:
-            rows.append([*own, _with_interval(d, "+.3f"), str(d["n"]), _p_value(d["p"]), _p_value(d["p_holm"])])
+            rows.append([*own, _with_interval(d, "+.3f"), str(d["n"]), p_value(d["p"]), p_value(d["p_holm"])])
     head = ["arm", "seeds", "mean (95 % interval)", f"less {base} (95 % interval)", "pairs", "p", "p, Holm"]
     test = "Wilcoxon's signed ranks" if found["test"] == "wilcoxon" else "paired t"
     left = len(found["arms"]) - len(ran)
@@ -273,7 +270,3 @@ def _with_interval(e: dict[str, Any], spec: str = ".3f") -> str:
     if e["mean"] is None:
         return "-"
     return f"{e['mean']:{spec}}" + ("" if e["low"] is None else f" ({span(e['low'], e['high'], spec)})")
-
-
-def _p_value(p: float | None) -> str:
-    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -62,6 +62,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def p_value(p: float | None) -> str:
+    """A test's p; a dash where there was no test."""
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def span(low: float, high: float, spec: str = ".3f") -> str:
     """An interval by its ends."""
     return f"{low:{spec}} to {high:{spec}}"
