@@ -562,12 +562,12 @@ def test_a_study_shows_differences_curves_cost_and_failures(visit, pages):
     page, found = visit("", pages["study"]), json.loads((pages["study"].parent / "study.json").read_text())
     assert_tables(page, study.tables(found))
     assert page.locator("nav[aria-label=views] a").all_inner_texts() == ["Figures", "Curves", "Set-up"]
-    (failed,) = rows_of(page, "Failures")
-    assert "<script>globalThis.planted = 3</script>" in failed[2] and page.evaluate("globalThis.planted") is None
+    failed = next(row for row in rows_of(page, "Failures") if "<script>globalThis.planted = 3</script>" in row[2])
+    assert failed[0] == "grpo-7" and page.evaluate("globalThis.planted") is None
     ran = {name: arm for name, arm in found["arms"].items() if arm["curve"]}
     differences = [arm["difference"]["area"] for name, arm in ran.items() if name != "grpo"]
     drawn = page.locator(".forest").first.locator("circle")
-    assert drawn.count() == len(differences) == 3
+    assert drawn.count() == len(differences) >= 3
     places = [float(x) for x in drawn.evaluate_all("(all) => all.map((c) => c.getAttribute('cx'))")]
     means = [d["mean"] for d in differences]
     slope = (places[1] - places[0]) / (means[1] - means[0])
