@@ -126,10 +126,11 @@ class Notes:
         self.call, self.stats = call, _through(call.task.stats)
         self.teacher = needs_teacher(self.stats)
         self.table = torch.zeros(shape(call.rows, call.head.columns), dtype=call.wide, device=call.student.device)
-        self.floor = call.student.new_full((2, call.rows), -torch.inf, dtype=torch.float64)
+        # of the heads whose logits are read
+        self.floor = call.student.new_full((1 + self.teacher, call.rows), -torch.inf, dtype=torch.float64)
         if call.rows:
             self._look_ahead("logprobs" in self.stats)
-        self.least = torch.full_like(self.floor[1], torch.inf)  # of the norms that the teacher's logits were noted with
+        self.least = torch.full_like(self.floor[0], torch.inf)  # of the norms that the teacher's logits were noted with
 
     def _look_ahead(self, own_targets: bool) -> None:
         """A floor of each row's log Z, from the columns that have most of the mass, those of its block's targets among them."""
@@ -141,7 +142,7 @@ class Notes:
             own = _own_targets(call, rows) if own_targets else index[:0]
             for piece in _parts(torch.cat([index, own]).unique(), widest(call, sparse.ROWS)):
                 found = gather(call, rows, piece, self.stats, self.teacher)
-                so_far = _log_sums(_sums(call, found)[None], found.task.rows)
+                so_far = _log_sums(_sums(call, found)[None], found.task.rows, self.teacher)
                 self.floor[:, rows] = torch.logaddexp(self.floor[:, rows], so_far)
         call.operands.clear()
 
@@ -157,13 +158,15 @@ class Notes:
 
     def add(self, rows: slice, columns: slice, pair: Pair, task: TileTask, sums: torch.Tensor) -> None:
         """Note a tile, whose sums [K, n, 12] it is part of by now."""
-        so_far = torch.maximum(self.floor[:, rows], _log_sums(sums, task.rows))
-        least = self.least[rows]
-        torch.minimum(least, torch.where(so_far[1].isfinite(), so_far[1], torch.inf), out=least)
-        student, teacher = torch.where(so_far.isfinite(), so_far, 0).to(self.call.wide).unbind(0)
+        so_far = torch.maximum(self.floor[:, rows], _log_sums(sums, task.rows, self.teacher))
+        norms = torch.where(so_far.isfinite(), so_far, 0).to(self.call.wide).unbind(0)
+        if self.teacher:
+            least = self.least[rows]
+            torch.minimum(least, torch.where(so_far[1].isfinite(), so_far[1], torch.inf), out=least)
+        else:
+            pair, norms = (pair[0], None), (norms[0], None)
         first = rows.start // sparse.ROWS
         blocks = self.table[first : -(-rows.stop // sparse.ROWS), columns]
-        pair, norms = (pair, (student, teacher)) if self.teacher else ((pair[0], None), (student, None))
         self.call.tiles.note(*pair, task._replace(stats=self.stats), norms, rows.start % sparse.ROWS, blocks)
 
     def finished(self, state: torch.Tensor) -> torch.Tensor:
@@ -193,11 +196,15 @@ def _parts(index: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     return index.split(size) if len(index) else ()
 
 
-def _log_sums(sums: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """log sum e^(z / T) of student and teacher over the columns of `sums` [K, n, 12], or less where these are split: [2, n]."""
-    of = dict(zip(SUM_NAMES, sums.unbind(-1), strict=True))
-    inverse = rows.inv_temperature.to(sums.dtype)
-    return torch.stack([(of[top] * inverse + of[z].log()).amax(0) for top, z in (("max", "z"), ("teacher_max", "teacher_z"))])
+def _log_sums(sums: torch.Tensor, rows: Rows, teacher: bool) -> torch.Tensor:
+    """log sum e^(z / T) of the student over the columns of `sums` [K, n, 12], or less where these are split, and of the teacher
+    where it is read: [1 or 2, n].
+    """
+    inverse, heads = rows.inv_temperature.to(sums.dtype), _OF_HEADS[: 1 + teacher]
+    return torch.stack([(sums[..., top] * inverse + sums[..., z].log()).amax(0) for top, z in heads])
+
+
+_OF_HEADS = [(SUM_NAMES.index(top), SUM_NAMES.index(z)) for top, z in (("max", "z"), ("teacher_max", "teacher_z"))]
 
 
 def widest(call: Linear, rows: int) -> int:
@@ -392,7 +399,9 @@ class SparseBackward:
         call, block = self.call, torch.arange(self.call.rows, device=hidden.device) // sparse.ROWS
         gone = sparse.left_out(mass, call.task.rows, self.named, self.row_grads, call.task.beta)
         left = self.noted.masked_fill(kept, 0)
-        noted = self.factor.plain * left.sum(1)[block] + self.factor.entropy * sparse.entropy_sums(left).sum(1)[block]
+        noted = self.factor.plain * left.sum(1)[block]
+        if self.factor.entropy.any():
+            noted += self.factor.entropy * sparse.entropy_sums(left).sum(1)[block]
         rounding = sparse.ROUNDING * torch.finfo(self.state.dtype).eps * (self.factor.plain + self.factor.entropy)
         most = torch.minimum(self.scale * gone.most + rounding, noted.double())
         centre, distance = self._spread
@@ -415,12 +424,11 @@ class SparseBackward:
 
     @cached_property
     def _spread(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean of the head's rows [D], and how far each lies from it [c]; 0 in place of the mean under a softcap."""
+        """About the mean of the head's rows [D], and how far each lies from it [c]; 0 in place of the mean under a softcap."""
         call, parts = self.call, list(self._head_pieces())
         centre = torch.zeros(call.head.weight.shape[1], dtype=call.wide, device=self.state.device)
-        if call.head.softcap is None:
-            for piece in parts:
-                centre += call.head.weight[piece].sum(0, dtype=call.wide) / call.head.columns
+        if call.head.softcap is None:  # any point would do
+            centre = call.head.weight[: call.head.columns : _HINTS].mean(0, dtype=call.wide)
         far = [torch.linalg.vector_norm(call.head.weight[piece].to(call.wide) - centre, dim=1) for piece in parts]
         return centre, torch.cat(far) * (1 + 1e-5)
 

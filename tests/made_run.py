@@ -186,7 +186,7 @@ def make_evaluation(folder, seed=7):
 
 
 def make_study(folder):
-    """A study's folder, which holds the committed study.json; the last run of grpo is made one that failed with markup in its line."""
+    """A study's folder, which holds the committed study.json; the last run of grpo failed with markup in its line."""
     folder.mkdir(parents=True)
     found = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "credit_study.json").read_text())
     run = found["arms"]["grpo"]["runs"][-1]

@@ -123,7 +123,7 @@ def test_quick_sparse_report_is_told_and_drawn(tmp_path):
     for point in found["curves"][0]["points"]:
         assert max(point["errors"]) <= point["bound"] + 1e-4 and point["bound"] <= point["tolerance"]
     names = [row["name"] for row in found["times"]["races"][0]["rows"]]
-    assert names == [sparse_backward.EXACT, sparse_backward.SPARSE, "eager torch"]
+    assert names == [sparse_backward.EXACT, sparse_backward.SPARSE, sparse_backward.COARSE, "eager torch"]
     again = sparse_backward.run(tmp_path, sparse_backward.QUICK, tmp_path, errors_only=True, compiled=False)
     assert again["times"] == found["times"]
     text = "\n".join(performance_page.sparse(again))

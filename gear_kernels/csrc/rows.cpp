@@ -440,6 +440,11 @@ struct RowGrads {
   float logprob, entropy, reverse_kl, forward_kl, jsd, logsumexp;
 };
 
+// A probability that is multiplied on: 0 below 2^-90, which adds nothing to a float32 sum. Less would make subnormal numbers, of itself
+// or of its products, and these cost a GEMM more than all else: 3.9 s of 2 at 0.4 nats (4096 rows, V = 49152, D = 576).
+constexpr float kLeast = -90.0f;
+inline vf mass_lanes(vf x) { return x < splat(kLeast) ? vf{} : exp2_lanes(x); }
+
 // dz_v = gl (1[v = y] - p_v) - gH p_v (log p_v + H) + gK p_v (log p_v - log q_v - KL) + gF (p_v - q_v)
 //        + gJ (1 - beta) p_v (log p_v/m_v - KL(S||M)) + gZ p_v, over temperature; the 1[v = y] term is added by the caller.
 template <bool kTeacher, bool kForward, bool kMixture>
@@ -451,13 +456,13 @@ void gradient_block(const float* s, const float* t, int n, const float* state, R
   const float constant = g.forward_kl + g.logsumexp - g.logprob - g.entropy * state[sEntropy] - g.reverse_kl * reverse_kl;
   for (int i = 0; i < n; i += W) {
     s_next.fetch(i);
-    const vf x = student.log2_prob(s + i), p = exp2_lanes(x);
+    const vf x = student.log2_prob(s + i), p = mass_lanes(x);
     vf factor = constant - entropy * x, other{};
     if (kTeacher) {
       t_next.fetch(i);
       const vf y = teacher.log2_prob(t + i);
       factor += divergence * (x - y);
-      if (kForward) other = g.forward_kl * exp2_lanes(y);
+      if (kForward) other = g.forward_kl * mass_lanes(y);
       if (kMixture) factor += jsd * (log_ratio(bounded(y - x), 1 - beta, beta) - state[sMixtureKl]);
     }
     store(out + i, inv_t * (p * factor - other));

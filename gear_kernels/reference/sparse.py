@@ -69,7 +69,8 @@ class Factor(NamedTuple):
 
     def sums(self, noted: torch.Tensor) -> torch.Tensor:
         """A bound on a block's sums of |dz| [blocks, c], of factors [blocks] that hold for all rows of a block."""
-        return self.plain[:, None] * noted + self.entropy[:, None] * entropy_sums(noted)
+        sums = self.plain[:, None] * noted
+        return sums + self.entropy[:, None] * entropy_sums(noted) if self.entropy.any() else sums
 
 
 def entropy_sums(noted: torch.Tensor) -> torch.Tensor:
