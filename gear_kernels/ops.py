@@ -334,7 +334,7 @@ def tiled(call: LinearCall, kept: tiling.Kept | None = None, of: type[Body] = ti
     if call.teacher_weight is not None:
         own = tiling.HeadPart(call.teacher_weight, call.teacher_bias, call.teacher_softcap, call.teacher_scale, columns)
     rows = tiling.rows_of(call.targets, call.inv_temperature, call.ignore_index, call.vocabulary)
-    task = TileTask(rows, tuple(call.stats), call.jsd_beta, first, {})
+    task = TileTask(rows, tuple(call.stats), call.jsd_beta, first, {}, multiplied=True)
     kept = kept if kept is not None and kept.how else None
     workspace = call.workspace_bytes - (0 if kept is None else kept.memory.nbytes)
     return of(call.student, call.teacher, head, own, task, call.backend, call.group, workspace, call.shards, kept)

@@ -28,7 +28,8 @@ class Tile(NamedTuple):
 class TileTask(NamedTuple):
     """The task on a tile: its rows, the statistics wanted, the mixture's beta, the tile's first column in the vocabulary.
 
-    kept: what a back end works out once for all tiles of a call; None where there is but one tile.
+    kept: what a back end works out once for all tiles of a call; None where there is but one tile.  multiplied: dz goes into
+    products, where what adds nothing to their sums may be 0.
     """
 
     rows: Rows
@@ -36,6 +37,7 @@ class TileTask(NamedTuple):
     beta: float = 0.5
     first: int = 0
     kept: dict | None = None
+    multiplied: bool = False
 
 
 # --- credit -------------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def gather(call: Linear, rows: slice, index: torch.Tensor, stats: tuple[str, ...
     pair = call.logits(student, taught if teacher else None, slice(0, len(index)))
     own = Rows(None if targets is None else _places(targets, index, call.task.rows.ignore_index), inv_temperature, _IGNORED)
     weight = call.operands[True][0].T
-    return Gathered(pair, TileTask(own, stats, call.task.beta, 0, {}), weight)
+    return Gathered(pair, call.task._replace(rows=own, stats=stats, first=0, kept={}), weight)
 
 
 _IGNORED = -2

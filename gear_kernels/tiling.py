@@ -180,7 +180,7 @@ class Linear:
             first = task.first + block.start
             for part, student, teacher, own in parts:
                 pair = self.logits(student, teacher, block) if self.kept is None else self.kept.pair(self, part, block)
-                yield part, block, pair, TileTask(own, task.stats, task.beta, first, task.kept)
+                yield part, block, pair, task._replace(rows=own, first=first)
 
     def logits(self, student: torch.Tensor, teacher: torch.Tensor | None, columns: slice) -> Pair:
         """Both heads' tiles of these hidden states; one GEMM over the stacked rows where they are few and the head is shared."""

@@ -87,7 +87,7 @@ class Native(Backend):
 
     def gradient(self, student, teacher, task, state, grads, dz):
         """See Backend.gradient."""
-        _call("gradient", student, teacher, task, state, task.beta, grads, dz)
+        _call("multiplied_gradient" if task.multiplied else "gradient", student, teacher, task, state, task.beta, grads, dz)
 
     def multiplies(self, dtype):
         """See Backend.multiplies: bfloat16 on a processor with AVX512-BF16, 4 times the rate of float32 GEMMs on a Zen 5."""

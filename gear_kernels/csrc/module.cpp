@@ -142,6 +142,7 @@ void mixture(const Logits& student, const Logits& teacher, const std::optional<T
   run(named(isa).mixture, p, threads);
 }
 
+template <bool kMultiplied>
 void gradient(const Logits& student, const std::optional<Logits>& teacher, const std::optional<Targets>& targets,
               int64_t ignore_index, const Vector& inv_temperature, int64_t first, TableOut state, float beta, const Table& grads,
               LogitsOut dz, int threads, const std::string& isa) {
@@ -149,6 +150,7 @@ void gradient(const Logits& student, const std::optional<Logits>& teacher, const
   require((int64_t)grads.shape(0) == p.rows && grads.shape(1) == kValues, "grads shape");
   require(dz.shape(0) == student.shape(0) && dz.shape(1) == student.shape(1), "dz shape");
   p.state = checked_state(p, state), p.beta = beta, p.grads = grads.data(), p.dz = matrix(dz);
+  p.multiplied = kMultiplied;
   run(named(isa).gradient, p, threads);
 }
 
@@ -274,8 +276,11 @@ NB_MODULE(_native, m) {
         nb::arg("values"), nb::arg("state"), threads, isa);
   m.def("mixture", &mixture, student, nb::arg("teacher"), nb::arg("targets").none(), ignore_index, inv_temperature, first,
         nb::arg("state"), nb::arg("beta"), nb::arg("shares"), threads, isa);
-  m.def("gradient", &gradient, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature,
-        first, nb::arg("state"), nb::arg("beta"), nb::arg("grads"), nb::arg("dz"), threads, isa);
+  const auto def_gradient = [&](const char* name, auto function) {
+    m.def(name, function, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature, first,
+          nb::arg("state"), nb::arg("beta"), nb::arg("grads"), nb::arg("dz"), threads, isa);
+  };
+  def_gradient("gradient", &gradient<false>), def_gradient("multiplied_gradient", &gradient<true>);
   m.def("note", &note, student, nb::arg("teacher").none(), nb::arg("targets").none(), ignore_index, inv_temperature, first,
         nb::arg("norm"), nb::arg("teacher_norm").none(), nb::arg("first_row"), nb::arg("divergence"),
         nb::arg("sums"), threads, isa);

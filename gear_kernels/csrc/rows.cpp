@@ -22,6 +22,7 @@ constexpr int W = GEAR_LANES;
 constexpr int kBlock = 2048;
 // x and y end here, as in reference/stats.py: 0 * x must be 0 and a product with a large gradient finite. A mask of -3e38 is beyond it.
 constexpr float kLowest = -1e30f;
+constexpr float kLeast = -90.0f;  // log2 of the least p that products read
 constexpr float kFarthest = 80.0f;  // |log p - log q| is cut there inside the mixture, as in reference/stats.py
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -440,32 +441,31 @@ struct RowGrads {
   float logprob, entropy, reverse_kl, forward_kl, jsd, logsumexp;
 };
 
-// A probability that is multiplied on: 0 below 2^-90, which adds nothing to a float32 sum. Less would make subnormal numbers, of itself
-// or of its products, and these cost a GEMM more than all else: 3.9 s of 2 at 0.4 nats (4096 rows, V = 49152, D = 576).
-constexpr float kLeast = -90.0f;
-inline vf mass_lanes(vf x) { return x < splat(kLeast) ? vf{} : exp2_lanes(x); }
+// A probability, or 0 where its logarithm of base 2 is below `least`; see Problem::multiplied.
+inline vf mass_lanes(vf x, float least) { return x < splat(least) ? vf{} : exp2_lanes(x); }
 
 // dz_v = gl (1[v = y] - p_v) - gH p_v (log p_v + H) + gK p_v (log p_v - log q_v - KL) + gF (p_v - q_v)
 //        + gJ (1 - beta) p_v (log p_v/m_v - KL(S||M)) + gZ p_v, over temperature; the 1[v = y] term is added by the caller.
 template <bool kTeacher, bool kForward, bool kMixture>
-void gradient_block(const float* s, const float* t, int n, const float* state, RowGrads g, float inv_t, float beta, Ahead s_next,
+void gradient_block(const float* s, const float* t, int n, const float* state, RowGrads g, float inv_t, const Problem& p, Ahead s_next,
                     Ahead t_next, float* out) {
+  const float beta = p.beta, least = p.multiplied ? kLeast : kLowest;
   const Normal student(state[sMax], inv_t, state[sLogZ]), teacher(state[sTeacherMax], inv_t, state[sTeacherLogZ]);
   const float reverse_kl = g.reverse_kl == 0 ? 0 : state[sReverseKl];  // unused it may be infinite
   const float jsd = g.jsd * (1 - beta), entropy = g.entropy * kLn2, divergence = g.reverse_kl * kLn2;
   const float constant = g.forward_kl + g.logsumexp - g.logprob - g.entropy * state[sEntropy] - g.reverse_kl * reverse_kl;
   for (int i = 0; i < n; i += W) {
     s_next.fetch(i);
-    const vf x = student.log2_prob(s + i), p = mass_lanes(x);
+    const vf x = student.log2_prob(s + i), own = mass_lanes(x, least);
     vf factor = constant - entropy * x, other{};
     if (kTeacher) {
       t_next.fetch(i);
       const vf y = teacher.log2_prob(t + i);
       factor += divergence * (x - y);
-      if (kForward) other = g.forward_kl * mass_lanes(y);
+      if (kForward) other = g.forward_kl * mass_lanes(y, least);
       if (kMixture) factor += jsd * (log_ratio(bounded(y - x), 1 - beta, beta) - state[sMixtureKl]);
     }
-    store(out + i, inv_t * (p * factor - other));
+    store(out + i, inv_t * (own * factor - other));
   }
 }
 
@@ -489,7 +489,7 @@ void gradient_row(const Problem& p, int64_t row, RowGrads g) {
     const float* s = load_block(p.student, row, col, n, s_buffer);
     const float* t = kTeacher ? load_block(p.teacher, row, col, n, t_buffer) : nullptr;
     const Ahead s_next(p.student, row, col + kBlock, p.columns), t_next(p.teacher, row, col + kBlock, p.columns);
-    gradient_block<kTeacher, kForward, kMixture>(s, t, n, p.state + row * kState, g, inv_t, p.beta, s_next, t_next, out);
+    gradient_block<kTeacher, kForward, kMixture>(s, t, n, p.state + row * kState, g, inv_t, p, s_next, t_next, out);
     const int64_t hit = g.logprob != 0 ? p.targets[row] - p.first - col : -1;
     if (hit >= 0 && hit < n) out[hit] += inv_t * g.logprob;  // before rounding to the output's dtype
     store_block(p.dz, row, col, n, out);
