@@ -176,15 +176,17 @@ def sparse(found: dict) -> list[str]:
     text = (
         f"`python -m benchmarks.reports.sparse_backward`: {origin(found)}. The backward of log-probs of {found['rows']} tokens "
         f"of GSM8K under SmolLM2-135M ({shape}) at temperatures {temperatures}, targets sampled from the model, against float64. "
-        "The bound is what the call proved of both gradients; the last columns are what rounding d loss / d logits to bfloat16 "
-        "does, which every bfloat16 backward does at least."
+        "The bound is what the call proved of both gradients. The last columns are what rounding d loss / d logits to bfloat16 "
+        "does, which every bfloat16 backward does at least, and what cut-cross-entropy's rule on a GPU does: to leave out, and "
+        "to put nothing in their place, columns whose probabilities are below 2^-12 in a whole block of 128 rows."
     )
     rows = []
     for one in found["curves"]:
         for p in (p for p in one["points"] if p["tolerance"] in _SHOWN):
             cells = [f"{one['entropy']:.2f} nats", f"{p['tolerance']:.1e}", f"{p['bound']:.1e}", f"{p['kept']:.1%}"]
-            rows.append([*cells, *(f"{x:.1e}" for x in (*p["errors"], *one["rounded"]))])
+            rows.append([*cells, *(f"{x:.1e}" for x in (*p["errors"], *one["rounded"], *one["filtered"]))])
     heads = ["entropy", "tolerance", "bound", "columns kept", "dH error", "dW error", "bfloat16: dH", "bfloat16: dW"]
+    heads += ["2^-12: dH", "2^-12: dW"]
     lines = ["## The sparse backward", "", text, "", *table(heads, rows)]
     lines += picture("sparse_backward", "Errors and share of columns against the tolerance")
     return lines + (_sparse_times(found["times"]) if "times" in found else ["Times of it have not been measured yet.", ""])

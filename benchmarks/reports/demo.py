@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,11 @@ SCORED_STEP = 5  # whose scoring is taken apart: early enough for half of the tr
 STUDENT, TEACHER = ("logprobs", "entropy"), ("logprobs", "entropy", "teacher_logprobs")
 
 
-def train(method: str, seed: int, folder: Path) -> None:
-    """One run, into folder/METHOD-SEED; raises with the end of what it said where it fails."""
-    options = [f"credit={method}", f"seed={seed}", f"name={method}-{seed}", f"output_dir={folder}"]
+def train(config: str, folder: Path, name: str, options: Sequence[str]) -> None:
+    """One run, into folder/NAME; raises with the end of what it said where it fails."""
+    options = [*options, f"name={name}", f"output_dir={folder}"]
     launch = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error", "--num_gpus", "2"]
-    command = [*launch, "gear_trainer/run.py", "--config", CONFIG, *options]
+    command = [*launch, "gear_trainer/run.py", "--config", config, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(options)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -94,18 +94,8 @@ def scoring(run: Path, rounds: int = 15) -> dict:
     parts: "policy" and "teacher", the backbone on the policy's and on the teacher's prompts; "head" as GRPO wants it and "head
     with teacher" as GEAR does; "scan", the credit weights.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    config = json.loads((run / "config.json").read_text())
-    lm: Any = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
-    FusedHead.adopt(lm.get_output_embeddings())
-    packed = bool(config["train"].get("packing"))  # a run of before it was a key has padded sequences
-    if packed:
-        pack_attention(lm)
-    task = make_task(config["task"], config["seed"], config["task_args"])
-    rollouts, advantages = _rollouts(run, task, Chat(AutoTokenizer.from_pretrained(run / "model"), task.tools))
-    rows = split_rows(rollouts, list(range(len(rollouts))), config["train"]["tokens_per_micro_batch"], True, packed)
-    calls = _parts(lm, rollouts, [micro_batch(rollouts, part, teacher=True, packed=packed) for part in rows], advantages)
+    lm, rollouts, advantages, batches = kept_step(run, SCORED_STEP)
+    calls = _parts(lm, rollouts, batches, advantages)
     keep_freed_blocks()
     with one_thread(), torch.no_grad():
         first, load = {name: elapsed_ms(call) for name, call in calls.items()}, OtherLoad()
@@ -115,9 +105,27 @@ def scoring(run: Path, rounds: int = 15) -> dict:
     return found | {"parts": {name: asdict(t) for name, t in timings.items()}}
 
 
-def _rollouts(run: Path, task, chat: Chat) -> tuple[list[Rollout], list[float]]:
+def kept_step(run: Path, step: int) -> tuple[Any, list[Rollout], list[float], list[MicroBatch]]:
+    """A kept run's last policy, its head fused, and of one of its steps what the policy learned from: trajectories, their
+    advantages, and the micro-batches of them, teachers included.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = json.loads((run / "config.json").read_text())
+    lm: Any = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
+    FusedHead.adopt(lm.get_output_embeddings())
+    packed = bool(config["train"].get("packing"))  # a run of before it was a key has padded sequences
+    if packed:
+        pack_attention(lm)
+    task = make_task(config["task"], config["seed"], config["task_args"])
+    rollouts, advantages = _rollouts(run, step, task, Chat(AutoTokenizer.from_pretrained(run / "model"), task.tools))
+    rows = split_rows(rollouts, list(range(len(rollouts))), config["train"]["tokens_per_micro_batch"], True, packed)
+    return lm, rollouts, advantages, [micro_batch(rollouts, part, teacher=True, packed=packed) for part in rows]
+
+
+def _rollouts(run: Path, step: int, task, chat: Chat) -> tuple[list[Rollout], list[float]]:
     """The step's trajectories that have an advantage, with the prompts that their teacher read."""
-    kept = [line for line in read_records(run, SCORED_STEP) if line["advantage"] != 0]
+    kept = [line for line in read_records(run, step) if line["advantage"] != 0]
     found = []
     for line in kept:
         problem = task.train_problem(line["group"])
@@ -162,7 +170,7 @@ def run(seeds: list[int], folder: Path, output: Path, console: Console, read: bo
     load = OtherLoad()
     if not read:
         for seed, method in track([(s, m) for s in seeds for m in METHODS], "training", console=console):
-            train(method, seed, folder)
+            train(CONFIG, folder, f"{method}-{seed}", [f"credit={method}", f"seed={seed}"])
     share = None if read else load.share()  # of runs made earlier nobody knows
     found = {**environment(), "config": CONFIG, "other_load": share, "runs": collect(folder, seeds)}
     found["split"] = scoring(folder / f"gear-{seeds[0]}")
