@@ -17,6 +17,7 @@ from fake_openai import fake_openai
 from forked_ranks import DEMO, ROOT, free_port
 
 from benchmarks.reports import demo as demo_report
+from benchmarks.reports import sparse_training
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.metrics import MEASURED
 from gear_trainer.runs.records import read_records, recorded_steps
@@ -113,6 +114,13 @@ def test_scoring_is_split_by_part_from_what_a_run_kept(demo, out):
     assert (found["trajectories"], found["policy_tokens"]) == (len(scored), sum(scored)) and len(scored) > 0
     ms = {name: part["median_ms"] for name, part in found["parts"].items()}
     assert set(ms) == {"policy", "teacher", "head", "head with teacher", "scan"} and min(ms.values()) > 0
+
+
+def test_an_update_is_split_into_backbone_and_head(demo, out):
+    found = sparse_training.parts(out / "demo", rounds=2)
+    kept = [line for line in read_records(out / "demo", sparse_training.TIMED_STEP) if line["advantage"] != 0]
+    assert found["tokens"] == sum(sum(line["mask"]) for line in kept) > 0
+    assert min(found[name]["median_ms"] for name in ("backbone", *sparse_training.BACKWARDS)) > 0
 
 
 def test_kill_9_and_resume_repeats_the_uninterrupted_run(demo, out, server):

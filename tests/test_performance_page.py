@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from benchmarks.harness.environment import RESULTS
 from benchmarks.harness.peers import EAGER, OURS
 from benchmarks.page import performance_page, plots
-from benchmarks.reports import demo, few_rows, projections, scaling, sparse_backward
+from benchmarks.reports import demo, few_rows, projections, scaling, sparse_backward, sparse_training
 from gear_kernels import tiling
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +131,27 @@ def test_quick_sparse_report_is_told_and_drawn(tmp_path):
     assert all(name in text for name in names) and "(plots/sparse_backward.png)" in text
     committed = json.loads((RESULTS / sparse_backward.FILE).read_text())
     assert [path.name for path in plots.draw_sparse(committed, tmp_path)] == ["sparse_backward.png"]
+
+
+def test_training_with_either_backward_is_told_and_drawn(tmp_path, monkeypatch):
+    """Made-up runs of one step: the page has each line's seeds, and the head's share of the timed update."""
+    for model, backward, seed in product(sparse_training.MODELS, sparse_training.BACKWARDS, (0, 1)):
+        step = {"step": 1, "policy_tokens": 9, "zero_advantage": 0.5, "held_out_success": 0.75 + seed / 8}
+        step |= {"seconds": dict.fromkeys(demo.PHASES, 1.0) | {"step": 5.0}}
+        step |= {"head_kept": 0.25, "head_bound": 0.001} if backward == "sparse" else {}
+        folder = tmp_path / sparse_training.folder_of(model, backward, seed)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 0, "held_out_success": 0.5}\n' + json.dumps(step) + "\n")
+    timing = dict.fromkeys(("backbone", *sparse_training.BACKWARDS), {"median_ms": 100.0})
+    made = {"tokens": 9, "shape": [50, 4], "other_load": 0.0, **timing}
+    monkeypatch.setattr(sparse_training, "parts", lambda run: made)  # of a real run: test_end_to_end.py
+    found = sparse_training.run([0, 1], tmp_path, tmp_path, Console(file=io.StringIO(), width=160), read=True)
+    assert json.loads((tmp_path / sparse_training.FILE).read_text()) == found
+    text = "\n".join(performance_page.trained(tmp_path))
+    assert "| SmolLM2-135M | sparse | 0.625, 0.688 | 0.750, 0.875 | 25.0% | 1.0e-03 | 100 of 200 ms |" in text
+    assert "| the demo | exact | 0.625, 0.688 | 0.750, 0.875 | 100.0% | 0.0e+00 | 100 of 200 ms |" in text
+    (drawn,) = plots.draw_sparse_training(found, tmp_path)
+    assert drawn.stat().st_size > 5000 and "(plots/sparse_training.png)" in text
 
 
 # --- few rows ------------------------------------------------------------------------------------------------------------------

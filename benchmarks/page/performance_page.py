@@ -10,6 +10,7 @@ import argparse
 import difflib
 import json
 import math
+import statistics
 from pathlib import Path
 
 from ..gpu.page import GOALS
@@ -17,10 +18,10 @@ from ..harness.cases import HEAD_SHAPE, PASSES
 from ..harness.environment import PLOTS, RESULTS, ROOT
 from ..harness.peers import EAGER, OURS
 from ..harness.tables import markdown_table
-from ..reports import demo, few_rows, sparse_backward, step_beside_trl
+from ..reports import demo, few_rows, sparse_backward, sparse_training, step_beside_trl
 from ..reports.credit import LOOP, TYPICAL
 from ..reports.scaling import AXES, FILE, GEMMS, series
-from .plots import draw, draw_demo, draw_sparse
+from .plots import draw, draw_demo, draw_sparse, draw_sparse_training
 
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
@@ -206,6 +207,29 @@ def _sparse_times(times: dict) -> list[str]:
     where = f"float32 ({origin(times)}). {load_note([times['other_load']])}"
     text = f"Log-probs forward and backward, {where} Errors: to our exact one."
     return [text, "", *table(["", "", "ms", "exact / it", "dH error", "dW error"], rows)]
+
+
+def trained(results: Path) -> list[str]:
+    """Runs with either backward, and the head's share of an update."""
+    text = "Training with either backward, the same seeds: `python -m benchmarks.reports.sparse_training`"
+    if not (results / sparse_training.FILE).is_file():
+        return [f"{text}; not measured yet.", ""]
+    found, rows = _read(results, sparse_training.FILE), []
+    for model, backward in ((m, b) for m in found["updates"] for b in sparse_training.BACKWARDS):
+        runs = [run for run in found["runs"] if (run["model"], run["backward"]) == (model, backward)]
+        ends = [list(run["held_out"].values())[-1] for run in runs]
+        middle = [statistics.mean(list(run["held_out"].values())) for run in runs]
+        kept, bound = statistics.median(run["kept"] for run in runs), max(run["bound"] for run in runs)
+        one = found["updates"][model]
+        head, rest = (one[name]["median_ms"] for name in (backward, "backbone"))
+        shown = [", ".join(f"{x:.3f}" for x in values) for values in (middle, ends)]
+        rows.append([model, backward, *shown, f"{kept:.1%}", f"{bound:.1e}", f"{head:.0f} of {head + rest:.0f} ms"])
+    sizes = {model: (one["tokens"], *one["shape"]) for model, one in found["updates"].items()}
+    shapes = "; ".join(f"{model}: N, V, D = {', '.join(map(str, size))}" for model, size in sizes.items())
+    loads = load_note([u["other_load"] for u in found["updates"].values()])
+    heads = ["", "backward", "mean held-out success, by seed", "at the end", "columns kept", "largest bound", "head in an update"]
+    lines = [f"{text}: {origin(found)}. The update is one kept step's forward and backward on one thread ({shapes}). {loads}", ""]
+    return lines + table(heads, rows) + picture("sparse_training", "Held-out success with either backward")
 
 
 # --- credit --------------------------------------------------------------------------------------------------------------------
@@ -487,6 +511,7 @@ def page(results: Path = RESULTS) -> str:
         + slower(cpu)
         + few(results)
         + sparse(_read(results, sparse_backward.FILE))
+        + trained(results)
         + credit(scan)
         + growth(found)
         + ranks(found)
@@ -546,6 +571,8 @@ def main(arguments: list[str] | None = None) -> int:
     drawn = draw(_read(RESULTS, FILE), PLOTS) + draw_demo(_read(RESULTS, demo.FILE), PLOTS)
     for path in RESULTS.glob(sparse_backward.FILE):
         drawn += draw_sparse(json.loads(path.read_text()), PLOTS)
+    for path in RESULTS.glob(sparse_training.FILE):
+        drawn += draw_sparse_training(json.loads(path.read_text()), PLOTS)
     names = ", ".join(path.name for path in drawn)
     print(f"wrote {PAGE.relative_to(ROOT)}, its pictures ({names}) and the figures of {README.name}")
     return 0

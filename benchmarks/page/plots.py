@@ -1,4 +1,4 @@
-"""The pictures of docs/plots, drawn from scaling.json, demo.json and sparse_backward.json alone."""
+"""The pictures of docs/plots, drawn from scaling.json, demo.json, sparse_backward.json and sparse_training.json alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..harness.peers import EAGER, OURS
 from ..reports import projections
 from ..reports.demo import METHODS, PHASES, typical
 from ..reports.scaling import AXES, GEMMS, series
+from ..reports.sparse_training import BACKWARDS
 
 _COLORS = {OURS: "C0", EAGER: "C1", GEMMS: "0.45"}
 _AXIS_LABELS = ("N, rows (tokens)", "V, vocabulary", "D, width of hidden states")
@@ -31,6 +32,11 @@ def draw_demo(found: dict, folder: Path) -> list[Path]:
 def draw_sparse(found: dict, folder: Path) -> list[Path]:
     """The sparse backward's errors and share of columns; where the picture went."""
     return _save({"sparse_backward": _sparse}, found, folder)
+
+
+def draw_sparse_training(found: dict, folder: Path) -> list[Path]:
+    """Held-out success of runs with either backward; where the picture went."""
+    return _save({"sparse_training": _trained}, found, folder)
 
 
 def _save(drawn: dict, found: dict, folder: Path) -> list[Path]:
@@ -121,18 +127,33 @@ def _speedup(axis, values: Mapping[int, float], passes: str, color: str) -> None
 
 
 def _curves(found: dict):
-    """Held-out success by step: each run thin, the mean of a method's thick."""
+    """Held-out success of the demo's runs by method."""
     figure, axis = _pyplot().subplots(figsize=(8, 4.2), constrained_layout=True)
-    for color, method in zip(("C1", "C0"), METHODS, strict=True):
-        runs = [run["held_out"] for run in found["runs"] if run["method"] == method]
+    _held_out(axis, {m.upper(): [run["held_out"] for run in found["runs"] if run["method"] == m] for m in METHODS})
+    return figure
+
+
+def _held_out(axis, lines: dict[str, list[dict[str, float]]]) -> None:
+    """Held-out success by step: each run thin, the mean of a line's runs thick."""
+    for color, (name, runs) in zip(("C1", "C0"), lines.items(), strict=True):
         steps = [int(step) for step in runs[0]]
         for run in runs:
             axis.plot(steps, list(run.values()), color=color, linewidth=1, alpha=0.5)
         means = [statistics.mean(run[str(step)] for run in runs) for step in steps]
-        axis.plot(steps, means, "o-", color=color, linewidth=3, label=f"{method.upper()}, mean of {len(runs)} seeds")
+        axis.plot(steps, means, "o-", color=color, linewidth=3, label=f"{name}, mean of {len(runs)} seeds")
     axis.set(xlabel="step", ylabel="held-out success", ylim=(0, 1))
     axis.grid(alpha=0.25)
     axis.legend(loc="lower right")
+
+
+def _trained(found: dict):
+    """Held-out success by backward, a panel for each model."""
+    names = list(found["updates"])
+    figure, axes = _pyplot().subplots(1, len(names), figsize=(12, 4), constrained_layout=True)
+    for axis, name in zip(axes, names, strict=True):
+        own = [run for run in found["runs"] if run["model"] == name]
+        _held_out(axis, {b: [run["held_out"] for run in own if run["backward"] == b] for b in BACKWARDS})
+        axis.set_title(name)
     return figure
 
 

@@ -1,9 +1,9 @@
 """Training with the sparse backward and the exact one: `python -m benchmarks.reports.sparse_training [--seeds 0,1,2] [--read]`.
 
-Trains the demo and SmolLM2-135M on two ranks with `train.head_backward=exact` and `=sparse`, each with the same seeds (two minutes
-a run on two cores), and keeps held-out success by step, the seconds of an update, and the columns and the bound that runs logged.
-Then times, in one process on one kept step, what an update is made of: the backbone's forward and backward, and the head's with
-either backward. Writes sparse_training.json. --read takes the runs that lie in --runs already.
+Trains the demo and SmolLM2-135M on two ranks with `train.head_backward=exact` and `=sparse`, each with the same seeds (two
+minutes a run on two cores), and keeps held-out success by step, the seconds of an update, and the columns and the bound that runs
+logged. Then times, in one process on one kept step, what an update is made of: the backbone's forward and backward, and
+the head's with either backward. Writes sparse_training.json. --read takes the runs that lie in --runs already.
 """
 
 from __future__ import annotations
