@@ -57,7 +57,7 @@ class Native(Backend):
 
     def detail(self):
         """The instruction set, products and threads."""
-        half = ", bfloat16 products" if self.multiplies(torch.bfloat16) else ""
+        half = ", bfloat16 products" + ", AMX" * has_tiles() if self.multiplies(torch.bfloat16) else ""
         return f" ({instruction_set()}{half}, {torch.get_num_threads()} threads)"
 
     def splits(self, rows, columns):
@@ -96,7 +96,7 @@ class Native(Backend):
     def product(self, a, b, out, add):
         """See Backend.product."""
         a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
-        load()[0].product(a, b, out, add, torch.get_num_threads())
+        load()[0].product(a, b, out, add, has_tiles(), torch.get_num_threads())
 
     def scan(self, pack, rule):
         """Bitwise equal to the method's `apply` in the same dtype, but for exp (of RatioRule and GatedRatioRule)."""
@@ -118,6 +118,12 @@ class Native(Backend):
 def instruction_set() -> str:
     """The compiled pass' instruction set on this processor: avx512, avx2 or baseline."""
     return load()[0].instruction_sets()[-1]
+
+
+@cache
+def has_tiles() -> bool:
+    """True where products of bfloat16 use AMX, which asks the system for each thread's room once."""
+    return load()[0].may_use_tiles()
 
 
 @cache

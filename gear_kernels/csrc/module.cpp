@@ -16,6 +16,7 @@
 #include "product.h"
 #include "rows.h"
 #include "scan.h"
+#include "tiles.h"
 
 namespace nb = nanobind;
 using namespace gear;
@@ -183,16 +184,26 @@ bool has_product() {
 #endif
 }
 
+bool may_use_tiles() {
+#ifdef GEAR_AMX
+  return has_product() && has_tiles();
+#else
+  return false;
+#endif
+}
+
 using Half = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
 
 // out [m, n], float32 or bfloat16, = a [m, k] @ b [k, n], both bfloat16; += where `add`, in float32 alone.
-void product(const Half& a, const Half& b, LogitsOut out, bool add, int threads) {
+// tiles: by AMX, for who asked may_use_tiles.
+void product(const Half& a, const Half& b, LogitsOut out, bool add, bool tiles, int threads) {
   require(has_product(), "this processor has no AVX512-BF16");
   const Matrix x = matrix(a), y = matrix(b), z = matrix(out);
   require(x.dtype == Dtype::bf16 && y.dtype == Dtype::bf16, "operands must be bfloat16");
   Product p;
   p.rows = (int64_t)a.shape(0), p.depth = (int64_t)a.shape(1), p.columns = (int64_t)b.shape(1), p.add = add;
   p.threads = threads > 1 ? threads : 1;
+  p.tiles = tiles && may_use_tiles();
   require((int64_t)b.shape(0) == p.depth && (int64_t)out.shape(0) == p.rows && (int64_t)out.shape(1) == p.columns, "shapes");
   require(z.dtype == Dtype::f32 || (z.dtype == Dtype::bf16 && !add), "out must be float32, or bfloat16 and not added to");
   p.a = static_cast<const uint16_t*>(x.data), p.b = static_cast<const uint16_t*>(y.data);
@@ -285,7 +296,8 @@ NB_MODULE(_native, m) {
         nb::arg("norm"), nb::arg("teacher_norm").none(), nb::arg("first_row"), nb::arg("divergence"),
         nb::arg("sums"), threads, isa);
   m.def("has_product", &has_product);
-  m.def("product", &product, nb::arg("a"), nb::arg("b"), nb::arg("out"), nb::arg("add"), threads);
+  m.def("may_use_tiles", &may_use_tiles);
+  m.def("product", &product, nb::arg("a"), nb::arg("b"), nb::arg("out"), nb::arg("add"), nb::arg("tiles"), threads);
   nb::class_<ScanOptions>(m, "ScanOptions")
       .def(nb::init<>())
       .def_rw("rule", &ScanOptions::rule)

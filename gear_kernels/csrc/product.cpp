@@ -1,4 +1,5 @@
-// bfloat16 x bfloat16 -> float32 by AVX512-BF16, whose instruction adds two neighbouring products to each of 16 float32 lanes.
+// bfloat16 x bfloat16 -> float32 by AVX512-BF16, whose instruction adds two neighbouring products to each of 16 float32 lanes; or
+// by AMX (tiles.cpp), with the same panels.
 //
 // A panel of B, 64 columns of up to kDepth rows, is packed in pairs of rows into 32 KiB of the L1; then 6 rows of A at a time run
 // through it with 24 accumulators. One Zen 5 core reaches 410 GFLOP/s for 256 rows (oneDNN with bfloat16 results: 450, float32
@@ -7,6 +8,7 @@
 // An element's sum runs over blocks of kDepth from the first row of B on, in each by pairs in order: the result depends neither
 // on threads nor on the other rows and columns. The instruction reads subnormal inputs as 0 and flushes subnormal sums.
 #include "product.h"
+#include "tiles.h"
 
 #include <immintrin.h>
 
@@ -92,6 +94,8 @@ void pack_panel(const Product& p, int64_t k, int64_t depth, int64_t column, int6
     for (int i = 0; i < kColumns; i += 32) interleave(from + i, p.b_step, depth, n - i, to + i, kColumns);
   else
     for (int i = 0; i < kColumns; i += 16) gather(from + i * p.b_column, p.b_column, depth, n - i, to + i, kColumns);
+  const int64_t pairs = blocks(depth, 2), whole = blocks(depth, kTileDepth) * kTileDepth / 2;  // tiles read whole ones
+  if (p.tiles) memset(to + pairs * kColumns, 0, (whole - pairs) * kColumns * sizeof(uint32_t));
 }
 
 // ---- kernel ---------------------------------------------------------------------------------------------------------
@@ -150,6 +154,32 @@ void multiply_rows(Words a, const uint32_t* panel, int64_t depth, int64_t rows, 
   }
 }
 
+#ifdef GEAR_AMX
+// A's [depth, rows] with unit stride between rows -> tiles one after another, those of 16 rows after those of the 16 before, with
+// zeros beyond the matrix.
+void pack_tiles(const uint16_t* from, int64_t step, int64_t depth, int64_t rows, uint32_t* to) {
+  constexpr int kPairs = kTileDepth / 2, kWords = kTile * kPairs, kBlock = kDepth / kTileDepth * kWords;
+  for (int64_t i = 0; i < rows; i += 2 * kTile)
+    for (int64_t k = 0; k < depth; k += kTileDepth) {
+      alignas(64) uint32_t words[kPairs * 32] = {};
+      interleave(from + i + k * step, step, at_most(depth - k, kTileDepth), rows - i, words, 32);
+      for (int half = 0; half < 2; ++half) {
+        __m512i r[16];
+        unrolled<16>([&](auto j) { r[j] = _mm512_load_si512(words + 32 * j + 16 * half); });
+        transpose(r);
+        uint32_t* tile = to + (i / kTile + half) * kBlock + k / kTileDepth * kWords;
+        unrolled<16>([&](auto j) { _mm512_store_si512(tile + 16 * j, r[j]); });
+      }
+    }
+}
+#endif
+
+// A block of A's rows and depth, as the kernel in use reads it.
+struct Block {
+  Words words;
+  TileRows tiles;
+};
+
 // Many rows of A that can be read in place, and few columns; or few rows that are packed, and all columns, unless their sums over
 // several blocks of the depth must be kept.
 inline bool direct(const Product& p) { return p.a_step == 1; }
@@ -177,7 +207,45 @@ void round_panel(const float* sums, int64_t rows, int64_t n, uint16_t* to, int64
                                (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + j + 16), _mm512_load_ps(sums + j)));
 }
 
+Block pack_block(const Product& p, const uint16_t* from, int64_t depth, int64_t rows, uint32_t* packed) {
+  Block a{{(const char*)from, 2 * p.a_row, 4}, {(const char*)from, 2 * p.a_row, 2 * kTile * p.a_row, 2 * kTileDepth, true}};
+  if (direct(p)) return a;
+#ifdef GEAR_AMX
+  if (p.tiles) {
+    pack_tiles(from, p.a_step, depth, rows, packed);
+    a.tiles = {(const char*)packed, 2 * kTileDepth, 2 * kTile * kDepth, 2 * kTile * kTileDepth, false};
+    return a;
+  }
+#endif
+  for (int64_t i = 0; i < rows; i += 32) interleave(from + i, p.a_step, depth, rows - i, packed + i, kPackedRows);
+  a.words = {(const char*)packed, 4, 4 * kPackedRows};
+  return a;
+}
+
+void multiply_panel(const Product& p, const Block& a, const uint32_t* panel, int64_t depth, int64_t rows, float* out,
+                    int64_t out_row, int64_t n, bool add) {
+#ifdef GEAR_AMX
+  if (p.tiles) return multiply_tiles(a.tiles, panel, depth, rows, out, out_row, n, add);
+#endif
+  multiply_rows(a.words, panel, depth, rows, out, out_row, n, add);
+}
+
 }  // namespace
+
+// A job's use of the tiles.
+struct Tiles {
+  explicit Tiles(const Product& p) : used(p.tiles) {
+#ifdef GEAR_AMX
+    if (used) begin_tiles();
+#endif
+  }
+  ~Tiles() {
+#ifdef GEAR_AMX
+    if (used) end_tiles();
+#endif
+  }
+  const bool used;
+};
 
 int64_t product_jobs(const Product& p) {
   if (p.rows == 0 || p.columns == 0) return 0;
@@ -186,27 +254,23 @@ int64_t product_jobs(const Product& p) {
 
 void product_job(const Product& p, int64_t job) {
   if (p.depth == 0) return zero(p);
+  const Tiles tiles(p);
   alignas(64) uint32_t panel[kDepth / 2 * kColumns], packed[kDepth / 2 * kPackedRows];
   alignas(64) float kept[kPackedRows * kWideColumns];
   const int64_t tall = blocks(p.rows, job_rows(p)), row = job % tall * job_rows(p), rows = at_most(p.rows - row, job_rows(p));
   const int64_t begin = job / tall * job_columns(p), end = at_most(p.columns, begin + job_columns(p));
   for (int64_t k = 0; k < p.depth; k += kDepth) {
     const int64_t depth = at_most(p.depth - k, kDepth);
-    const uint16_t* from = p.a + row * p.a_row + k * p.a_step;
-    Words a{(const char*)from, 2 * p.a_row, 4};
-    if (!direct(p)) {
-      for (int64_t i = 0; i < rows; i += 32) interleave(from + i, p.a_step, depth, rows - i, packed + i, kPackedRows);
-      a = {(const char*)packed, 4, 4 * kPackedRows};
-    }
+    const Block a = pack_block(p, p.a + row * p.a_row + k * p.a_step, depth, rows, packed);
     for (int64_t column = begin; column < end; column += kColumns) {
       const int64_t n = at_most(end - column, kColumns);
       pack_panel(p, k, depth, column, n, panel);
       if (!p.rounded) {
-        multiply_rows(a, panel, depth, rows, p.out + row * p.out_row + column, p.out_row, n, p.add || k > 0);
+        multiply_panel(p, a, panel, depth, rows, p.out + row * p.out_row + column, p.out_row, n, p.add || k > 0);
         continue;
       }
       float* sums = kept + (keeps(p) ? (column - begin) * kPackedRows : 0);
-      multiply_rows(a, panel, depth, rows, sums, kColumns, kColumns, k > 0);
+      multiply_panel(p, a, panel, depth, rows, sums, kColumns, kColumns, k > 0);
       if (k + depth == p.depth) round_panel(sums, rows, n, p.rounded + row * p.out_row + column, p.out_row);
     }
   }

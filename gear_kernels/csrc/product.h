@@ -15,6 +15,7 @@ struct Product {
   int64_t a_row = 0, a_step = 0, b_step = 0, b_column = 0, out_row = 0;
   bool add = false;
   int threads = 1;  // jobs are cut for them
+  bool tiles = false;  // by AMX, where has_tiles() says that it may be
 };
 
 // The work is cut into jobs, which write disjoint parts of out and may run in any order.
