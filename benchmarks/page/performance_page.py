@@ -157,9 +157,14 @@ def few(results: Path) -> list[str]:
         case = f"{', '.join(one['gives'])}, N = {one['shape'][0]}, {one['dtype']}"
         for row in one["rows"]:
             ms = row["timing"]["median_ms"]
-            rows.append([case, row["name"], str(row["products"] or "-"), f"{ms:.4g} ms", f"{ms / ours:.2f}"])
+            error = max(float(row["errors"][name]) for name in one["gives"])
+            rows.append([case, row["name"], str(row["products"] or "-"), f"{ms:.4g} ms", f"{ms / ours:.2f}", f"{error:.1e}"])
     lines = [f"{text}: {origin(found)}. {load_note([found['other_load']])}", ""]
-    return lines + table(["", "", "products", "median", "time / ours"], rows)
+    lines += [
+        "For bfloat16 inputs the peers hold logits rounded to bfloat16, half of the bytes; the last column is what that costs.",
+        "",
+    ]
+    return lines + table(["", "", "products", "median", "time / ours", "largest error, nats"], rows)
 
 
 def _answer(row: dict) -> list[str]:
