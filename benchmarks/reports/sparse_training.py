@@ -43,7 +43,7 @@ class Model:
 
 
 MODELS = (
-    Model("the demo", "gear_trainer/configs/mathapi_cpu.yaml"),
+    Model("the demo", "gear_trainer/configs/mathapi_cpu.yaml", ("model.path=builtin:tiny-qwen3@0",)),  # one start for all seeds
     Model("SmolLM2-135M", "gear_trainer/configs/smollm2_cpu.yaml", ("eval.every=2",)),
 )
 
