@@ -178,17 +178,23 @@ def run(seeds: list[int], folder: Path, output: Path, console: Console, read: bo
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reports.demo", description=__doc__)
+def asked(name: str, about: str | None, arguments: list[str] | None) -> tuple[list[int], Path, bool]:
+    """The command line of a report that trains: seeds, the folder of runs, and whether they are to be read only."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.reports.{name}", description=about)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--runs", type=Path, help="where the runs go (a temporary folder), or with --read lie")
     parser.add_argument("--read", action="store_true", help="train nothing")
     given = parser.parse_args(arguments)
     if given.read and not given.runs:
         parser.error("--read needs --runs")
-    folder = (given.runs or Path(tempfile.mkdtemp(prefix="demo-"))).resolve()
-    run([int(s) for s in given.seeds.split(",")], folder, RESULTS, Console(), given.read)
+    folder = (given.runs or Path(tempfile.mkdtemp(prefix=f"{name}-"))).resolve()
+    return [int(s) for s in given.seeds.split(",")], folder, given.read
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    seeds, folder, read = asked("demo", __doc__, arguments)
+    run(seeds, folder, RESULTS, Console(), read)
 
 
 if __name__ == "__main__":

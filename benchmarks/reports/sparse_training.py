@@ -8,9 +8,7 @@ the head's with either backward. Writes sparse_training.json. --read takes the r
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from gear_trainer.runs.files import read_metrics
 from ..harness.environment import RESULTS, environment
 from ..harness.measure import OtherLoad, elapsed_ms, interleave, keep_freed_blocks, one_thread
 from ..harness.tables import keep_for_page
-from .demo import kept_step, summary, train
+from .demo import asked, kept_step, summary, train
 
 FILE = "sparse_training.json"
 BACKWARDS = ("exact", "sparse")
@@ -115,15 +113,8 @@ def run(seeds: list[int], folder: Path, output: Path, console: Console, read: bo
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reports.sparse_training", description=__doc__)
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--runs", type=Path, help="where the runs go (a temporary folder), or with --read lie")
-    parser.add_argument("--read", action="store_true", help="train nothing")
-    given = parser.parse_args(arguments)
-    if given.read and not given.runs:
-        parser.error("--read needs --runs")
-    folder = (given.runs or Path(tempfile.mkdtemp(prefix="sparse-training-"))).resolve()
-    run([int(s) for s in given.seeds.split(",")], folder, RESULTS, Console(), given.read)
+    seeds, folder, read = asked("sparse_training", __doc__, arguments)
+    run(seeds, folder, RESULTS, Console(), read)
 
 
 if __name__ == "__main__":
