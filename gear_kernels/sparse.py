@@ -159,12 +159,12 @@ class Notes:
     def add(self, rows: slice, columns: slice, pair: Pair, task: TileTask, sums: torch.Tensor) -> None:
         """Note a tile, whose sums [K, n, 12] it is part of by now."""
         so_far = torch.maximum(self.floor[:, rows], _log_sums(sums, task.rows, self.teacher))
-        norms = torch.where(so_far.isfinite(), so_far, 0).to(self.call.wide).unbind(0)
+        noted = torch.where(so_far.isfinite(), so_far, 0).to(self.call.wide)
         if self.teacher:
-            least = self.least[rows]
+            least, norms = self.least[rows], (noted[0], noted[1])
             torch.minimum(least, torch.where(so_far[1].isfinite(), so_far[1], torch.inf), out=least)
         else:
-            pair, norms = (pair[0], None), (norms[0], None)
+            pair, norms = (pair[0], None), (noted[0], None)
         first = rows.start // sparse.ROWS
         blocks = self.table[first : -(-rows.stop // sparse.ROWS), columns]
         self.call.tiles.note(*pair, task._replace(stats=self.stats), norms, rows.start % sparse.ROWS, blocks)
