@@ -33,7 +33,7 @@ TIMED_STEP = 4
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: a name for tables, its configuration, and options of this report's."""
+    """A model to train: a name for tables, its configuration, and options of this report's."""
 
     name: str
     config: str
@@ -52,7 +52,7 @@ def folder_of(model: Model, backward: str, seed: int) -> str:
 
 
 def logged(path: Path) -> dict:
-    """What a run says of its sparse head: the median share of columns in its products, the largest bound; 1 and 0 if exact."""
+    """The median share of columns in a run's head products and the largest bound, as it logged them; 1 and 0 of an exact head."""
     steps = [line for line in read_metrics(path) if line.get("head_kept") is not None]
     if not steps:
         return {"kept": 1.0, "bound": 0.0}
@@ -69,7 +69,7 @@ def collect(folder: Path, seeds: Iterable[int]) -> list[dict]:
 
 
 def parts(run: Path, rounds: int = 9) -> dict:
-    """What an update on one kept step is made of, in milliseconds on one thread: "backbone", and the head by its backward."""
+    """The parts of an update on one kept step, in milliseconds on one thread: "backbone", and the head by its backward."""
     lm, rollouts, advantages, batches = kept_step(run, TIMED_STEP)
     head, grads = lm.get_output_embeddings(), torch.tensor(advantages)
     with torch.no_grad():
