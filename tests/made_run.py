@@ -186,9 +186,10 @@ def make_evaluation(folder, seed=7):
 
 
 def make_study(folder):
-    """A study's folder, which holds the committed study.json; the last run of grpo failed with markup in its line."""
+    """A study's folder: the committed study.json, of it four arms; the last run of grpo failed with markup in its line."""
     folder.mkdir(parents=True)
     found = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "credit_study.json").read_text())
+    found["arms"] = {name: found["arms"][name] for name in ("grpo", "gear_k1_1.0", "tilt_1.0", "oracle")}
     run = found["arms"]["grpo"]["runs"][-1]
     run |= {"state": "failed", "why": "ValueError: <script>globalThis.planted = 3</script>", "step": 7}
     (folder / "study.json").write_text(json.dumps(found))

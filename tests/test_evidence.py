@@ -77,7 +77,9 @@ def test_what_telling_tokens_apart_adds_is_paired_by_seed():
         return {"runs": [{"seed": seed, "area": area} for seed, area in enumerate(areas)]}
 
     ran = {"gear_k1_1.0": runs(0.62, 0.712, 0.661, None), "tilt_1.0": runs(0.61, 0.70, 0.65, 0.9)}
-    (line,) = evidence_page.choice(ran)
+    line, *_ = evidence_page.choice(ran | {"random_1.0": ran["gear_k1_1.0"]})
     p = scipy.stats.ttest_rel([0.62, 0.712, 0.661], [0.61, 0.70, 0.65]).pvalue
     assert "0.011 (" in line and f"over 3 seeds; p = {p:.3f}" in line
+    same = evidence_page.choice(ran | {"random_1.0": ran["gear_k1_1.0"]})[1]
+    assert "segments at random places" in same and "0.000 (0.000 to 0.000), over 3 seeds" in same
     assert evidence_page.choice({"tilt_1.0": ran["tilt_1.0"]}) == []

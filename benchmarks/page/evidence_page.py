@@ -167,7 +167,6 @@ def learning(stem: str, study: dict[str, Any]) -> list[str]:
         f"less `{base}`: mean",
         "last",
         "p (Holm), mean",
-        "seconds a step",
     ]
     left = [f"`{name}`" for name in arms if name not in ran]
     return [
@@ -197,16 +196,26 @@ def _wall(study: dict[str, Any], ran: dict[str, Any]) -> str:
     )
 
 
+CONTROLS = {  # arms that GEAR's is held against beside the baseline
+    "tilt_1.0": "its tilt alone, so what telling tokens apart adds",
+    "random_1.0": "segments at random places, so what the places add",
+    "wrong_answer_1.0": "GEAR whose teacher sees another problem's solution, so what the truth adds",
+}
+
+
 def choice(ran: dict[str, Any]) -> list[str]:
-    """A sentence on what telling tokens apart adds to GEAR's tilt, by the same seeds; none where one of them has not run."""
-    if not {"gear_k1_1.0", "tilt_1.0"} <= ran.keys():
-        return []
-    gear, tilt = (
-        {r["seed"]: r["area"] for r in ran[arm]["runs"] if r["area"] is not None} for arm in ("gear_k1_1.0", "tilt_1.0")
-    )
-    d = paired(gear, tilt, "t")
-    p = "" if d.p is None else f"; p = {d.p:.3f} by a paired t-test, uncorrected"
-    return [f"* GEAR less its tilt alone, so what telling tokens apart adds: {_mean(d._asdict())}, over {d.n} seeds{p}."]
+    """A sentence for each control on what GEAR has beyond it, by the same seeds; none where one of them has not run."""
+    lines = []
+    for control, text in CONTROLS.items():
+        if not {"gear_k1_1.0", control} <= ran.keys():
+            continue
+        gear, other = (
+            {r["seed"]: r["area"] for r in ran[arm]["runs"] if r["area"] is not None} for arm in ("gear_k1_1.0", control)
+        )
+        d = paired(gear, other, "t")
+        p = "" if d.p is None else f"; p = {d.p:.3f} by a paired t-test, uncorrected"
+        lines.append(f"* GEAR less {text}: {_mean(d._asdict())}, over {d.n} seeds{p}.")
+    return lines
 
 
 def verdicts(ran: dict[str, Any], base: str) -> list[str]:
