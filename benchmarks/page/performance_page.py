@@ -157,7 +157,7 @@ def few(results: Path) -> list[str]:
         case = f"{', '.join(one['gives'])}, N = {one['shape'][0]}, {one['dtype']}"
         for row in one["rows"]:
             ms = row["timing"]["median_ms"]
-            error = max(float(row["errors"][name]) for name in one["gives"])
+            error = _largest_error(row, one["gives"])
             rows.append([case, row["name"], str(row["products"] or "-"), f"{ms:.4g} ms", f"{ms / ours:.2f}", f"{error:.1e}"])
     lines = [f"{text}: {origin(found)}. {load_note([found['other_load']])}", ""]
     lines += [
@@ -168,8 +168,11 @@ def few(results: Path) -> list[str]:
 
 
 def _answer(row: dict) -> list[str]:
-    errors = [float(row["errors"][name]) for name in row["gives"]]
-    return [", ".join(row["gives"]), f"{max(errors):.1e}" + (", **wrong**" if row["wrong"] else "")]
+    return [", ".join(row["gives"]), f"{_largest_error(row, row['gives']):.1e}" + (", **wrong**" if row["wrong"] else "")]
+
+
+def _largest_error(row: dict, gives: list[str]) -> float:
+    return max(float(row["errors"][name]) for name in gives)
 
 
 # --- the sparse backward -------------------------------------------------------------------------------------------------------

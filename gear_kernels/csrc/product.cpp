@@ -18,7 +18,7 @@
 namespace gear {
 namespace {
 
-constexpr int kDepth = 256, kColumns = 64, kRows = 6;
+constexpr int kRows = 6;
 constexpr int64_t kDirectRows = 384;  // of one job: B is packed once for them
 constexpr int64_t kPackedRows = 96;   // of one job where A is packed too, into 48 KiB, or sums are kept, in 24 KiB
 // Of one job with few rows, which reads rows of B at memory's speed: [16, 151936] @ [151936, 4096] takes 140 ms by 64 columns, 89

@@ -13,8 +13,6 @@
 namespace gear {
 namespace {
 
-constexpr int kColumns = 64, kDepth = 256;  // of a panel, as in product.cpp
-
 struct alignas(64) Configuration {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

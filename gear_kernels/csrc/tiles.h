@@ -4,6 +4,7 @@
 
 namespace gear {
 
+constexpr int kDepth = 256, kColumns = 64;  // of a panel of B, see product.cpp
 constexpr int kTile = 16;       // rows of a tile
 constexpr int kTileDepth = 32;  // bfloat16 of a tile's row, 64 bytes
 
