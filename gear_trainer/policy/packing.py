@@ -258,10 +258,12 @@ def _one_by_one(
 ) -> torch.Tensor:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    lengths = [end - start for start, end in pairwise(ends)]
     parts = []
-    for start, end in pairwise(ends):
-        query, key, value = (x[:, :, start:end] for x in states)
-        mask = _band(end - start, window, query.device) if window is not None and end - start > window else None
+    # split: the gradient of a slice is a row of zeros as long as all of them, 20 sequences of 400 tokens spent 15 % on these
+    for query, key, value in zip(*(x.split(lengths, dim=2) for x in states), strict=True):
+        length = query.shape[2]
+        mask = _band(length, window, query.device) if window is not None and length > window else None
         parts.append(sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=True)[0])
     return torch.cat(parts, dim=1)
 
