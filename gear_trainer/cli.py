@@ -22,6 +22,7 @@ from gear_trainer.launcher import ranks_here
 
 if TYPE_CHECKING:
     from gear_trainer.runs.study import Plan as StudyPlan
+    from gear_trainer.runs.study import Standing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -326,19 +327,22 @@ def _study(args: argparse.Namespace) -> int:
     plan = load_plan(args.file)
     if unknown := [arm for arm in args.arms or () if arm not in plan.study.arms]:
         raise ConfigError(f"--arms {unknown[0]}: {args.file} has no such arm{near(unknown[0], plan.study.arms)}")
+
+    def chosen() -> list[Standing]:
+        return [s for s in standings(plan) if s.cell.arm in (args.arms or plan.study.arms)]
+
     code = 0
     if not args.report_only:
         _check_arms(args.file, plan)
     elsewhere = read_elsewhere(plan, args.add)
     if args.dry_run:
-        print(summary(plan, standings(plan)))
+        print(summary(plan, chosen()))
         if elsewhere:
             print(f"{len(elsewhere)} of them finished in another place (--add) and do not start")
         return 0
     if not args.report_only:
         with locked(plan):
-            chosen = [s for s in standings(plan) if s.cell.arm in (args.arms or plan.study.arms)]
-            code = Launches(plan, [s for s in chosen if (s.cell.arm, s.cell.seed) not in elsewhere]).run()
+            code = Launches(plan, [s for s in chosen() if (s.cell.arm, s.cell.seed) not in elsewhere]).run()
     print(write_study(plan, elsewhere))
     return code
 

@@ -191,6 +191,8 @@ def test_finished_runs_are_left_stopped_and_killed_ones_resumed_failed_ones_trie
     text = summary(plan, found)
     assert "grpo (baseline): credit=grpo: 1 finished, 2 to resume" in text and "gear-2 failed at step 0" in text
     assert "gear: credit=gear credit_args.alpha=0.6: 1 to start, 1 to resume, 1 run by another process" in text
+    own = summary(plan, [s for s in found if s.cell.arm == "gear"])
+    assert "  gear: " in own and "grpo (baseline)" not in own and "grpo-3 failed" not in own
 
 
 def test_a_run_of_other_settings_is_no_run_of_the_study(tmp_path):

@@ -13,7 +13,8 @@ from statistics import median
 from typing import Any
 
 from gear_trainer.report.statistics import paired
-from gear_trainer.report.tables import p_value
+from gear_trainer.report.study import sure
+from gear_trainer.report.tables import p_value, with_interval
 
 from ..credit_truth.measures import MEASURES, NEAR
 from ..credit_truth.pictures import draw
@@ -40,10 +41,7 @@ TEACHERS = {
 
 def cell(figure: list[float | None], spec: str = ".2f") -> str:
     """A figure with its 95 % interval; empty where there was nothing to measure."""
-    value, low, high = figure
-    if value is None:
-        return ""
-    return f"{value:{spec}}" if low is None or high is None else f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
+    return with_interval(*figure, spec=spec, none="")
 
 
 def figures_of(found: dict[str, Any], method: str, teacher: str) -> dict[str, list[float | None]] | None:
@@ -223,10 +221,10 @@ def verdicts(ran: dict[str, Any], base: str) -> list[str]:
     told = {
         name: arm["difference"]["area"] for name, arm in ran.items() if arm["difference"] and arm["difference"]["area"]["n"] > 1
     }
-    sure = [f"`{name}` ({d['mean']:+.3f})" for name, d in told.items() if d["p_holm"] is not None and d["p_holm"] < 0.05]
+    apart = [f"`{name}` ({d['mean']:+.3f})" for name, d in told.items() if sure(d)]
     lines = [
-        f"* Below 0.05 after Holm's correction over {len(told)} arms: {', '.join(sure)}."
-        if sure
+        f"* Below 0.05 after Holm's correction over {len(told)} arms: {', '.join(apart)}."
+        if apart
         else f"* **None of the {len(told)} arms differs from `{base}` at 0.05 after Holm's correction.**"
     ]
     if "oracle" in told:

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from gear_trainer.report.plots import pyplot
-from gear_trainer.report.study import MEASURES
+from gear_trainer.report.study import MEASURES, sure
 
 _COLUMNS = 4  # of panels
 
@@ -57,11 +57,11 @@ def draw_differences(found: dict[str, Any]) -> bytes:
         for row, difference in enumerate(own[measure] for own in arms.values()):
             if difference["mean"] is None:
                 continue
-            sure = difference["p_holm"] is not None and difference["p_holm"] < 0.05
             ends = None
             if difference["low"] is not None:
                 ends = [[difference["mean"] - difference["low"]], [difference["high"] - difference["mean"]]]
-            axis.errorbar(difference["mean"], row, xerr=ends, fmt="o", ms=4, capsize=3, color="C0" if sure else "0.45")
+            color = "C0" if sure(difference) else "0.45"
+            axis.errorbar(difference["mean"], row, xerr=ends, fmt="o", ms=4, capsize=3, color=color)
         axis.axvline(0, color="black", lw=0.8)
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.25, axis="x")

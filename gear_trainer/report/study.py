@@ -14,7 +14,7 @@ from typing import Any
 from gear_trainer.config import near, read_yaml
 from gear_trainer.errors import ConfigError
 from gear_trainer.report.statistics import Difference, Estimate, area, band, estimate, holm, paired
-from gear_trainer.report.tables import Interval, Intervals, Table, described, number, p_value, span
+from gear_trainer.report.tables import Interval, Intervals, Table, described, number, p_value, with_interval
 from gear_trainer.runs.files import read_metrics
 from gear_trainer.runs.study import Plan, Standing, standings
 from gear_trainer.runs.trackers import flat
@@ -208,8 +208,7 @@ def _intervals(found: dict[str, Any]) -> list[Intervals]:
         for name, arm in found["arms"].items():
             d = arm["difference"][measure] if arm["difference"] else None
             if d and d["mean"] is not None:
-                sure = d["p_holm"] is not None and d["p_holm"] < 0.05
-                rows.append(Interval(name, d["mean"], d["low"], d["high"], sure))
+                rows.append(Interval(name, d["mean"], d["low"], d["high"], sure(d)))
         if rows:
             out.append(Intervals(f"{title}, less {found['baseline']}", True, rows))
     return out
@@ -236,16 +235,20 @@ def _differences(found: dict[str, Any], measure: str) -> Table:
     ran = {name: arm for name, arm in found["arms"].items() if arm[measure]["n"]}
     for name, arm in ran.items():
         d = arm["difference"][measure] if arm["difference"] else None
-        own = [name, str(arm[measure]["n"]), _with_interval(arm[measure])]
+        own = [name, str(arm[measure]["n"]), _mean(arm[measure])]
         if d is None:
             rows.append([*own, "the baseline", "", "", ""])
         else:
-            rows.append([*own, _with_interval(d, "+.3f"), str(d["n"]), p_value(d["p"]), p_value(d["p_holm"])])
+            rows.append([*own, _mean(d, "+.3f"), str(d["n"]), p_value(d["p"]), p_value(d["p_holm"])])
     head = ["arm", "seeds", "mean (95 % interval)", f"less {base} (95 % interval)", "pairs", "p", "p, Holm"]
     test = "Wilcoxon's signed ranks" if found["test"] == "wilcoxon" else "paired t"
     left = len(found["arms"]) - len(ran)
     none = f" Of {left} arm(s) no run has finished." if left else ""
     return Table(f"Paired by seed: {MEASURES[measure]}", head, rows, f"{_MEASURED[measure]}{_TESTED.format(test=test)}{none}")
+
+
+def _mean(e: dict[str, Any], spec: str = ".3f") -> str:
+    return with_interval(e["mean"], e["low"], e["high"], spec)
 
 
 def _cost_table(found: dict[str, Any]) -> Table:
@@ -265,8 +268,6 @@ def _hours(cost: dict[str, Any] | None) -> str:
     return number(cost["hours"] if cost else None, 2)
 
 
-def _with_interval(e: dict[str, Any], spec: str = ".3f") -> str:
-    """A mean with its interval."""
-    if e["mean"] is None:
-        return "-"
-    return f"{e['mean']:{spec}}" + ("" if e["low"] is None else f" ({span(e['low'], e['high'], spec)})")
+def sure(difference: dict[str, Any]) -> bool:
+    """Holm's correction of an arm's test, over all arms of a measure, leaves it below 0.05."""
+    return difference["p_holm"] is not None and difference["p_holm"] < 0.05

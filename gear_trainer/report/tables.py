@@ -67,6 +67,13 @@ def p_value(p: float | None) -> str:
     return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def with_interval(value: float | None, low: float | None, high: float | None, spec: str = ".3f", none: str = "-") -> str:
+    """A figure with its interval, alone where it has no interval; `none` where there is no figure."""
+    if value is None:
+        return none
+    return f"{value:{spec}}" if low is None or high is None else f"{value:{spec}} ({span(low, high, spec)})"
+
+
 def span(low: float, high: float, spec: str = ".3f") -> str:
     """An interval by its ends."""
     return f"{low:{spec}} to {high:{spec}}"

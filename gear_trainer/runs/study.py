@@ -232,12 +232,12 @@ NEEDS: dict[Need, str] = {"nothing": "finished", "start": "to start", "resume": 
 
 
 def summary(plan: Plan, found: list[Standing]) -> str:
-    """The study as a dry run prints it: each arm with its overrides and what its runs need, and what failed."""
+    """The study as a dry run prints it: each arm that is found with its overrides and what its runs need, and what failed."""
     study = plan.study
     lines = [
         f"{study.folder}: {len(study.arms)} arms x {len(study.seeds)} seeds of {plan.config}, {study.side_by_side} at a time"
     ]
-    for arm in study.arms:
+    for arm in dict.fromkeys(s.cell.arm for s in found):
         own = Counter(s.need for s in found if s.cell.arm == arm)
         needs = ", ".join(f"{own[need]} {said}" for need, said in NEEDS.items() if own[need])
         lines.append(f"  {arm}{' (baseline)' if arm == study.baseline else ''}: {' '.join(study.arms[arm]) or '-'}: {needs}")
