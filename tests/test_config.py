@@ -230,6 +230,8 @@ def test_qwen3_8b_engine_configurations_build(qwen3_8b):
     EngineArgs(**(engine_kwargs(cfg, cfg.model.path))).create_model_config()
     vllm = EngineArgs(**kwargs).create_engine_config()
     assert vllm.model_config.max_model_len == 4096 and str(vllm.model_config.dtype) == "torch.bfloat16"
+    assert vllm.cache_config.block_size == kwargs.get("block_size", 16), "the blocks that check_kv_cache counts in"
+    assert engine_kwargs(load_config(DEMO, ["rollout.vllm.engine_args.block_size=64"]), "x")["block_size"] == 64
     made = DeepSpeedConfig(deepspeed_config(cfg) | {"train_batch_size": 1})
     assert made.zero_config.stage == 3 and made.bfloat16_config.enabled and made.gradient_clipping == 1.0
 
