@@ -25,8 +25,8 @@ CPU_SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # 7-8 ms a step instead of 44-69 on a shared 2-core machine
     "TORCHDYNAMO_DISABLE": "1",  # else the first log-probs call compiles for 9-33 s
 }
-# Tokens of a block of the KV cache: a turn computes again what stands in no full block. vLLM takes 128 on a CPU. A rollout of chains
-# (five turns, 230 tokens) takes 36 ms of a core with 128, 27 with 32, and has the same tokens.
+# Tokens of a block of the KV cache: a turn computes again what stands in no full block. vLLM takes 128 on a CPU. For a rollout of
+# chains (five turns, 230 tokens) a core works 36 ms with 128, 27 with 32, to the same tokens.
 CPU_BLOCK = 32
 BESIDE_TRAINER, ALONE = 0.45, 0.9  # vLLM's share of a GPU where none is given
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
