@@ -30,7 +30,9 @@ AGREEMENT = ("sign_centred", "spearman", "call_contrast", "alignment", "snr")
 CONFIGS = {  # of an audited file's task: what its command is given
     "chains": "--config gear_trainer/configs/chains_cpu.yaml",
     "bfcl-one-class": "--config gear_trainer/configs/bfcl_files_cpu.yaml",
+    "sums": "--config gear_trainer/configs/smollm2_cpu.yaml",
 }
+PRETRAINED = {"sums": "SmolLM2-135M on "}  # tasks whose model is no warm start
 TEACHERS = {
     "truth": "the reference solution",
     "sibling": "a successful rollout of the group",
@@ -56,7 +58,7 @@ def subject(found: dict[str, Any]) -> str:
     spare = f" with {arguments['spare'] or 'no'} turns to spare" if "spare" in arguments else ""
     setting = f" ({arguments['setting']})" if "setting" in arguments else ""
     when = f"step {about['step']}" if about["step"] else "the start"
-    return f"`{about['task']}`{setting}{spare}, {when}"
+    return f"{PRETRAINED.get(about['task'], '')}`{about['task']}`{setting}{spare}, {when}"
 
 
 # --- do spikes mark deviations? ---------------------------------------------------------------------------------------------
@@ -317,10 +319,11 @@ def rerun(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> st
     audits = []
     for about in (found["about"] for found in files):
         of = f"--run RUN --step {about['step']}" if about["step"] else CONFIGS[about["task"]]
+        of += f" model.dtype={about['dtype']}" if about["task"] in PRETRAINED else " model.path=START"
         spare = "".join(f" task_args.{name}={value}" for name, value in about["task_args"].items() if name == "spare")
         keys = {"problems": about["problems"], "continuations": about["M"], "stride": about["stride"]}
         more = "".join(f" audit.{name}={n}" for name, n in keys.items())
-        audits.append(f"gear-trainer audit {of} model.path=START world_size=1{spare}{more}")
+        audits.append(f"gear-trainer audit {of} world_size=1{spare}{more}")
     runs = [
         f"gear-trainer study examples/credit_study/{STUDIES[stem]}.yaml --arms {' '.join(ran_of(study))}"
         for stem, study in studies.items()
