@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from benchmarks.page import evidence_page, figures
-from benchmarks.page.evidence_page import FOLDER, answer, verdicts
+from benchmarks.page.evidence_page import FOLDER, answer, ranks, verdicts
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,16 @@ def test_a_verdict_follows_the_intervals(found):
 def arm(mean, low, high, p):
     figure = {"mean": mean, "low": low, "high": high, "n": 8}
     return {"difference": {"area": {**figure, "p_holm": p}}}
+
+
+def test_the_ranking_of_tokens_is_told_of_every_file(found):
+    changed = copy.deepcopy(found)
+    rows = {row["method"]: row["figures"] for row in changed["rows"] if row["teacher"] == "truth"}
+    for name, figure in {"gear": [-0.2, -0.3, -0.1], "random": [0.0, None, None], "sgcd": [2.0, 1.0, 3.0]}.items():
+        rows[name]["spearman"] = figure
+    _, line = ranks([changed])
+    best = f"the best of {len(rows)} methods on this file, `sgcd`, 2.00 (1.00 to 3.00)."
+    assert line.endswith(f"GEAR -0.20 (-0.30 to -0.10), random places 0.00, {best}")
 
 
 def test_a_null_result_is_said():

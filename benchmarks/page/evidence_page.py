@@ -136,6 +136,19 @@ def agreement(found: dict[str, Any]) -> list[str]:
     return [head, "", said, "", *table(["method", *AGREEMENT], rows), *shown, *sweeps(found, stem)]
 
 
+def ranks(files: list[dict[str, Any]]) -> list[str]:
+    """A line for each file: how the weights of GEAR, of random places and of the best method rank tokens beside A*."""
+    lines = ["* Do weights rank a trajectory's tokens as their true advantage does? Spearman's correlation, 1 for the oracle:"]
+    for found in files:
+        own = {row["method"]: row["figures"]["spearman"] for row in found["rows"] if row["teacher"] == "truth"}
+        best = max((name for name in own if own[name][0] is not None), key=lambda name: own[name][0])
+        lines.append(
+            f"    * {subject(found)}: GEAR {cell(own['gear'])}, random places {cell(own['random'])}, the best of "
+            f"{len(own)} methods on this file, `{best}`, {cell(own[best])}."
+        )
+    return lines
+
+
 def sweeps(found: dict[str, Any], stem: str) -> list[str]:
     """The heat maps of GEAR's options."""
     return [line for name in found["sweeps"] for line in (f"![GEAR's {name.replace('_', ' and ')}]({stem}.{name}.png)", "")]
@@ -259,7 +272,8 @@ ask and what they are blind to: [the measures](credit_truth.md), [studies](studi
 NOT_SHOWN = """## What this does not show
 
 * The models are tiny (0.74 M parameters, three layers) and trained on demonstrations that slip on purpose. Whether a large
-  model's spikes mark its mistakes is open; the commands below are the same for one.
+  model's spikes mark its mistakes is open; the commands below are the same for one. The one pretrained model, SmolLM2-135M,
+  adds two digits: problems of GSM8K and MAWPS it hardly ever solves, and without a success no token's worth can be told.
 * One start for all seeds of the study: seeds differ in problems and sampling, not in the policy they begin from.
 * A weight multiplies a trajectory's advantage: a right step of a failed trajectory is still pushed down. The tables say how
   often.
@@ -295,6 +309,7 @@ def short(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> li
     """The answers in a few lines, by the first file of known deviations and the studies."""
     known = next((found for found in files if found["deviated"]), None)
     lines = [f"* {subject(known)}. {answer(known, 'truth')}", f"* {hint(known)}"] if known else []
+    lines += ranks(files)
     for study in studies.values():
         said = verdicts(ran_of(study), study["baseline"])
         lines += [f"* The study `{study['name']}`:", *(f"    {line}" for line in said)]
