@@ -26,13 +26,14 @@ def draw(found: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def _figures(found: dict[str, Any]):
-    """A panel for each measure, a line for each method, a colour for each teacher; a dotted line at chance."""
+    """A panel for each measure that has a figure, a line for each method, a colour for each teacher; a dotted line at chance."""
+    shown = [name for name in _SHOWN if any(row["figures"][name][0] is not None for row in found["rows"])]
     methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
     teachers = list(dict.fromkeys(row["teacher"] for row in found["rows"]))
     figure, axes = pyplot().subplots(
-        1, len(_SHOWN), figsize=(3 * len(_SHOWN), 1 + 0.4 * len(methods)), sharey=True, layout="constrained"
+        1, len(shown), figsize=(3 * len(shown), 1 + 0.4 * len(methods)), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, name in zip(axes, _SHOWN, strict=True):
+    for axis, name in zip(axes[0], shown, strict=True):
         for place, teacher in enumerate(teachers):
             rows = [row for row in found["rows"] if row["teacher"] == teacher and None not in row["figures"][name]]
             heights = [methods.index(row["method"]) + 0.8 * ((place + 0.5) / len(teachers) - 0.5) for row in rows]
@@ -43,9 +44,9 @@ def _figures(found: dict[str, Any]):
             axis.axvline(chance, color="0.5", linestyle=":")
         axis.set(title=name)
         axis.grid(alpha=0.25, axis="x")
-    axes[0].set_yticks(range(len(methods)), methods)
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(teachers))
+    axes[0, 0].set_yticks(range(len(methods)), methods)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(teachers))
     figure.suptitle(_title(found))
     return figure
 
@@ -56,8 +57,9 @@ def _title(found: dict[str, Any]) -> str:
 
 
 def _heat_maps(name: str, values: dict[str, list[list[float | None]]], found: dict[str, Any]):
-    """A map for each measure of a grid, each cell with its number; blank where there was nothing to measure."""
+    """A map for each measure of a grid that has a figure, each cell with its number; blank where there was nothing to measure."""
     grid = GRIDS[name]
+    values = {measure: cells for measure, cells in values.items() if any(cell is not None for row in cells for cell in row)}
     figure, axes = pyplot().subplots(1, len(values), figsize=(3.6 * len(values), 3.6), squeeze=False, layout="constrained")
     for axis, (measure, cells) in zip(axes[0], values.items(), strict=True):
         numbers = [[float("nan") if cell is None else cell for cell in row] for row in cells]

@@ -121,10 +121,9 @@ def spikes(files: list[dict[str, Any]]) -> list[str]:
 
 def agreement(found: dict[str, Any]) -> list[str]:
     """Every method under the teacher that sees the truth, or none, on one file."""
-    rows = []
-    for row in found["rows"]:
-        if row["teacher"] in ("truth", "-"):
-            rows.append([f"`{row['method']}`", *(cell(row["figures"][name]) for name in AGREEMENT)])
+    told = [row for row in found["rows"] if row["teacher"] in ("truth", "-")]
+    names = [name for name in AGREEMENT if any(row["figures"][name][0] is not None for row in told)]
+    rows = [[f"`{row['method']}`", *(cell(row["figures"][name]) for name in names)] for row in told]
     head = f"### {subject(found)[0].upper()}{subject(found)[1:]}"
     said = (
         f"{found['trajectories']} trajectories, {found['teaching']} with an advantage; {found['decided_tokens']} of "
@@ -133,7 +132,7 @@ def agreement(found: dict[str, Any]) -> list[str]:
     )
     stem = f"plots/{picture(found).name}"
     shown = [f"![all measures, methods and teachers]({stem}.figures.png)", ""]
-    return [head, "", said, "", *table(["method", *AGREEMENT], rows), *shown, *sweeps(found, stem)]
+    return [head, "", said, "", *table(["method", *names], rows), *shown, *sweeps(found, stem)]
 
 
 def ranks(files: list[dict[str, Any]]) -> list[str]:
