@@ -4,9 +4,12 @@ import copy
 import json
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib.pyplot as plt
 import pytest
 import scipy.stats
 
+from benchmarks.credit_truth.measures import MEASURES
+from benchmarks.credit_truth.pictures import draw
 from benchmarks.page import evidence_page, figures
 from benchmarks.page.evidence_page import FOLDER, answer, ranks, verdicts
 
@@ -71,6 +74,21 @@ def test_the_ranking_of_tokens_is_told_of_every_file(found):
     _, line = ranks([changed])
     best = f"the best of {len(rows)} methods on this file, `sgcd`, 2.00 (1.00 to 3.00)."
     assert line.endswith(f"GEAR -0.20 (-0.30 to -0.10), random places 0.00, {best}")
+
+
+def test_what_has_no_figure_has_no_panel(found, tmp_path):
+    """A file whose deviations are not known, and one in which no trajectory has an advantage."""
+    sizes = {}
+    for case, left_out in {"all": (), "unknown": ("precision", "recall", "call_contrast"), "none": MEASURES}.items():
+        changed = copy.deepcopy(found)
+        for name in left_out:
+            for row in changed["rows"]:
+                row["figures"][name] = [None] * 3
+            for maps in changed["sweeps"].values():
+                if name in maps:
+                    maps[name] = [[None for _ in cells] for cells in maps[name]]
+        sizes[case] = [plt.imread(path).shape[1] for path in draw(changed, tmp_path / case)]
+    assert len(set(map(len, sizes.values()))) == 1 and all(a > b for a, b in zip(sizes["all"], sizes["unknown"], strict=True))
 
 
 def test_a_null_result_is_said():

@@ -27,7 +27,7 @@ def draw(found: dict[str, Any], stem: Path) -> list[Path]:
 
 def _figures(found: dict[str, Any]):
     """A panel for each measure that has a figure, a line for each method, a colour for each teacher; a dotted line at chance."""
-    shown = [name for name in _SHOWN if any(row["figures"][name][0] is not None for row in found["rows"])]
+    shown = [name for name in _SHOWN if any(row["figures"][name][0] is not None for row in found["rows"])] or ["sign"]
     methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
     teachers = list(dict.fromkeys(row["teacher"] for row in found["rows"]))
     figure, axes = pyplot().subplots(
@@ -59,7 +59,8 @@ def _title(found: dict[str, Any]) -> str:
 def _heat_maps(name: str, values: dict[str, list[list[float | None]]], found: dict[str, Any]):
     """A map for each measure of a grid that has a figure, each cell with its number; blank where there was nothing to measure."""
     grid = GRIDS[name]
-    values = {measure: cells for measure, cells in values.items() if any(cell is not None for row in cells for cell in row)}
+    told = {measure: cells for measure, cells in values.items() if any(cell is not None for row in cells for cell in row)}
+    values = told or values
     figure, axes = pyplot().subplots(1, len(values), figsize=(3.6 * len(values), 3.6), squeeze=False, layout="constrained")
     for axis, (measure, cells) in zip(axes[0], values.items(), strict=True):
         numbers = [[float("nan") if cell is None else cell for cell in row] for row in cells]
