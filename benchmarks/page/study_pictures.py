@@ -67,7 +67,8 @@ def draw_differences(found: dict[str, Any]) -> bytes:
         axis.grid(alpha=0.25, axis="x")
     axes[0].set_yticks(range(len(arms)), list(arms), fontsize=8)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.supxlabel(f"less {found['baseline']}; blue: below 0.05 after Holm's correction", fontsize=9)
+    what = f"{found['metric'].replace('_', ' ')} less that of {found['baseline']}"
+    figure.supxlabel(f"{what}; blue: below 0.05 after Holm's correction", fontsize=9)
     return svg(plt, figure)
 
 
