@@ -36,7 +36,7 @@ function code(c) {
 export function number(value, digits = 6) {
   if (value === null || value === undefined || Number.isNaN(value)) return "\u2013";
   if (!Number.isFinite(value)) return value > 0 ? "\u221e" : "\u2212\u221e";
-  return String(Number(value.toPrecision(digits))).replace("-", "\u2212");
+  return String(Number(value.toPrecision(digits))).replaceAll("-", "\u2212");
 }
 
 /** A number in little room, as beside an axis: four digits, in the shorter of both spellings. */
