@@ -202,9 +202,10 @@ def _wall(study: dict[str, Any], ran: dict[str, Any]) -> str:
     """What a run took, and what all of the study would take; a median, for a run that was paused counts its pause."""
     run = median(run["cost"]["hours"] for arm in ran.values() for run in arm["runs"] if run["cost"])
     beside, planned = study["side_by_side"], study["planned"]
+    whole = planned * run / beside
     return (
-        f"A run took {60 * run:.0f} minutes (the median; {beside} at a time on two cores that did other work too): all {planned} "
-        f"would take about {planned * run / beside:.0f} hours."
+        f"The steps of a run took {60 * run:.1f} minutes (the median; {beside} at a time on two cores that did other work too): all "
+        f"{planned} would take about {f'{whole:.0f} hours' if whole >= 2 else f'{60 * whole:.0f} minutes'}."
     )
 
 
@@ -283,7 +284,7 @@ NOT_SHOWN = """## What this does not show
 RERUN = """## Rerun
 
 `make evidence-fast` makes the figures of the committed files anew, in a minute, and fails if one moved. The files themselves, and
-the studies (chains: 30 arms of 8 seeds are planned; a run of 40 steps took 2 to 4 minutes on a core):
+the studies, whose time stands above:
 
 ```
 {audits}
