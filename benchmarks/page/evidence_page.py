@@ -203,9 +203,10 @@ def _wall(study: dict[str, Any], ran: dict[str, Any]) -> str:
     run = median(run["cost"]["hours"] for arm in ran.values() for run in arm["runs"] if run["cost"])
     beside, planned = study["side_by_side"], study["planned"]
     whole = planned * run / beside
+    took = f"{whole:.0f} hours" if whole >= 2 else f"{60 * whole:.0f} minutes"
     return (
-        f"The steps of a run took {60 * run:.1f} minutes (the median; {beside} at a time on two cores that did other work too): all "
-        f"{planned} would take about {f'{whole:.0f} hours' if whole >= 2 else f'{60 * whole:.0f} minutes'}."
+        f"The steps of a run took {60 * run:.1f} minutes (the median; {beside} at a time on two cores that did other work too): "
+        f"all {planned} would take about {took}."
     )
 
 
