@@ -64,6 +64,8 @@ def draw_differences(found: dict[str, Any]) -> bytes:
             axis.errorbar(difference["mean"], row, xerr=ends, fmt="o", ms=4, capsize=3, color=color)
         axis.axvline(0, color="black", lw=0.8)
         axis.set_title(title, fontsize=9)
+        axis.locator_params(axis="x", nbins=6)
+        axis.tick_params(axis="x", labelsize=8)
         axis.grid(alpha=0.25, axis="x")
     axes[0].set_yticks(range(len(arms)), list(arms), fontsize=8)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
