@@ -5,13 +5,18 @@ import json
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import scipy.stats
 
+from benchmarks.credit_truth.evidence import STUDY
+from benchmarks.credit_truth.foretold import entry_of
 from benchmarks.credit_truth.measures import MEASURES
 from benchmarks.credit_truth.pictures import draw
 from benchmarks.page import evidence_page, figures
 from benchmarks.page.evidence_page import FOLDER, answer, ranks, verdicts
+from benchmarks.page.foretold_section import draw_foretold, foretelling, foretold, in_short
+from gear_trainer.runs.study import load_plan
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,35 @@ def test_the_ranking_of_tokens_is_told_of_every_file(found):
     _, line = ranks([changed])
     best = f"the best of {len(rows)} methods on this file, `sgcd`, 2.00 (1.00 to 3.00)."
     assert line.endswith(f"GEAR -0.20 (-0.30 to -0.10), random places 0.00, {best}")
+
+
+@pytest.mark.parametrize("arms", [6, 12])
+def test_a_file_and_a_study_are_set_side_by_side(arms):
+    rng = np.random.default_rng(arms)
+    x, y = rng.normal(size=(2, arms))
+    rows = [{"method": f"a{i}", "over_grpo": {"alignment": [v, v - 1, v + 1], "snr": [None] * 3}} for i, v in enumerate(x)]
+    made = {f"a{i}": {"difference": {"area": {"mean": v, "low": v - 1, "high": v + 1}}} for i, v in enumerate(y)}
+    made |= {"base": {"difference": None}, "once": {"difference": {"area": {"mean": 0.1, "low": None, "high": None}}}}
+    rows += [{"method": name, "over_grpo": {"alignment": [0, 0, 0], "snr": [None] * 3}} for name in ("base", "once", "gone")]
+    study = {"name": "s", "baseline": "base", "metric": "reward", "arms": made, "scored": {"file": "f", "rows": rows}}
+    told = foretold(study, "alignment")
+    assert told.arms == [f"a{i}" for i in range(arms)], "without the baseline, arms of one seed, and others"
+    rho, p = told.correlation()
+    known = scipy.stats.spearmanr(x, y)
+    assert np.isclose(rho, known.statistic) and np.isclose(p, known.pvalue, atol=0.05)
+    text = "\n".join(foretelling(study, ["alignment", "snr"]))
+    assert f"| `alignment` | {arms} | {rho:+.2f} |" in text and "`snr`" not in text
+    assert f"a rank correlation of {rho:+.2f} over {arms} arms" in in_short(study)[0]
+    assert all(f"a{i}" in draw_foretold(told, study).decode() for i in range(arms))
+    assert foretelling(study | {"scored": None}, ["alignment"]) == in_short(study | {"scored": None}) == []
+
+
+def test_an_arm_is_scored_with_its_own_options():
+    plan = load_plan(STUDY)
+    made = {arm: entry_of(arm, plan.of(arm)[0].cfg) for arm in plan.study.arms}
+    assert [arm for arm, entry in made.items() if entry is None] == ["gigpo", "turn", "oracle", "opsd", "opsd_grpo", "opsd_gear"]
+    assert made["gear_k1_1.8"].method.alpha == 1.8 and made["gear_k1_1.8"].signal == "k1"
+    assert made["gear_kl_1.0"].method.normalizer == "max" and made["gear_kl_1.0"].signal == "reverse_kl"
 
 
 def test_what_has_no_figure_has_no_panel(found, tmp_path):

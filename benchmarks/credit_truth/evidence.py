@@ -17,23 +17,27 @@ from typing import Any
 from gear_trainer.audit.file import write
 from gear_trainer.errors import ConfigError
 
-from ..harness.environment import RESULTS
+from ..harness.environment import RESULTS, ROOT
 from . import synthetic
 from .__main__ import as_text, scored
+from .foretold import scored_arms
 from .methods import entries
 
 FOLDER = RESULTS / "credit_truth"
 SYNTHETIC = "synthetic"
+STUDY, STUDY_START, STUDY_ARMS = ROOT / "examples" / "credit_study" / "study.yaml", "chains_spare", "credit_study_arms"
 RESAMPLES = 200
 TOLERANCE = 1e-4  # sums in another order move a figure by 1e-6 at most; printed are three digits
 
 
 def figures(folder: Path, work: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The .json of the synthetic trajectories and of each file of the folder, and what it should say."""
+    """The .json of the synthetic trajectories, of each file of the folder and of a study's arms, and what it should say."""
     made = work / f"{SYNTHETIC}.parquet"
     write(made, synthetic.columns(problems=12, turn=20), synthetic.ABOUT)
     for path in (made, *sorted(folder.glob("*.parquet"))):
         yield folder / f"{path.stem}.json", scored(path, entries([]), RESAMPLES)
+    if (start := folder / f"{STUDY_START}.parquet").is_file():
+        yield folder / f"{STUDY_ARMS}.json", scored_arms(STUDY, start, RESAMPLES)
 
 
 def moved(then: Any, now: Any, where: str = "") -> list[str]:

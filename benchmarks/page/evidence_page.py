@@ -19,6 +19,7 @@ from gear_trainer.report.tables import p_value, with_interval
 from ..credit_truth.measures import MEASURES, NEAR
 from ..credit_truth.pictures import draw
 from ..harness.environment import PLOTS, RESULTS, ROOT
+from .foretold_section import FORETOLD, draw_foretold, foretelling, foretold, in_short
 from .performance_page import table
 from .study_pictures import draw_curves, draw_differences
 
@@ -300,10 +301,14 @@ take another file: `gear-trainer audit --run RUN --step 20` on a run of `gear_tr
 
 
 def read() -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The scored files that were audited, and the studies that are there."""
+    """The scored files that were audited, and the studies that are there; `scored` of a study are its arms on a file."""
     files = [json.loads(path.with_suffix(".json").read_text()) for path in sorted(FOLDER.glob("*.parquet"))]
     found = {stem: RESULTS / f"{stem}.json" for stem in STUDIES}
-    return files, {stem: json.loads(path.read_text()) for stem, path in found.items() if path.is_file()}
+    studies = {stem: json.loads(path.read_text()) for stem, path in found.items() if path.is_file()}
+    for stem, study in studies.items():
+        if (scored := FOLDER / f"{stem}_arms.json").is_file():
+            study["scored"] = json.loads(scored.read_text())
+    return files, studies
 
 
 def short(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> list[str]:
@@ -312,7 +317,7 @@ def short(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> li
     lines = [f"* {subject(known)}. {answer(known, 'truth')}", f"* {hint(known)}"] if known else []
     lines += ranks(files)
     for study in studies.values():
-        said = verdicts(ran_of(study), study["baseline"])
+        said = [*verdicts(ran_of(study), study["baseline"]), *in_short(study)]
         lines += [f"* The study `{study['name']}`:", *(f"    {line}" for line in said)]
     return ["## In short", "", *lines, ""]
 
@@ -327,7 +332,8 @@ def text(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> str
     agree = ["## Does the credit agree with the truth?", "", *_legend(), ""]
     lines = [*short(files, studies), *spikes(files), *agree, *(line for found in files for line in agreement(found))]
     learns = ["## Does it learn faster?", "", *(line for stem, study in studies.items() for line in learning(stem, study))]
-    return "\n".join([ASKED, *lines, *learns, NOT_SHOWN, rerun(files, studies)])
+    told = [line for study in studies.values() for line in foretelling(study, AGREEMENT)]
+    return "\n".join([ASKED, *lines, *learns, *told, NOT_SHOWN, rerun(files, studies)])
 
 
 def rerun(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) -> str:
@@ -358,6 +364,9 @@ def pictures(files: list[dict[str, Any]], studies: dict[str, dict[str, Any]]) ->
         for name, made in (("differences", draw_differences), ("curves", draw_curves)):
             paths.append(PLOTS / f"{stem}_{name}.svg")
             paths[-1].write_bytes(made(study))
+        if study.get("scored"):
+            paths.append(PLOTS / FORETOLD)
+            paths[-1].write_bytes(draw_foretold(foretold(study, "alignment"), study))
     return paths
 
 
