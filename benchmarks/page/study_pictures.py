@@ -48,7 +48,10 @@ def draw_curve(axis: Any, curve: list[dict[str, Any]], color: str, label: str | 
 
 
 def draw_differences(found: dict[str, Any]) -> bytes:
-    """Each arm's difference to the baseline with its 95 % interval, a panel a measure; arms that ran. Returns an SVG."""
+    """Each arm's difference to the baseline with its 95 % interval, a panel a measure. Returns an SVG.
+
+    Arms that ran, with the number of seeds where it is not all of them.
+    """
     plt = pyplot()
     arms = {name: arm["difference"] for name, arm in found["arms"].items() if arm["difference"] is not None and arm["curve"]}
     size = 9, max(1.8, 1.0 + 0.26 * len(arms))
@@ -67,7 +70,9 @@ def draw_differences(found: dict[str, Any]) -> bytes:
         axis.locator_params(axis="x", nbins=6)
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(alpha=0.25, axis="x")
-    axes[0].set_yticks(range(len(arms)), list(arms), fontsize=8)
+    seeds = {name: found["arms"][name]["area"]["n"] for name in arms}
+    fewer = {name: f" ({n} seeds)" if n < len(found["seeds"]) else "" for name, n in seeds.items()}
+    axes[0].set_yticks(range(len(arms)), [name + fewer[name] for name in arms], fontsize=8)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
     what = f"{found['metric'].replace('_', ' ')} less that of {found['baseline']}"
     figure.supxlabel(f"{what}; blue: below 0.05 after Holm's correction", fontsize=9)
