@@ -12,7 +12,7 @@ from gear_trainer.report.statistics import holm
 from gear_trainer.report.tables import p_value
 
 from .performance_page import table
-from .study_pictures import svg
+from .study_pictures import FEWEST, svg
 
 FORETOLD = "credit_study_foretold.svg"
 FEW = 4  # arms that no correlation is made of
@@ -94,7 +94,9 @@ def draw_foretold(told: Any, study: dict[str, Any]) -> bytes:
     figure, axis = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     points = sorted(zip(told.scored, told.learned, told.arms, strict=True))
     for place, ((x, *wide), (y, *high), name) in enumerate(points):
-        ends = {"xerr": [[x - wide[0]], [wide[1] - x]], "yerr": [[y - high[0]], [high[1] - y]]}
+        ends: dict[str, Any] = {"xerr": [[x - wide[0]], [wide[1] - x]]}
+        if study["arms"][name]["area"]["n"] >= FEWEST:
+            ends["yerr"] = [[y - high[0]], [high[1] - y]]
         axis.errorbar(x, y, **ends, fmt="o", ms=4, color="C0", ecolor="0.75", elinewidth=0.8)
         axis.annotate(name, (x, y), xytext=(4, -9 if place % 2 else 3), textcoords="offset points", fontsize=8)
     for draw in (axis.axhline, axis.axvline):

@@ -8,6 +8,7 @@ from typing import Any
 from gear_trainer.report.plots import pyplot
 from gear_trainer.report.study import MEASURES, sure
 
+FEWEST = 3  # seeds: of two the interval is ten times as wide, and the others could not be read beside it
 _COLUMNS = 4  # of panels
 
 
@@ -50,10 +51,10 @@ def draw_curve(axis: Any, curve: list[dict[str, Any]], color: str, label: str | 
 def draw_differences(found: dict[str, Any]) -> bytes:
     """Each arm's difference to the baseline with its 95 % interval, a panel a measure. Returns an SVG.
 
-    Arms that ran, with the number of seeds where it is not all of them.
+    Arms that ran with FEWEST seeds, with the number of seeds where it is not all of them.
     """
     plt = pyplot()
-    arms = {name: arm["difference"] for name, arm in found["arms"].items() if arm["difference"] is not None and arm["curve"]}
+    arms = {name: arm["difference"] for name, arm in found["arms"].items() if arm["difference"] and arm["area"]["n"] >= FEWEST}
     size = 9, max(1.8, 1.0 + 0.26 * len(arms))
     figure, axes = plt.subplots(1, len(MEASURES), figsize=size, sharey=True, constrained_layout=True)
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
