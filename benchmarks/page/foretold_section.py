@@ -12,10 +12,11 @@ from gear_trainer.report.statistics import holm
 from gear_trainer.report.tables import p_value
 
 from .performance_page import table
-from .study_pictures import FEWEST, svg
+from .study_pictures import svg
 
 FORETOLD = "credit_study_foretold.svg"
 FEW = 4  # arms that no correlation is made of
+SEEDS = 2  # that an arm counts with
 DRAWS = 10_000
 
 
@@ -23,12 +24,12 @@ class Foretold(NamedTuple):
     """Arms of a study that a file scores too: what each adds to the baseline, in a measure on the file and in learning."""
 
     arms: list[str]
-    scored: list[list[float]]  # value, low, high of each
-    learned: list[list[float]]
+    scored: list[float]
+    learned: list[float]
 
     def correlation(self) -> tuple[float, float]:
         """Spearman's over the arms, and its two-sided p by permutation (scipy; exact up to DRAWS orders)."""
-        x, y = (rankdata([each[0] for each in side]) for side in (self.scored, self.learned))
+        x, y = rankdata(self.scored), rankdata(self.learned)
         y = (y - y.mean()) / y.std() / len(y)
 
         def rho(x: Any, axis: int = -1) -> Any:
@@ -43,11 +44,11 @@ def foretold(study: dict[str, Any], measure: str) -> Foretold:
     names, scored, learned = [], [], []
     for row in study["scored"]["rows"]:
         difference = (study["arms"].get(row["method"]) or {}).get("difference")
-        said = row["over_grpo"][measure]
-        if difference and difference["area"]["low"] is not None and None not in said:
+        said = row["over_grpo"][measure][0]
+        if difference and difference["area"]["n"] >= SEEDS and said is not None:
             names.append(row["method"])
             scored.append(said)
-            learned.append([difference["area"][end] for end in ("mean", "low", "high")])
+            learned.append(difference["area"]["mean"])
     return Foretold(names, scored, learned)
 
 
@@ -69,7 +70,7 @@ def foretelling(study: dict[str, Any], measures: Sequence[str]) -> list[str]:
     if not study.get("scored"):
         return []
     found = {name: foretold(study, name) for name in measures}
-    told = {name: f for name, f in found.items() if len(f.arms) > FEW and len({each[0] for each in f.scored}) > 1}
+    told = {name: f for name, f in found.items() if len(f.arms) > FEW and len(set(f.scored)) > 1}
     figures = {name: f.correlation() for name, f in told.items()}
     corrected = holm([p for _, p in figures.values()])
     rows = [
@@ -89,20 +90,29 @@ def foretelling(study: dict[str, Any], measures: Sequence[str]) -> list[str]:
 
 
 def draw_foretold(told: Any, study: dict[str, Any]) -> bytes:
-    """The arms of a `Foretold`: across, the measure on a file; up, what was learned; both less the baseline's. Returns an SVG."""
+    """The arms of a `Foretold` by their ranks, which do not lie on one another: across, by the measure on a file; up, by what was
+    learned. Each with both numbers, less the baseline's. Returns an SVG."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    points = sorted(zip(told.scored, told.learned, told.arms, strict=True))
-    for place, ((x, *wide), (y, *high), name) in enumerate(points):
-        ends: dict[str, Any] = {"xerr": [[x - wide[0]], [wide[1] - x]]}
-        if study["arms"][name]["area"]["n"] >= FEWEST:
-            ends["yerr"] = [[y - high[0]], [high[1] - y]]
-        axis.errorbar(x, y, **ends, fmt="o", ms=4, color="C0", ecolor="0.75", elinewidth=0.8)
-        axis.annotate(name, (x, y), xytext=(4, -9 if place % 2 else 3), textcoords="offset points", fontsize=8)
-    for draw in (axis.axhline, axis.axvline):
-        draw(0, color="black", lw=0.8)
+    x, y = rankdata(told.scored), rankdata(told.learned)
+    for i, name in enumerate(told.arms):
+        said = f"{name}: {told.scored[i]:+.2f}, {told.learned[i]:+.3f}"
+        left = x[i] > len(x) / 2  # where there is room
+        axis.annotate(
+            said,
+            (x[i], y[i]),
+            xytext=(-6 if left else 6, -3),
+            textcoords="offset points",
+            fontsize=8,
+            ha="right" if left else "left",
+        )
+    axis.plot([1, len(x)], [1, len(x)], color="0.8", lw=0.8, zorder=0)
+    axis.plot(x, y, "o", ms=5, color="C0")
     base = study["baseline"]
-    axis.set_xlabel(f"alignment with the true advantage's gradient, before training, less that of {base}", fontsize=9)
-    axis.set_ylabel(f"{study['metric'].replace('_', ' ')} over the run, less that of {base}", fontsize=9)
+    axis.set_xlabel(
+        f"rank of the alignment with the true advantage's gradient, before training (first number, less {base}'s)", fontsize=9
+    )
+    axis.set_ylabel(f"rank of the {study['metric'].replace('_', ' ')} over the run (second)", fontsize=9)
+    axis.margins(0.06)
     axis.grid(alpha=0.25)
     return svg(plt, figure)
