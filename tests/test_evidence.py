@@ -10,12 +10,13 @@ import pytest
 import scipy.stats
 
 from benchmarks.credit_truth.evidence import STUDY
-from benchmarks.credit_truth.foretold import entry_of
+from benchmarks.credit_truth.foretold import entry_of, teacher_of
 from benchmarks.credit_truth.measures import MEASURES
 from benchmarks.credit_truth.pictures import draw
 from benchmarks.page import evidence_page, figures
 from benchmarks.page.evidence_page import FOLDER, answer, ranks, verdicts
 from benchmarks.page.foretold_section import draw_foretold, foretelling, foretold, in_short
+from gear_trainer.recipe import resolve
 from gear_trainer.runs.study import load_plan
 
 
@@ -104,10 +105,14 @@ def test_a_file_and_a_study_are_set_side_by_side(arms):
 
 def test_an_arm_is_scored_with_its_own_options():
     plan = load_plan(STUDY)
-    made = {arm: entry_of(arm, plan.of(arm)[0].cfg) for arm in plan.study.arms}
+    recipes = {arm: resolve(plan.of(arm)[0].cfg) for arm in plan.study.arms}
+    made = {arm: entry_of(arm, recipe) for arm, recipe in recipes.items()}
     assert [arm for arm, entry in made.items() if entry is None] == ["gigpo", "turn", "oracle", "opsd", "opsd_grpo", "opsd_gear"]
     assert made["gear_k1_1.8"].method.alpha == 1.8 and made["gear_k1_1.8"].signal == "k1"
     assert made["gear_kl_1.0"].method.normalizer == "max" and made["gear_kl_1.0"].signal == "reverse_kl"
+    shown = {arm: teacher_of(recipe) for arm, recipe in recipes.items()}
+    assert [arm for arm, teacher in shown.items() if teacher == "sibling"] == ["sc_grpo", "sibling_1.0"], "one by its own default"
+    assert [arm for arm, teacher in shown.items() if teacher == "wrong"] == ["wrong_answer_1.0"]
 
 
 def test_what_has_no_figure_has_no_panel(found, tmp_path):

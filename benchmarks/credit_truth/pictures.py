@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,14 @@ def draw(found: dict[str, Any], stem: Path) -> list[Path]:
     return paths
 
 
+def measured(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The measures of which a row has a figure."""
+    return [name for name in names if any(row["figures"][name][0] is not None for row in rows)]
+
+
 def _figures(found: dict[str, Any]):
     """A panel for each measure that has a figure, a line for each method, a colour for each teacher; a dotted line at chance."""
-    shown = [name for name in _SHOWN if any(row["figures"][name][0] is not None for row in found["rows"])] or ["sign"]
+    shown = measured(_SHOWN, found["rows"]) or ["sign"]
     methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
     teachers = list(dict.fromkeys(row["teacher"] for row in found["rows"]))
     figure, axes = pyplot().subplots(

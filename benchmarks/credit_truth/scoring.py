@@ -58,14 +58,19 @@ def teaching(rollouts: Rollouts) -> Rollouts:
     return rollouts.take(keep)
 
 
-def score(rollouts: Rollouts, entries: list[Entry], resamples: int = 1000, seed: int = 0) -> list[Row]:
-    """A row for each method and teacher, controls last. rollouts: as `teaching` gives them."""
+def scorers_of(rollouts: Rollouts, resamples: int, seed: int) -> dict[str | None, Scorer]:
+    """A scorer for each teacher that has seen a trajectory, of those that it has seen; under None that of all trajectories."""
     everyone = Scorer(rollouts, resamples, seed)
     scorers: dict[str | None, Scorer] = {None: everyone}
     for teacher, shown in rollouts.shown.items():
-        if not shown.any():
-            continue
-        scorers[teacher] = everyone if shown.all() else Scorer(rollouts.take(shown), resamples, seed)
+        if shown.any():
+            scorers[teacher] = everyone if shown.all() else Scorer(rollouts.take(shown), resamples, seed)
+    return scorers
+
+
+def score(rollouts: Rollouts, entries: list[Entry], resamples: int = 1000, seed: int = 0) -> list[Row]:
+    """A row for each method and teacher, controls last. rollouts: as `teaching` gives them."""
+    scorers = scorers_of(rollouts, resamples, seed)
     rows, controls = [], []
     for entry in entries:
         for teacher in entry.teachers(rollouts):
@@ -76,7 +81,7 @@ def score(rollouts: Rollouts, entries: list[Entry], resamples: int = 1000, seed:
             rows.append(scorer.score(entry.name, teacher, assigned))
             if entry.name == TILTED or entry.own:
                 controls.append(scorer.score(f"tilt of {entry.name}", teacher, tilt(scorer.rollouts, assigned)))
-    controls += [everyone.score(name, None, control(rollouts)) for name, control in ORACLES.items()]
+    controls += [scorers[None].score(name, None, control(rollouts)) for name, control in ORACLES.items()]
     return rows + controls
 
 

@@ -17,7 +17,7 @@ from gear_trainer.report.study import sure
 from gear_trainer.report.tables import p_value, with_interval
 
 from ..credit_truth.measures import MEASURES, NEAR
-from ..credit_truth.pictures import draw
+from ..credit_truth.pictures import draw, measured
 from ..harness.environment import PLOTS, RESULTS, ROOT
 from .foretold_section import FORETOLD, draw_foretold, foretelling, foretold, in_short
 from .performance_page import table
@@ -123,7 +123,7 @@ def spikes(files: list[dict[str, Any]]) -> list[str]:
 def agreement(found: dict[str, Any]) -> list[str]:
     """Every method under the teacher that sees the truth, or none, on one file."""
     told = [row for row in found["rows"] if row["teacher"] in ("truth", "-")]
-    names = [name for name in AGREEMENT if any(row["figures"][name][0] is not None for row in told)]
+    names = measured(AGREEMENT, told)
     rows = [[f"`{row['method']}`", *(cell(row["figures"][name]) for name in names)] for row in told]
     head = f"### {subject(found)[0].upper()}{subject(found)[1:]}"
     said = (

@@ -61,7 +61,7 @@ def in_short(study: dict[str, Any]) -> list[str]:
     return [
         "* What a file says before training and what is learned: an arm's alignment with the gradient of the true advantage and "
         f"its gain in held-out success go together with a rank correlation of {rho:+.2f} over {len(told.arms)} arms "
-        f"(p {'=' if p >= 0.001 else ''} {p_value(p)}, uncorrected)."
+        f"(p {'' if p < 0.001 else '= '}{p_value(p)}, uncorrected)."
     ]
 
 
@@ -89,7 +89,7 @@ def foretelling(study: dict[str, Any], measures: Sequence[str]) -> list[str]:
     return ["## Does a file foretell a study?", "", said, "", *table(heads, rows), *shown]
 
 
-def draw_foretold(told: Any, study: dict[str, Any]) -> bytes:
+def draw_foretold(told: Foretold, study: dict[str, Any]) -> bytes:
     """The arms of a `Foretold` by their ranks, which do not lie on one another: across, by the measure on a file; up, by what was
     learned. Each with both numbers, less the baseline's. Returns an SVG."""
     plt = pyplot()
